@@ -1,0 +1,138 @@
+"""Mapper weights in our format (safetensors + config.json) and in the release's (`.pt` state dicts)."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPVisionModel
+
+from elite.files import write_atomically
+from elite.mappers import HIDDEN_LAYERS, Mapper, cross_attention_layers
+
+M = TypeVar("M", bound=Mapper)
+MOST_KEYS_SHOWN = 6
+
+
+def load_mapper(
+    cls: type[M],
+    path: Path | str,
+    unet: UNet2DConditionModel,
+    image_encoder: CLIPVisionModel,
+) -> M:
+    """A mapper from our folder (safetensors + config.json), a hub name, or a release `.pt` state dict.
+
+    Raises:
+        ValueError: no such file, or its tensors do not fit these models; one message lists them.
+    """
+    if Path(path).suffix in (".pt", ".pth", ".bin"):
+        return mapper_from_state_dict(cls, load_official(path), unet, image_encoder, name=str(path))
+    try:
+        mapper = cls.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path}: not a {cls.__name__} folder ({_first_line(error)}); expected config.json with safetensors, "
+            "or a .pt file of the release"
+        ) from None
+    reference = _reference(cls, mapper.state_dict(), unet, image_encoder, dict(mapper.config))
+    _check_keys(mapper.state_dict(), reference, name=str(path))
+    return mapper
+
+
+def load_official(path: Path | str) -> dict[str, Tensor]:
+    """The plain state dict of a `.pt` file; nothing else in it is ever executed."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; expected a mapper checkpoint") from None
+    except Exception as error:
+        raise ValueError(
+            f"{path}: not a plain state dict of tensors ({_first_line(error)}); it is refused, since loading "
+            "anything else could run code"
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path}: expected a flat state dict of tensors as the release writes it")
+    return state
+
+
+def mapper_from_state_dict(
+    cls: type[M],
+    state: dict[str, Tensor],
+    unet: UNet2DConditionModel,
+    image_encoder: CLIPVisionModel,
+    name: str = "state dict",
+) -> M:
+    """A mapper for these models with the release's tensors, bit for bit (their dtype kept)."""
+    mapper = _reference(cls, state, unet, image_encoder)
+    _check_keys(state, mapper, name)
+    mapper.load_state_dict(state, assign=True)
+    return mapper.requires_grad_(True).eval()
+
+
+def save_official(mapper: Mapper, path: Path | str) -> None:
+    """Writes the mapper as a `.pt` state dict that the release loads."""
+    state = {key: value.detach().cpu().contiguous() for key, value in mapper.state_dict().items()}
+    write_atomically(path, lambda temporary: torch.save(state, temporary))
+
+
+def _reference(
+    cls: type[M],
+    state: dict[str, Tensor],
+    unet: UNet2DConditionModel,
+    image_encoder: CLIPVisionModel,
+    config: dict | None = None,
+) -> M:
+    """What a mapper for these models must look like: on the meta device, no memory used.
+
+    A release file says nothing of its configuration, so the number of levels and the width of the MLPs come from its
+    tensors, and the levels are the release's: every fourth hidden state.
+    """
+    levels = {key.split(".")[0] for key in state if key.startswith("mapping_patch_")}
+    first = state.get("mapping_0.0.weight")
+    hidden_dim = 1024 if first is None else first.shape[0]
+    hidden_layers = tuple(4 * (i + 1) for i in range(len(levels) - 1)) if levels else HIDDEN_LAYERS
+    if config is not None:
+        hidden_dim, hidden_layers = config["hidden_dim"], config["hidden_layers"]
+    attention = {name: attn.to_k.out_features for name, attn in cross_attention_layers(unet).items()}
+    with torch.device("meta"):
+        return cls(
+            input_dim=image_encoder.config.hidden_size,
+            output_dim=unet.config.cross_attention_dim,
+            hidden_dim=hidden_dim,
+            hidden_layers=list(hidden_layers),
+            attention=attention,
+        )
+
+
+def _check_keys(state: dict[str, Tensor], reference: Mapper, name: str) -> None:
+    expected = {key: tuple(value.shape) for key, value in reference.state_dict().items()}
+    found = {key: tuple(value.shape) for key, value in state.items()}
+    problems = []
+    if missing := sorted(expected.keys() - found.keys()):
+        problems.append(f"missing {_listed(missing)}")
+    if extra := sorted(found.keys() - expected.keys()):
+        problems.append(f"unexpected {_listed(extra)}")
+    wrong = [
+        f"{key} is {found[key]}, expected {expected[key]}"
+        for key in sorted(expected.keys() & found.keys())
+        if found[key] != expected[key]
+    ]
+    if wrong:
+        problems.append(f"wrong shape: {_listed(wrong)}")
+    if problems:
+        raise ValueError(
+            f"{name}: does not fit this model: {'; '.join(problems)}; it is damaged or was trained for another model"
+        )
+
+
+def _listed(items: Iterable[str]) -> str:
+    items = list(items)
+    more = f" and {len(items) - MOST_KEYS_SHOWN} more" if len(items) > MOST_KEYS_SHOWN else ""
+    return f"{len(items)}: " + ", ".join(items[:MOST_KEYS_SHOWN]) + more
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+

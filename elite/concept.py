@@ -1,0 +1,70 @@
+"""A concept: what ELITE needs to know of one object, encoded once from its picture and mask, and the file of it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from elite.files import write_atomically
+
+FORMAT_VERSION = "1"
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One or several objects, ready to be drawn.
+
+    Args:
+        words: w, (B, levels, D); w0 is the primary word.
+        feature_tokens: f after the mask, (B, patches, D); None without a local mapper.
+        fingerprint: of the mappers that made it.
+    """
+
+    words: Tensor
+    feature_tokens: Tensor | None
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def save(self, path: Path | str) -> None:
+        """Writes a safetensors file (a few hundred kB at Stable Diffusion size), whole or not at all."""
+        tensors = {"words": self.words.detach().cpu().contiguous()}
+        if self.feature_tokens is not None:
+            tensors["feature_tokens"] = self.feature_tokens.detach().cpu().contiguous()
+        metadata = {"format": "elite-concept", "version": FORMAT_VERSION, "fingerprint": self.fingerprint}
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Concept":
+        """Reads what `save` wrote. Raises ValueError where the file is something else."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise ValueError(f"{path}: no such file; expected a concept") from None
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: not a safetensors file ({error}); encode the concept again") from None
+        if metadata.get("format") != "elite-concept" or "words" not in tensors:
+            raise ValueError(f"{path}: not a concept; expected a file written by Concept.save")
+        if metadata.get("version") != FORMAT_VERSION:
+            raise ValueError(
+                f"{path}: concept format {metadata.get('version')}, this version reads {FORMAT_VERSION}; encode it again"
+            )
+        return cls(tensors["words"], tensors.get("feature_tokens"), metadata["fingerprint"])
+
+    @staticmethod
+    def stack(concepts: "list[Concept]") -> "Concept":
+        """One batch of concepts from several, all of the same mappers."""
+        if len({concept.fingerprint for concept in concepts}) > 1:
+            raise ValueError("concepts come from different mappers; encode them with the same pipeline")
+        tokens = [c.feature_tokens for c in concepts if c.feature_tokens is not None]
+        return Concept(
+            torch.cat([concept.words for concept in concepts]),
+            torch.cat(tokens) if len(tokens) == len(concepts) else None,
+            concepts[0].fingerprint,
+        )

@@ -1,0 +1,134 @@
+"""Image and mask files to arrays, and arrays to the views the networks see: the one preprocessing path of ELITE.
+
+Scripts, app, training data and previews all go through here.
+"""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+SAME_ASPECT = 0.02  # relative difference of aspect ratios up to which a mask is resized to its image
+
+
+def _open(path: Path | str) -> Image.Image:
+    """The decoded picture, upright (EXIF rotation applied)."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; expected an image") from None
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"{path}: not a readable image ({error}); save it again as PNG or JPEG"
+        ) from None
+
+
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """Any PIL mode to uint8 (H, W, 3); 16-bit grey is scaled, transparency lies on white."""
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        top = 65535 if values.max(initial=0) > 255 else 255
+        grey = np.clip(values / top * 255, 0, 255).round().astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(image.convert("RGB"))
+
+
+def to_mask(image: Image.Image) -> np.ndarray:
+    """Any PIL mode to bool (H, W): every pixel that is neither black nor fully transparent is object."""
+    if image.mode in ("P", "RGBA", "LA", "PA"):
+        rgba = np.asarray(image.convert("RGBA"))
+        return (rgba[..., :3] > 0).any(axis=2) & (rgba[..., 3] > 0)
+    values = np.asarray(image)
+    return (values > 0).any(axis=2) if values.ndim == 3 else values > 0
+
+
+def read_image(path: Path | str) -> np.ndarray:
+    """RGB picture, uint8 (H, W, 3), upright. Raises ValueError naming the file where it cannot be read."""
+    return to_rgb(_open(path))
+
+
+def read_mask(path: Path | str) -> np.ndarray:
+    """Object mask, bool (H, W), upright. Raises ValueError naming the file where it cannot be read."""
+    return to_mask(_open(path))
+
+
+def fit_mask(mask: np.ndarray, image: np.ndarray, name: str = "mask") -> np.ndarray:
+    """The mask at the image's size.
+
+    A mask of the same aspect ratio is resized (nearest neighbour); any other shape, or a mask without a single
+    object pixel, is a ValueError that begins with `name`.
+    """
+    (height, width), (mask_height, mask_width) = image.shape[:2], mask.shape
+    if (mask_height, mask_width) != (height, width):
+        if abs(mask_width * height / (mask_height * width) - 1) > SAME_ASPECT:
+            raise ValueError(
+                f"{name}: mask is {mask_width} x {mask_height}, its image {width} x {height}; "
+                "draw the mask on the image itself"
+            )
+        mask = cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST) > 0
+    if not mask.any():
+        raise ValueError(f"{name}: mask has no object pixel; paint the object in white on black")
+    return mask
+
+
+def normalise(image: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """uint8 (H, W, 3) to float32 (3, H, W), `(x / 255 - mean) / std` per channel."""
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255
+    return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
+def to_pixels(image: np.ndarray) -> Tensor:
+    """uint8 (H, W, 3) to float32 (3, H, W) in [-1, 1]."""
+    return normalise(image, (0.5,) * 3, (0.5,) * 3)
+
+
+def to_clip_pixels(image: np.ndarray) -> Tensor:
+    """uint8 (H, W, 3) to float32 (3, H, W) with CLIP's mean and deviation."""
+    return normalise(image, CLIP_MEAN, CLIP_STD)
+
+
+def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Bicubic with antialiasing (Pillow's), uint8 in and out."""
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def cut_out(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The object alone on black: image * mask, uint8 (H, W, 3)."""
+    return image * mask[..., None].astype(np.uint8)
+
+
+def patch_mask(mask: np.ndarray | Tensor, grid: int) -> Tensor:
+    """m of the paper: bool or float (H, W) to float32 (grid * grid, 1), the top-left pixel of each cell decides."""
+    pixels = torch.as_tensor(np.asarray(mask), dtype=torch.float32)[None, None]
+    cells = torch.nn.functional.interpolate(pixels, size=(grid, grid), mode="nearest")
+    return cells.reshape(grid * grid, 1)
+
+
+def object_views(image: np.ndarray, mask: np.ndarray, size: int, grid: int) -> dict[str, Tensor]:
+    """The views ELITE encodes a concept from (paper section 3).
+
+    Args:
+        image: uint8 (H, W, 3).
+        mask: bool (H, W).
+        size: side of the CLIP input in pixels.
+        grid: side of the CLIP patch grid.
+
+    Returns:
+        `clip_pixels` and `object_pixels`, float32 (3, size, size), the picture and the object alone on black, both
+        CLIP-normalised; `patch_mask`, float32 (grid * grid, 1).
+    """
+    return {
+        "clip_pixels": to_clip_pixels(resize(image, size, size)),
+        "object_pixels": to_clip_pixels(resize(cut_out(image, mask), size, size)),
+        "patch_mask": patch_mask(mask, grid),
+    }

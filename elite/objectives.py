@@ -1,0 +1,192 @@
+"""What ELITE learns: the noising step both stages share, and the two objectives (paper eq. 4 and 7)."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from torch import Tensor, nn
+
+from elite.attention import install, local_inputs, local_values
+from elite.mappers import GlobalMapper, LocalMapper, clip_levels
+from elite.text import encode_text, tokenize
+
+WORD_PENALTY = 0.01  # stage 1, weight of mean |w|
+VALUE_PENALTY = 1e-4  # stage 2, weight of mean |V_l f|
+
+Batch = Mapping[str, Tensor]
+
+
+def seeded_noise(seeds: Tensor, shape: tuple[int, ...], stream: int = 0) -> Tensor:
+    """Standard normal (B, *shape), row i from its own CPU generator seeded with seeds[i].
+
+    So what a sample meets depends on the sample alone: not on batch size, processes, device, previews or resuming.
+    `stream` tells independent draws of one sample apart.
+    """
+    generators = [torch.Generator().manual_seed(int(s) * 4 + stream) for s in seeds]
+    return torch.stack([torch.randn(shape, generator=g) for g in generators])
+
+
+def seeded_timesteps(seeds: Tensor, num_train_timesteps: int) -> Tensor:
+    """Uniform timesteps (B,), one per sample seed."""
+    generators = [torch.Generator().manual_seed(int(s) * 4 + 3) for s in seeds]
+    return torch.cat([torch.randint(num_train_timesteps, (1,), generator=g) for g in generators])
+
+
+class EliteObjective(nn.Module):
+    """What both stages share: frozen Stable Diffusion, noising, the prediction with words in the prompt.
+
+    Args:
+        parts: vae, text_encoder, tokenizer, unet, image_encoder as `pipeline.load_parts` gives them.
+        global_mapper, local_mapper: installed in the UNet; stage 1 has no local mapper.
+        placeholder_token: the word of the captions that the concept's words replace.
+
+    Raises:
+        ValueError: a mapper does not fit the UNet.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, object],
+        global_mapper: GlobalMapper,
+        local_mapper: LocalMapper | None = None,
+        placeholder_token: str = "S",
+    ) -> None:
+        super().__init__()
+        self.vae, self.text_encoder = parts["vae"], parts["text_encoder"]
+        self.unet, self.image_encoder = parts["unet"], parts["image_encoder"]
+        self.tokenizer, self.placeholder_token = parts["tokenizer"], placeholder_token
+        self.global_mapper, self.local_mapper = global_mapper, local_mapper
+        # The release trains on DDPM noise whatever the sampler.
+        self.scheduler = DDPMScheduler(
+            **{
+                key: value
+                for key, value in parts["scheduler"].config.items()
+                if key in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
+            }
+        )
+        self.requires_grad_(False)
+        self.eval()
+        self.trained.requires_grad_(True)
+        self.trained.train()
+        install(self.unet, global_mapper, local_mapper)
+
+    @property
+    def trained(self) -> GlobalMapper | LocalMapper:
+        """The one network that learns."""
+        return self.global_mapper if self.local_mapper is None else self.local_mapper
+
+    def trainable_state_dict(self) -> dict[str, Tensor]:
+        """Keys and shapes of a mapper checkpoint."""
+        return self.trained.state_dict()
+
+    def train(self, mode: bool = True) -> "EliteObjective":
+        """Frozen parts stay in evaluation mode."""
+        super().train(False)
+        self.trained.train(mode)
+        return self
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """batch: what the dataset gives, collated; plus `seed` (B,). Returns {"loss": ..., other scalars}."""
+        seeds = batch["seed"]
+        latents = self.encode_pixels(batch["pixels"], seeds)
+        noise = seeded_noise(seeds, tuple(latents.shape[1:]), stream=1).to(latents)
+        t = seeded_timesteps(seeds, self.scheduler.config.num_train_timesteps).to(latents.device)
+        input_ids, index = tokenize(
+            self.tokenizer, batch["caption"], self.placeholder_token, self.words_injected
+        )
+        device = latents.device
+        text = {"input_ids": input_ids.to(device), "index": index.to(device)}
+        return self.loss({**batch, **text}, latents, noise, t)
+
+    @property
+    def words_injected(self) -> int:
+        raise TypeError("use GlobalObjective or LocalObjective")
+
+    def loss(self, batch: Batch, latents: Tensor, noise: Tensor, t: Tensor) -> dict[str, Tensor]:
+        raise TypeError("use GlobalObjective or LocalObjective")
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: Tensor, seeds: Tensor) -> Tensor:
+        """x (B, 3, H, W) in [-1, 1] to z, one draw of the posterior per sample seed."""
+        posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+        noise = seeded_noise(seeds, tuple(posterior.mean.shape[1:])).to(posterior.mean)
+        return (posterior.mean + posterior.std * noise) * self.vae.config.scaling_factor
+
+    def predict(
+        self,
+        batch: Batch,
+        noisy_latents: Tensor,
+        t: Tensor,
+        words: Tensor,
+        local: list[Tensor] | None = None,
+    ) -> Tensor:
+        """eps_hat (B, C, h, w) with `words` (B, L, D) in the prompt."""
+        context = encode_text(self.text_encoder, batch["input_ids"], words, batch["index"])
+        return self.unet(
+            noisy_latents, t, context, added_cond_kwargs={"image_embeds": local or []}
+        ).sample
+
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the UNet predicts: the noise, or the velocity of models trained for that."""
+        if self.scheduler.config.prediction_type == "v_prediction":
+            return self.scheduler.get_velocity(latents, noise, t)
+        return noise
+
+
+class GlobalObjective(EliteObjective):
+    """Stage 1 (paper eq. 4): learns the global mapper with all its words in the prompt."""
+
+    @property
+    def words_injected(self) -> int:
+        return self.global_mapper.num_levels
+
+    def loss(self, batch: Batch, latents: Tensor, noise: Tensor, t: Tensor) -> dict[str, Tensor]:
+        """`mean((eps_hat - eps)^2) + 0.01 mean|w|` for given noise and timesteps."""
+        layers = self.global_mapper.config.hidden_layers
+        with torch.no_grad():
+            levels = clip_levels(self.image_encoder, batch["clip_pixels"], layers)
+        w = self.global_mapper(levels)  # (B, levels, D)
+        noisy = self.scheduler.add_noise(latents, noise, t)
+        eps_hat = self.predict(batch, noisy, t, w)
+        mse = F.mse_loss(eps_hat.float(), self.target(latents, noise, t).float())
+        penalty = WORD_PENALTY * w.float().abs().mean()
+        return {"loss": mse + penalty, "mse": mse.detach(), "penalty": penalty.detach()}
+
+
+class LocalObjective(EliteObjective):
+    """Stage 2 (paper eq. 7): learns the local mapper beside the frozen global one, w0 in the prompt.
+
+    Deviation: the release also computes gradients of the global mapper, which nothing uses; here it has none.
+    """
+
+    @property
+    def words_injected(self) -> int:
+        return 1
+
+    def loss(self, batch: Batch, latents: Tensor, noise: Tensor, t: Tensor) -> dict[str, Tensor]:
+        """`sum(M (eps_hat - eps)^2) / sum(M)` per sample, averaged, plus `1e-4 mean|V_l f|`.
+
+        M (B, 1, h, w) is broadcast over the latent channels, so the first term is that many times a mean.
+        """
+        with torch.no_grad():
+            layers = self.global_mapper.config.hidden_layers
+            w = self.global_mapper(clip_levels(self.image_encoder, batch["clip_pixels"], layers))
+            layers = self.local_mapper.config.hidden_layers
+            levels = clip_levels(self.image_encoder, batch["object_pixels"], layers)
+        f = self.local_mapper(levels, self.patch_mask(batch["object_mask"], levels[0]))
+        local = local_inputs(f, batch["index"], 1.0, batch["input_ids"].shape[1])
+        noisy = self.scheduler.add_noise(latents, noise, t)
+        eps_hat = self.predict(batch, noisy, t, w[:, :1], local)
+        squared = (eps_hat.float() - self.target(latents, noise, t).float()).square()
+        M = batch["loss_mask"].to(squared)  # (B, 1, h, w)
+        mse = ((M * squared).sum(dim=(1, 2, 3)) / M.sum(dim=(1, 2, 3))).mean()
+        values = local_values(self.local_mapper, f)
+        penalty = VALUE_PENALTY * torch.stack([v.float().abs().mean() for v in values]).mean()
+        return {"loss": mse + penalty, "mse": mse.detach(), "penalty": penalty.detach()}
+
+    @staticmethod
+    def patch_mask(object_mask: Tensor, features: Tensor) -> Tensor:
+        """m: object mask (B, 1, H, W) to the CLIP patch grid, (B, patches, 1), nearest neighbour."""
+        grid = round((features.shape[1] - 1) ** 0.5)
+        return F.interpolate(object_mask.float(), (grid, grid), mode="nearest").flatten(2).transpose(1, 2)

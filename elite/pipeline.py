@@ -1,0 +1,420 @@
+"""ElitePipeline: Stable Diffusion with ELITE's mappers plugged in; encode a concept once, draw it many times."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+)
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModel
+
+from elite.attention import AttentionNorm, install, is_installed, local_inputs, uninstall
+from elite.checkpoint import load_mapper
+from elite.concept import Concept
+from elite.images import fit_mask, object_views, to_mask, to_rgb
+from elite.mappers import GlobalMapper, LocalMapper, Mapper, clip_levels
+from elite.text import encode_text, tokenize
+
+HUB_IMAGE_ENCODER = "openai/clip-vit-large-patch14"
+SCHEDULERS = {
+    "lms": LMSDiscreteScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
+    "euler": EulerDiscreteScheduler,
+    "ddim": DDIMScheduler,
+    "pndm": PNDMScheduler,
+}
+# Stable Diffusion's noise schedule, for model folders that carry none.
+NOISE_SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
+
+ImageLike = Image.Image | np.ndarray
+Words = int | Literal["all"]
+
+
+def make_scheduler(name: str, config: dict | None = None) -> KarrasDiffusionSchedulers:
+    """A scheduler by name over the model's own noise schedule.
+
+    LMS is the release's: fractional timesteps spaced by linspace. The model's config alone would draw something else.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if name not in SCHEDULERS:
+        raise ValueError(f"unknown scheduler {name!r}; choose one of {', '.join(SCHEDULERS)}")
+    schedule = {key: (config or {}).get(key, value) for key, value in NOISE_SCHEDULE.items()}
+    if prediction_type := (config or {}).get("prediction_type"):
+        schedule["prediction_type"] = prediction_type
+    spacing = "linspace" if name in ("lms", "dpm++", "unipc", "euler") else "leading"
+    extra = {
+        "ddim": {"clip_sample": False, "set_alpha_to_one": False},
+        "pndm": {"skip_prk_steps": True},
+    }
+    return SCHEDULERS[name](
+        **schedule, timestep_spacing=spacing, steps_offset=1, **extra.get(name, {})
+    )
+
+
+class ElitePipeline(StableDiffusionPipeline):
+    """Text-to-image with one-picture concepts (ELITE, arXiv 2302.13848).
+
+    A call without a concept draws the prompt through the mappers' K_g, V_g, as the release does for its
+    unconditional pass. `local_mapper` may be None: global mapping only.
+    """
+
+    model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
+    _optional_components = ["safety_checker", "feature_extractor", "local_mapper"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        image_encoder: CLIPVisionModel,
+        global_mapper: GlobalMapper,
+        local_mapper: LocalMapper | None = None,
+        safety_checker: None = None,
+        feature_extractor: None = None,
+        requires_safety_checker: bool = False,
+    ) -> None:
+        super().__init__(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            image_encoder=image_encoder,
+            requires_safety_checker=requires_safety_checker,
+        )
+        self.register_modules(global_mapper=global_mapper, local_mapper=local_mapper)
+        self.install()
+
+    @classmethod
+    def from_stable_diffusion(
+        cls,
+        model: str | Path,
+        *,
+        global_mapper: str | Path | GlobalMapper | None = None,
+        local_mapper: str | Path | LocalMapper | None = None,
+        image_encoder: str | Path | CLIPVisionModel | None = None,
+        torch_dtype: torch.dtype = torch.float32,
+    ) -> "ElitePipeline":
+        """Composes a pipeline from a Stable Diffusion and mappers.
+
+        Args:
+            model: folder in diffusers layout, or a hub name.
+            global_mapper, local_mapper: folder, hub name, `.pt` file of the release, or a mapper. None takes
+                `global_mapper/` and `local_mapper/` inside the model folder; without the latter there is no
+                local branch.
+            image_encoder: CLIP vision tower. None takes `image_encoder/` inside the model folder, else
+                CLIP ViT-L/14 from the hub.
+
+        Raises:
+            ValueError: a part is missing or does not fit; the message names it.
+        """
+        parts = load_parts(model, image_encoder)
+        unet, encoder = parts["unet"], parts["image_encoder"]
+        mappers: dict[str, Mapper | None] = {}
+        for name, kind, given in (
+            ("global_mapper", GlobalMapper, global_mapper),
+            ("local_mapper", LocalMapper, local_mapper),
+        ):
+            source = given if given is not None else _inside(model, name)
+            mappers[name] = (
+                source
+                if source is None or isinstance(source, Mapper)
+                else load_mapper(kind, source, unet, encoder)
+            )
+        if mappers["global_mapper"] is None:
+            raise ValueError(
+                f"{model}: has no global_mapper/; pass the path of a global mapper (--global_mapper_path)"
+            )
+        return cls(**parts, **mappers).to(dtype=torch_dtype)
+
+    def install(self, attention_norm: AttentionNorm = "sample") -> None:
+        """Plugs the mappers into this pipeline's UNet; done by the constructor."""
+        install(self.unet, self.global_mapper, self.local_mapper, attention_norm)
+
+    def uninstall(self) -> None:
+        """Gives the plain Stable Diffusion back, bit for bit."""
+        uninstall(self.unet)
+
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """Saves the whole pipeline in diffusers layout; the UNet's files are plain Stable Diffusion."""
+        installed = is_installed(self.unet)
+        self.uninstall()
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            if installed:
+                self.install()
+
+    @property
+    def grid(self) -> int:
+        """Side of the CLIP patch grid."""
+        config = self.image_encoder.config
+        return config.image_size // config.patch_size
+
+    @property
+    def resolution(self) -> int:
+        """Side in pixels of the pictures the model draws by default."""
+        return self.unet.config.sample_size * self.vae_scale_factor
+
+    def fingerprint(self) -> str:
+        """Of both mappers' weights; ties a concept to them."""
+        digest = hashlib.sha256()
+        for mapper in (self.global_mapper, self.local_mapper):
+            for key, value in sorted(mapper.state_dict().items()) if mapper is not None else ():
+                digest.update(key.encode())
+                digest.update(value.detach().float().sum(dtype=torch.float64).cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @torch.no_grad()
+    def encode_concept(self, image: ImageLike, mask: ImageLike, name: str = "mask") -> Concept:
+        """Reads one object: picture and mask to words and feature tokens (paper eq. 3 and section 3.3).
+
+        Args:
+            image: PIL image, or uint8 (H, W, 3).
+            mask: PIL image or array (H, W); every non-zero pixel is object.
+            name: what error messages call the mask.
+
+        Raises:
+            ValueError: the mask is empty or of another shape.
+        """
+        pixels = to_rgb(image) if isinstance(image, Image.Image) else np.asarray(image)
+        object_mask = to_mask(mask) if isinstance(mask, Image.Image) else np.asarray(mask) > 0
+        views = object_views(
+            pixels,
+            fit_mask(object_mask, pixels, name),
+            self.image_encoder.config.image_size,
+            self.grid,
+        )
+        views = {key: view[None].to(self._execution_device) for key, view in views.items()}
+        return self.encode_views(**views)
+
+    @torch.no_grad()
+    def encode_views(self, clip_pixels: Tensor, object_pixels: Tensor, patch_mask: Tensor) -> Concept:
+        """The same for a batch of views: (B, 3, H, W) twice, CLIP-normalised, and (B, patches, 1)."""
+        layers = self.global_mapper.config.hidden_layers
+        words = self.global_mapper(clip_levels(self.image_encoder, clip_pixels, layers))
+        tokens = None
+        if self.local_mapper is not None:
+            layers = self.local_mapper.config.hidden_layers
+            levels = clip_levels(self.image_encoder, object_pixels, layers)
+            tokens = self.local_mapper(levels, patch_mask)
+        return Concept(words, tokens, self.fingerprint())
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *args,
+        concept: Concept | Sequence[Concept] | None = None,
+        lambda_: float | Sequence[float] = 0.8,
+        words: Words = 0,
+        placeholder_token: str = "S",
+        num_inference_steps: int = 100,
+        guidance_scale: float = 5.0,
+        seed: int | Sequence[int] | None = None,
+        **kwargs,
+    ):
+        """Draws a prompt with a concept in place of its placeholder.
+
+        Args:
+            prompt: one or several; with a concept, each holds the placeholder exactly once.
+            concept: one for all prompts, or one each; None draws the plain prompt.
+            lambda_: weight of the local branch, one or one per prompt: 0.8 reproduces the object, 0.6 edits it.
+            words: which of w replaces the placeholder: an index (0, the primary word) or "all".
+            seed: one per picture (prompts x num_images_per_prompt). The initial noise comes from a CPU generator
+                in float32, so seeds travel between devices, dtypes and batch sizes. None uses `generator`.
+            args, kwargs: as for StableDiffusionPipeline.
+
+        Returns:
+            StableDiffusionPipelineOutput.
+
+        Raises:
+            ValueError: placeholder absent, twice or too late; concept of other mappers; wrong counts.
+        """
+        if concept is None or prompt is None:
+            kwargs.setdefault("ip_adapter_image_embeds", [self._no_local_inputs()])
+        else:
+            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+            kwargs |= self._condition(prompts, concept, lambda_, words, placeholder_token)
+            prompt = None
+        if seed is not None:
+            kwargs["latents"] = self._initial_noise(seed, prompt, kwargs)
+        return super().__call__(
+            prompt,
+            *args,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            **kwargs,
+        )
+
+    def _condition(
+        self,
+        prompts: list[str],
+        concept: Concept | Sequence[Concept],
+        lambda_: float | Sequence[float],
+        words: Words,
+        placeholder_token: str,
+    ) -> dict:
+        """`prompt_embeds` (B, 77, D) and the local inputs for these prompts."""
+        concepts = [concept] if isinstance(concept, Concept) else list(concept)
+        concept = Concept.stack(concepts)
+        if concept.fingerprint != self.fingerprint():
+            raise ValueError(
+                f"concept was made by other mappers (fingerprint {concept.fingerprint}, these are "
+                f"{self.fingerprint()}); encode it again with this pipeline"
+            )
+        if len(concept) not in (1, len(prompts)):
+            raise ValueError(
+                f"{len(concept)} concepts for {len(prompts)} prompts; pass one, or one per prompt"
+            )
+        device = self._execution_device
+        rows = torch.arange(len(prompts)) if len(concept) > 1 else torch.zeros(len(prompts), dtype=int)
+        chosen = pick_words(concept.words, words)[rows].to(device)  # (B, L, D)
+        input_ids, index = tokenize(self.tokenizer, prompts, placeholder_token, chosen.shape[1])
+        context = encode_text(self.text_encoder, input_ids.to(device), chosen, index.to(device))
+        local = [self._no_local_inputs()]
+        if concept.feature_tokens is not None:
+            f = concept.feature_tokens[rows].to(device, self.unet.dtype)
+            weights = torch.as_tensor(lambda_, dtype=torch.float32)
+            if weights.numel() not in (1, len(prompts)):
+                raise ValueError(
+                    f"{weights.numel()} lambdas for {len(prompts)} prompts; pass one, or one per prompt"
+                )
+            local = local_inputs(f, index.to(device), weights.to(device), context.shape[1])
+        return {"prompt_embeds": context, "ip_adapter_image_embeds": local}
+
+    def _no_local_inputs(self) -> Tensor:
+        """Says to `prepare_ip_adapter_image_embeds` that there is no concept."""
+        return torch.zeros(0, 0, 0)
+
+    def prepare_ip_adapter_image_embeds(
+        self,
+        ip_adapter_image: None,
+        ip_adapter_image_embeds: list[Tensor] | None,
+        device: torch.device,
+        num_images_per_prompt: int,
+        do_classifier_free_guidance: bool,
+    ) -> list[Tensor]:
+        """Rows for the denoising batch: prompts repeated, guidance rows first with zero tokens and zero lambda.
+
+        `num_images_per_prompt` is the whole batch (prompts x pictures), as the stock pipelines pass it.
+        """
+        if not ip_adapter_image_embeds or ip_adapter_image_embeds[0].numel() == 0:
+            return []
+        batch_size = num_images_per_prompt
+        rows = [
+            x.repeat_interleave(batch_size // len(x), dim=0).to(device) for x in ip_adapter_image_embeds
+        ]
+        if not do_classifier_free_guidance:
+            return rows
+        f, placeholder, lambda_ = rows
+        return [
+            torch.cat([torch.zeros_like(f), f]),
+            torch.cat([placeholder, placeholder]),
+            torch.cat([torch.zeros_like(lambda_), lambda_]),
+        ]
+
+    def _initial_noise(
+        self, seed: int | Sequence[int], prompt: str | Sequence[str] | None, kwargs: dict
+    ) -> Tensor:
+        """Standard normal latents, each from its own CPU generator."""
+        embeds = kwargs.get("prompt_embeds")
+        prompts = len(embeds) if embeds is not None else 1 if isinstance(prompt, str) else len(prompt or ())
+        count = prompts * kwargs.get("num_images_per_prompt", 1)
+        seeds = [seed] * count if isinstance(seed, int) else list(seed)
+        if len(seeds) != count:
+            raise ValueError(f"{len(seeds)} seeds for {count} pictures; pass one, or one per picture")
+        size = [
+            (kwargs.get(side) or self.resolution) // self.vae_scale_factor for side in ("height", "width")
+        ]
+        shape = (self.unet.config.in_channels, *size)
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        return torch.stack(noise).to(self._execution_device, self.unet.dtype)
+
+
+def pick_words(words: Tensor, which: Words) -> Tensor:
+    """w (B, levels, D) to the words that are injected: (B, 1, D) for an index, all for "all"."""
+    if which == "all":
+        return words
+    if not 0 <= which < words.shape[1]:
+        raise ValueError(f"word {which} does not exist; choose 0 to {words.shape[1] - 1} or 'all'")
+    return words[:, which : which + 1]
+
+
+def _inside(model: str | Path, part: str) -> Path | None:
+    folder = Path(model) / part
+    return folder if folder.is_dir() else None
+
+
+def load_parts(model: str | Path, image_encoder: str | Path | CLIPVisionModel | None = None) -> dict:
+    """Everything but the mappers, in float32: vae, text_encoder, tokenizer, unet, scheduler, image_encoder.
+
+    Raises:
+        ValueError: a part is missing or unreadable; the message names it.
+    """
+    classes = {
+        "tokenizer": CLIPTokenizer,
+        "text_encoder": CLIPTextModel,
+        "vae": AutoencoderKL,
+        "unet": UNet2DConditionModel,
+    }
+    parts = {name: _load_part(cls, model, name) for name, cls in classes.items()}
+    if not isinstance(image_encoder, CLIPVisionModel):
+        inside = _inside(model, "image_encoder")
+        source = image_encoder or inside or HUB_IMAGE_ENCODER
+        image_encoder = _load_part(CLIPVisionModel, source)
+    return {**parts, "scheduler": _load_scheduler(model), "image_encoder": image_encoder}
+
+
+def _load_scheduler(model: str | Path) -> KarrasDiffusionSchedulers:
+    """The release's LMS over the model's noise schedule; a folder without a scheduler has Stable Diffusion's."""
+    if Path(model).is_dir() and not (Path(model) / "scheduler").is_dir():
+        return make_scheduler("lms")
+    config, _ = _load_part(LMSDiscreteScheduler, model, "scheduler", loader="load_config")
+    return make_scheduler("lms", config)
+
+
+def _load_part(cls: type, source: str | Path, subfolder: str = "", loader: str = "from_pretrained"):
+    options: dict = {"subfolder": subfolder} if subfolder else {}
+    if loader == "load_config":
+        options["return_unused_kwargs"] = True
+    elif cls is not CLIPTokenizer:
+        options["torch_dtype" if issubclass(cls, (AutoencoderKL, UNet2DConditionModel)) else "dtype"] = (
+            torch.float32
+        )
+    try:
+        part = getattr(cls, loader)(source, **options)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(
+            f"{source}: cannot load {subfolder or cls.__name__} ({reason}); expected a folder in diffusers layout or a "
+            "hub name"
+        ) from None
+    return part.eval() if isinstance(part, torch.nn.Module) else part
