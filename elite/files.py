@@ -18,6 +18,8 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
+        if path.is_dir() and temporary.is_dir():
+            shutil.rmtree(path)
         os.replace(temporary, path)
     except OSError as error:
         raise ValueError(

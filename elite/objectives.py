@@ -1,6 +1,7 @@
 """What ELITE learns: the noising step both stages share, and the two objectives (paper eq. 4 and 7)."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -8,29 +9,35 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from elite.attention import install, local_inputs, local_values
+from elite.files import write_atomically
 from elite.mappers import GlobalMapper, LocalMapper, clip_levels
 from elite.text import encode_text, tokenize
 
 WORD_PENALTY = 0.01  # stage 1, weight of mean |w|
 VALUE_PENALTY = 1e-4  # stage 2, weight of mean |V_l f|
+POSTERIOR_STREAM, NOISE_STREAM, TIMESTEP_STREAM = 0, 1, 2  # independent draws of one sample seed
 
 Batch = Mapping[str, Tensor]
 
 
-def seeded_noise(seeds: Tensor, shape: tuple[int, ...], stream: int = 0) -> Tensor:
+def seeded_noise(seeds: Tensor, shape: tuple[int, ...], stream: int = NOISE_STREAM) -> Tensor:
     """Standard normal (B, *shape), row i from its own CPU generator seeded with seeds[i].
 
     So what a sample meets depends on the sample alone: not on batch size, processes, device, previews or resuming.
     `stream` tells independent draws of one sample apart.
     """
-    generators = [torch.Generator().manual_seed(int(s) * 4 + stream) for s in seeds]
-    return torch.stack([torch.randn(shape, generator=g) for g in generators])
+    return torch.stack([torch.randn(shape, generator=_generator(s, stream)) for s in seeds])
 
 
 def seeded_timesteps(seeds: Tensor, num_train_timesteps: int) -> Tensor:
     """Uniform timesteps (B,), one per sample seed."""
-    generators = [torch.Generator().manual_seed(int(s) * 4 + 3) for s in seeds]
-    return torch.cat([torch.randint(num_train_timesteps, (1,), generator=g) for g in generators])
+    return torch.cat(
+        [torch.randint(num_train_timesteps, (1,), generator=_generator(s, TIMESTEP_STREAM)) for s in seeds]
+    )
+
+
+def _generator(seed: Tensor, stream: int) -> torch.Generator:
+    return torch.Generator().manual_seed((int(seed) + stream * 0x9E3779B97F4A7C15) % 2**63)
 
 
 class EliteObjective(nn.Module):
@@ -76,9 +83,10 @@ class EliteObjective(nn.Module):
         """The one network that learns."""
         return self.global_mapper if self.local_mapper is None else self.local_mapper
 
-    def trainable_state_dict(self) -> dict[str, Tensor]:
-        """Keys and shapes of a mapper checkpoint."""
-        return self.trained.state_dict()
+    def save_pretrained(self, folder: Path) -> None:
+        """The trained mapper, as a folder of its name that the pipeline loads."""
+        name = "global_mapper" if self.local_mapper is None else "local_mapper"
+        write_atomically(folder / name, self.trained.save_pretrained)
 
     def train(self, mode: bool = True) -> "EliteObjective":
         """Frozen parts stay in evaluation mode."""
@@ -90,7 +98,7 @@ class EliteObjective(nn.Module):
         """batch: what the dataset gives, collated; plus `seed` (B,). Returns {"loss": ..., other scalars}."""
         seeds = batch["seed"]
         latents = self.encode_pixels(batch["pixels"], seeds)
-        noise = seeded_noise(seeds, tuple(latents.shape[1:]), stream=1).to(latents)
+        noise = seeded_noise(seeds, tuple(latents.shape[1:])).to(latents)
         t = seeded_timesteps(seeds, self.scheduler.config.num_train_timesteps).to(latents.device)
         input_ids, index = tokenize(
             self.tokenizer, batch["caption"], self.placeholder_token, self.words_injected
@@ -110,7 +118,7 @@ class EliteObjective(nn.Module):
     def encode_pixels(self, pixels: Tensor, seeds: Tensor) -> Tensor:
         """x (B, 3, H, W) in [-1, 1] to z, one draw of the posterior per sample seed."""
         posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
-        noise = seeded_noise(seeds, tuple(posterior.mean.shape[1:])).to(posterior.mean)
+        noise = seeded_noise(seeds, tuple(posterior.mean.shape[1:]), POSTERIOR_STREAM).to(posterior.mean)
         return (posterior.mean + posterior.std * noise) * self.vae.config.scaling_factor
 
     def predict(

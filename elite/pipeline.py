@@ -110,6 +110,7 @@ class ElitePipeline(StableDiffusionPipeline):
             requires_safety_checker=requires_safety_checker,
         )
         self.register_modules(global_mapper=global_mapper, local_mapper=local_mapper)
+        self.fingerprint = _fingerprint(global_mapper, local_mapper)  # ties concepts to these mappers
         self.install()
 
     @classmethod
@@ -118,7 +119,7 @@ class ElitePipeline(StableDiffusionPipeline):
         model: str | Path,
         *,
         global_mapper: str | Path | GlobalMapper | None = None,
-        local_mapper: str | Path | LocalMapper | None = None,
+        local_mapper: str | Path | LocalMapper | Literal[False] | None = None,
         image_encoder: str | Path | CLIPVisionModel | None = None,
         torch_dtype: torch.dtype = torch.float32,
     ) -> "ElitePipeline":
@@ -127,8 +128,8 @@ class ElitePipeline(StableDiffusionPipeline):
         Args:
             model: folder in diffusers layout, or a hub name.
             global_mapper, local_mapper: folder, hub name, `.pt` file of the release, or a mapper. None takes
-                `global_mapper/` and `local_mapper/` inside the model folder; without the latter there is no
-                local branch.
+                `global_mapper/` and `local_mapper/` inside the model folder; without the latter, or with
+                `local_mapper=False`, there is no local branch.
             image_encoder: CLIP vision tower. None takes `image_encoder/` inside the model folder, else
                 CLIP ViT-L/14 from the hub.
 
@@ -142,12 +143,10 @@ class ElitePipeline(StableDiffusionPipeline):
             ("global_mapper", GlobalMapper, global_mapper),
             ("local_mapper", LocalMapper, local_mapper),
         ):
-            source = given if given is not None else _inside(model, name)
-            mappers[name] = (
-                source
-                if source is None or isinstance(source, Mapper)
-                else load_mapper(kind, source, unet, encoder)
-            )
+            source = _inside(model, name) if given is None else given or None
+            if isinstance(source, str | Path):
+                source = load_mapper(kind, source, unet, encoder)
+            mappers[name] = source
         if mappers["global_mapper"] is None:
             raise ValueError(
                 f"{model}: has no global_mapper/; pass the path of a global mapper (--global_mapper_path)"
@@ -183,15 +182,6 @@ class ElitePipeline(StableDiffusionPipeline):
         """Side in pixels of the pictures the model draws by default."""
         return self.unet.config.sample_size * self.vae_scale_factor
 
-    def fingerprint(self) -> str:
-        """Of both mappers' weights; ties a concept to them."""
-        digest = hashlib.sha256()
-        for mapper in (self.global_mapper, self.local_mapper):
-            for key, value in sorted(mapper.state_dict().items()) if mapper is not None else ():
-                digest.update(key.encode())
-                digest.update(value.detach().float().sum(dtype=torch.float64).cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
-
     @torch.no_grad()
     def encode_concept(self, image: ImageLike, mask: ImageLike, name: str = "mask") -> Concept:
         """Reads one object: picture and mask to words and feature tokens (paper eq. 3 and section 3.3).
@@ -225,7 +215,7 @@ class ElitePipeline(StableDiffusionPipeline):
             layers = self.local_mapper.config.hidden_layers
             levels = clip_levels(self.image_encoder, object_pixels, layers)
             tokens = self.local_mapper(levels, patch_mask)
-        return Concept(words, tokens, self.fingerprint())
+        return Concept(words, tokens, self.fingerprint)
 
     @torch.no_grad()
     def __call__(
@@ -285,10 +275,10 @@ class ElitePipeline(StableDiffusionPipeline):
         """`prompt_embeds` (B, 77, D) and the local inputs for these prompts."""
         concepts = [concept] if isinstance(concept, Concept) else list(concept)
         concept = Concept.stack(concepts)
-        if concept.fingerprint != self.fingerprint():
+        if concept.fingerprint != self.fingerprint:
             raise ValueError(
                 f"concept was made by other mappers (fingerprint {concept.fingerprint}, these are "
-                f"{self.fingerprint()}); encode it again with this pipeline"
+                f"{self.fingerprint}); encode it again with this pipeline"
             )
         if len(concept) not in (1, len(prompts)):
             raise ValueError(
@@ -366,6 +356,16 @@ def pick_words(words: Tensor, which: Words) -> Tensor:
     if not 0 <= which < words.shape[1]:
         raise ValueError(f"word {which} does not exist; choose 0 to {words.shape[1] - 1} or 'all'")
     return words[:, which : which + 1]
+
+
+def _fingerprint(*mappers: Mapper | None) -> str:
+    """A short name for these weights."""
+    digest = hashlib.sha256()
+    for mapper in mappers:
+        for key, value in sorted(mapper.state_dict().items()) if mapper is not None else ():
+            sums = torch.stack([value.double().sum(), value.double().abs().sum()])
+            digest.update(key.encode() + sums.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _inside(model: str | Path, part: str) -> Path | None:

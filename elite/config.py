@@ -1,0 +1,270 @@
+"""Typed settings: dataclass defaults < `--config` YAML < flags; an unknown name is an error.
+
+The dataclasses are in `elite/settings.py`. A script reads one and hands plain arguments on.
+"""
+
+import argparse
+import difflib
+import math
+import re
+import sys
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, Field, asdict, fields
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+
+from elite.files import write_atomically
+from elite.settings import (
+    InferenceGlobalConfig,
+    InferenceLocalConfig,
+    TrainConfig,
+    TrainGlobalConfig,
+    TrainLocalConfig,
+)
+
+__all__ = [
+    "InferenceGlobalConfig",
+    "InferenceLocalConfig",
+    "TrainConfig",
+    "TrainGlobalConfig",
+    "TrainLocalConfig",
+    "build_config",
+    "build_parser",
+    "parse_config",
+    "print_config",
+    "read_yaml",
+    "save_config",
+    "shipped",
+    "to_dict",
+]
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+Config = TypeVar("Config")
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML with the scalars of YAML 1.2: `1e-6` is a number, `no` is a word."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, rule) for tag, rule in rules if not tag.endswith((":bool", ":float"))]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$"),
+    list("-+.0123456789"),
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Hands mistakes to the caller, where argparse alone prints the whole usage and exits."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; --help explains the flags")
+
+
+def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) -> Config:
+    """The settings of a script: defaults, then the `--config` file, then flags.
+
+    A mistake ends the script with one line on stderr and exit status 2. `argv` None means the
+    command line's.
+    """
+    parser = build_parser(config_class)
+    try:
+        flags = _parse_flags(parser, argv)
+        path = flags.pop("config", None)
+        preset = _read_layer(config_class, read_yaml(path), f"{path}: ") if path else {}
+        return build_config(config_class, preset, _read_layer(config_class, flags, "--"))
+    except ValueError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def build_parser(config_class: type[Any]) -> argparse.ArgumentParser:
+    """A command line with one flag per field, plus `--config`; values stay text."""
+    parser = _Parser(
+        description=config_class.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    parser.add_argument("--config", help="YAML file of these settings; flags win over it.")
+    hints = get_type_hints(config_class)
+    for item in fields(config_class):
+        parser.add_argument(f"--{item.name}", help=_help(item), **_flag_options(hints[item.name]))
+    return parser
+
+
+def build_config(config_class: type[Config], *layers: Mapping[str, Any]) -> Config:
+    """The dataclass from its defaults and `layers`, later ones winning.
+
+    Raises ValueError for an unknown name, a value of a wrong type or range, a missing setting.
+    """
+    values: dict[str, Any] = {}
+    for layer in layers:
+        values.update(_read_layer(config_class, layer))
+    for item in fields(config_class):  # type: ignore[arg-type]
+        if item.name in values:
+            continue
+        if _default(item) is MISSING:
+            name = item.name
+            raise ValueError(f"{name}: not given; add --{name} or put it into the --config file")
+        if item.metadata.get("shipped"):
+            values[item.name] = shipped(str(item.default))
+    return config_class(**values)
+
+
+def read_yaml(path: Path | str) -> dict[str, Any]:
+    """The settings in a YAML file. Raises ValueError where it is no readable mapping."""
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not text"
+        raise ValueError(f"{path}: {reason}; --config expects a YAML file") from None
+    except (yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not YAML ({reason}); write lines of name: value") from None
+    if not isinstance(content or {}, dict):
+        raise ValueError(f"{path}: got {type(content).__name__}; write lines of name: value")
+    return content or {}
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The settings as plain values, secrets left out; `build_config` reads it back."""
+    secret = {item.name for item in fields(config) if item.metadata.get("secret")}
+    return {name: value for name, value in asdict(config).items() if name not in secret}
+
+
+def print_config(config: Any) -> None:
+    """The settings on stdout, one aligned line each; * marks what differs from the default."""
+    values = to_dict(config)
+    width = max(map(len, values))
+    for item in fields(config):
+        if item.name in values:
+            mark = " " if values[item.name] == _default(item) else "*"
+            print(f"{mark} {item.name:{width}}  {values[item.name]}")
+
+
+def save_config(config: Any, path: Path | str) -> None:
+    """Writes a YAML file for `--config`, which appears whole or not at all."""
+    text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def shipped(path: str) -> str:
+    """`path`, or where it does not exist, the same path inside the repository if that exists."""
+    inside = REPOSITORY / path
+    return str(inside) if not Path(path).exists() and inside.exists() else path
+
+
+def _parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> dict[str, Any]:
+    parsed, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        if not name.startswith("-"):
+            raise ValueError(f"{name}: unexpected; every setting is a flag, --help lists them")
+        raise ValueError(f"{name}: unknown flag{_nearest(name, parser._option_string_actions)}")
+    return vars(parsed)
+
+
+def _flag_options(hint: Any) -> dict[str, Any]:
+    """What argparse must know of a field's type."""
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    return {"nargs": "+"} if get_origin(hint) is list else {}
+
+
+def _help(item: Field[Any]) -> str:
+    choices = item.metadata.get("choices")
+    listed = f" One of {', '.join(choices)}." if choices else ""
+    default = _default(item)
+    ending = "Required." if default is MISSING else f"Default: {default}."
+    return f"{item.metadata['help']}{listed} {ending}".replace("%", "%%")
+
+
+def _default(item: Field[Any]) -> Any:
+    return item.default if item.default_factory is MISSING else item.default_factory()
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    match = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {match[0]}?" if match else "; --help lists what there is"
+
+
+def _read_layer(
+    config_class: type[Any], layer: Mapping[str, Any], source: str = ""
+) -> dict[str, Any]:
+    """The values of one layer, typed and checked; an error begins with `source`."""
+    known = {item.name: item for item in fields(config_class)}
+    hints = get_type_hints(config_class)
+    values = {}
+    for name, value in layer.items():
+        if name not in known:
+            raise ValueError(f"{source}{name}: unknown setting{_nearest(str(name), known)}")
+        try:
+            values[name] = _read(value, hints[name], known[name].metadata)
+        except ValueError as error:
+            raise ValueError(f"{source}{name}: {error}") from None
+    return values
+
+
+def _read(value: Any, hint: Any, checks: Mapping[str, Any]) -> Any:
+    """A value from YAML or the command line in its field's type and range."""
+    try:
+        result = _convert(value, hint)
+    except (TypeError, ValueError):
+        raise ValueError(f"got {value!r}, expected {_describe(hint)}") from None
+    for part in result if isinstance(result, list) else [result]:
+        expected = None if part is None else _violation(part, checks)
+        if expected:
+            raise ValueError(f"got {part!r}, expected {expected}")
+    return result
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """`value` as `hint`; TypeError or ValueError where it is none."""
+    if get_origin(hint) is list:
+        return [_convert(part, get_args(hint)[0]) for part in _list(value)]
+    if isinstance(hint, types.UnionType):
+        return None if value in (None, "none", "None") else _convert(value, get_args(hint)[0])
+    if isinstance(value, bool) != (hint is bool) or not isinstance(value, str | int | float):
+        raise TypeError
+    if hint is int and isinstance(value, float):
+        raise TypeError
+    result = hint(value)
+    if isinstance(result, float) and not math.isfinite(result):
+        raise ValueError
+    return result
+
+
+def _list(value: Any) -> Sequence[Any]:
+    if not isinstance(value, list | tuple) or not value:
+        raise TypeError
+    return value
+
+
+def _describe(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    if isinstance(hint, types.UnionType):
+        return f"{_describe(get_args(hint)[0])} or none"
+    return "a list of whole numbers" if get_origin(hint) is list else names[hint]
+
+
+def _violation(value: Any, checks: Mapping[str, Any]) -> str | None:
+    """What was expected, where `value` fails a check; None where it passes."""
+    if "choices" in checks and value not in checks["choices"]:
+        return f"one of {', '.join(checks['choices'])}"
+    if "at_least" in checks and value < checks["at_least"]:
+        return f"at least {checks['at_least']}"
+    if "above" in checks and value <= checks["above"]:
+        return f"more than {checks['above']}"
+    if "below" in checks and value >= checks["below"]:
+        return f"less than {checks['below']}"
+    if "pattern" in checks and not re.fullmatch(checks["pattern"], value):
+        return str(checks["expected"])
+    return None

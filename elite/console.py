@@ -1,0 +1,31 @@
+"""What the scripts have in common at the command line: one clear line for a user's mistake, exit codes, quiet libraries."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+
+OK, INTERRUPTED, BAD_INPUT, PARTLY_FAILED = 0, 130, 2, 3
+
+
+def quiet_libraries() -> None:
+    """Keeps hints for library developers (missing torchvision, deprecations) away from users; errors still show."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+def run(main: Callable[[], int]) -> None:
+    """Runs a script and exits: with its status, 2 and one line on stderr for a ValueError, 130 for Ctrl-C."""
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    except KeyboardInterrupt:
+        print("interrupted; what is finished is kept", file=sys.stderr)
+        sys.exit(INTERRUPTED)

@@ -1,0 +1,550 @@
+"""Datasets: Open Images for training, a folder of image and mask pairs for inference."""
+
+import csv
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, Protocol
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from elite.augment import clip_view, object_view, scaled_target
+from elite.files import write_atomically
+from elite.images import (
+    fit_mask,
+    read_image,
+    read_mask,
+    resize,
+    to_clip_pixels,
+    to_pixels,
+)
+
+# The 27 captions of textual inversion's "small" ImageNet set, which come from CLIP's prompts.
+PHOTO_TEMPLATES = (
+    "a photo of a {}",
+    "a rendering of a {}",
+    "a cropped photo of the {}",
+    "the photo of a {}",
+    "a photo of a clean {}",
+    "a photo of a dirty {}",
+    "a dark photo of the {}",
+    "a photo of my {}",
+    "a photo of the cool {}",
+    "a close-up photo of a {}",
+    "a bright photo of the {}",
+    "a cropped photo of a {}",
+    "a photo of the {}",
+    "a good photo of the {}",
+    "a photo of one {}",
+    "a close-up photo of the {}",
+    "a rendition of the {}",
+    "a photo of the clean {}",
+    "a rendition of a {}",
+    "a photo of a nice {}",
+    "a good photo of a {}",
+    "a photo of the nice {}",
+    "a photo of the small {}",
+    "a photo of the weird {}",
+    "a photo of the large {}",
+    "a photo of a cool {}",
+    "a photo of a small {}",
+)
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+BOX_PADDING = 10  # pixels around a box of stage 1
+CSV_BLOCK = 16384  # rows held as text at a time
+BOX_FIELDS = ("name", "hs", "he", "ws", "we")  # of the index of mask boxes
+REBUILD = "python data_scripts/cal_bbox_by_seg.py DIR"
+ORDER, SAMPLES = 1, 2  # separate random streams of one seed
+
+
+# --- captions -------------------------------------------------------------------------------------
+
+
+def with_framing(caption: str, phrase: str) -> str:
+    """The caption with its leading article replaced, as a word, by the phrase.
+
+    Deviation: the release replaces letters and trains on "ahe photo of a S".
+    """
+    rest = re.sub(r"^(a|an|the)\s+", "", caption)
+    return f"{phrase} {rest}"
+
+
+def _draw_caption(placeholder_token: str, rng: np.random.Generator) -> str:
+    return PHOTO_TEMPLATES[rng.integers(len(PHOTO_TEMPLATES))].format(placeholder_token)
+
+
+# --- Open Images ----------------------------------------------------------------------------------
+
+
+def read_columns(path: Path, names: tuple[str, ...]) -> list[np.ndarray]:
+    """The named columns of a CSV file as byte strings (rows,).
+
+    Read in blocks, so that a million rows cost little memory.
+
+    Raises:
+        ValueError: no such file, or a column is missing.
+    """
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = csv.reader(file)
+            header = next(rows, [])
+            missing = [name for name in names if name not in header]
+            if missing:
+                raise ValueError(
+                    f"{path}: no column {', '.join(missing)}; expected the CSV of Open Images V6"
+                )
+            pick = itemgetter(*(header.index(name) for name in names))
+            return _stack_blocks(rows, pick, len(names))
+    except OSError as error:
+        raise ValueError(
+            f"{path}: {error.strerror}; "
+            "expected the Open Images V6 layout (annotations/, images/, segs/)"
+        ) from None
+    except (IndexError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not a readable CSV file ({error}); download it again") from None
+
+
+def _stack_blocks(
+    rows: Iterator[list[str]], pick: Callable[[list[str]], Sequence[str]], columns: int
+) -> list[np.ndarray]:
+    """Picked columns of all rows, as arrays no wider than their longest text."""
+    blocks: list[list[np.ndarray]] = [[] for _ in range(columns)]
+    picked = map(pick, filter(None, rows))
+    while block := list(itertools.islice(picked, CSV_BLOCK)):
+        for parts, texts in zip(blocks, zip(*block, strict=True), strict=True):
+            parts.append(np.array([text.encode() for text in texts]))
+    return [np.concatenate(parts) if parts else np.zeros(0, dtype="S1") for parts in blocks]
+
+
+class OpenImagesBoxes:
+    """Stage 1: boxes that cover 2 to 80 % of their image, groups of objects included.
+
+    The class names of `oidv6-class-descriptions.csv` play no part in training and need not be
+    there.
+
+    Args:
+        root: folder with `images/test/ID.jpg` and `annotations/test-annotations-bbox.csv`.
+        resolution: side of the target in pixels.
+        clip_size: side of the CLIP input in pixels.
+        placeholder_token: word that stands for the object in captions.
+        set_name: `test`, `validation` or `train`, as in the names of files and folders.
+
+    Raises:
+        ValueError: no CSV file, or no usable box in it.
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        *,
+        resolution: int = 512,
+        clip_size: int = 224,
+        placeholder_token: str = "S",
+        set_name: str = "test",
+    ) -> None:
+        self.image_folder = Path(root) / "images" / set_name
+        self.resolution, self.clip_size = resolution, clip_size
+        self.placeholder_token = placeholder_token
+        path = Path(root) / "annotations" / f"{set_name}-annotations-bbox.csv"
+        self.image_ids, self.boxes = read_boxes(path)  # (N,) bytes, (N, 4) x0 x1 y0 y1 in [0, 1]
+        if not len(self.boxes):
+            raise ValueError(f"{path}: no box covers 2 to 80 % of its image; nothing to train on")
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Tensor | str]:
+        """Target, CLIP view and caption of a box; the target depends on the box alone.
+
+        Returns:
+            pixels: float32 (3, resolution, resolution) in [-1, 1].
+            clip_pixels: float32 (3, clip_size, clip_size), augmented, CLIP-normalised.
+            caption: e.g. "a photo of a S".
+
+        Raises:
+            ValueError: the image cannot be read; the message names it.
+        """
+        image = read_image(_image_path(self.image_folder, self.image_ids[index]))
+        height, width = image.shape[:2]
+        left, right, top, bottom = self.boxes[index] * (width, width, height, height)
+        crop = image[padded((top, bottom, left, right), BOX_PADDING, height, width)]
+        return {
+            "pixels": to_pixels(resize(crop, self.resolution, self.resolution)),
+            "clip_pixels": to_clip_pixels(clip_view(crop, self.clip_size, rng)),
+            "caption": _draw_caption(self.placeholder_token, rng),
+        }
+
+
+def read_boxes(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Image names (N,) and boxes float32 (N, 4) x0 x1 y0 y1 that cover 2 to 80 % of their image.
+
+    Boxes are cut to the image first.
+    """
+    image_ids, *sides = read_columns(path, ("ImageID", "XMin", "XMax", "YMin", "YMax"))
+    try:
+        boxes = np.stack([side.astype(np.float32) for side in sides], axis=1).clip(0, 1)
+    except ValueError as error:
+        raise ValueError(f"{path}: a box is not a number ({error}); download it again") from None
+    width, height = boxes[:, 1] - boxes[:, 0], boxes[:, 3] - boxes[:, 2]
+    area = np.where((width > 0) & (height > 0), width * height, 0)
+    usable = (area >= 0.02) & (area <= 0.8)
+    return image_ids[usable], boxes[usable]
+
+
+def padded(
+    box: Sequence[float] | np.ndarray, padding: int, height: int, width: int
+) -> tuple[slice, slice]:
+    """Rows and columns of a box (top, bottom, left, right) in pixels, grown inside the image."""
+    top, bottom, left, right = box
+    return (
+        slice(max(math.floor(top) - padding, 0), min(math.ceil(bottom) + padding, height)),
+        slice(max(math.floor(left) - padding, 0), min(math.ceil(right) + padding, width)),
+    )
+
+
+def _image_path(folder: Path, image_id: bytes) -> Path:
+    return folder / f"{image_id.decode()}.jpg"
+
+
+class OpenImagesMasks:
+    """Stage 2: masks with both sides of at least 100 px and an aspect of 0.5 to 2.
+
+    Sizes are those of the mask file, which may differ from the image's.
+
+    Args:
+        root: folder with `images/test/ID.jpg`, `segs/test/*.png`, `segs/test_bbox_dict.npy` and
+            `annotations/test-annotations-object-segmentation.csv`.
+        resolution: side of the target in pixels.
+        clip_size: side of the CLIP input in pixels.
+        latent_size: side of the latent.
+        placeholder_token: word that stands for the object in captions.
+        set_name: `test`, `validation` or `train`, as in the names of files and folders.
+
+    Raises:
+        ValueError: a file of the index is missing or pickled, or no usable mask is in it.
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        *,
+        resolution: int = 512,
+        clip_size: int = 224,
+        latent_size: int = 64,
+        placeholder_token: str = "S",
+        set_name: str = "test",
+    ) -> None:
+        self.image_folder = Path(root) / "images" / set_name
+        self.mask_folder = Path(root) / "segs" / set_name
+        self.resolution, self.clip_size, self.latent_size = resolution, clip_size, latent_size
+        self.placeholder_token = placeholder_token
+        path = Path(root) / "annotations" / f"{set_name}-annotations-object-segmentation.csv"
+        index = usable_masks(load_mask_boxes(mask_boxes_path(root, set_name)))
+        mask_names, image_ids = read_columns(path, ("MaskPath", "ImageID"))
+        known = np.char.encode(index["name"], "utf-8")
+        _, rows, entries = np.intersect1d(mask_names, known, return_indices=True)
+        self.image_ids, self.index = image_ids[rows], index[entries]
+        if not len(self.index):
+            raise ValueError(
+                f"{path}: no mask of 100 px or more with an aspect of 0.5 to 2; nothing to train on"
+            )
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Tensor | str]:
+        """Target, views, masks and caption of an object.
+
+        Returns:
+            pixels: float32 (3, resolution, resolution) in [-1, 1], scale augmentation applied.
+            loss_mask: float32 (1, latent_size, latent_size), M of the paper, 0 or 1 and never all
+                0.
+            clip_pixels: float32 (3, clip_size, clip_size), the plain crop, CLIP-normalised.
+            object_pixels: float32 (3, clip_size, clip_size), the augmented object on black,
+                CLIP-normalised.
+            object_mask: float32 (1, clip_size, clip_size), 0 or 1, its mask under the same
+                augmentation.
+            caption: e.g. "a far away photo of a S".
+
+        Raises:
+            ValueError: image or mask cannot be read, or do not fit each other; the message names
+                the file.
+        """
+        crop, mask = self._crop(index, rng)
+        target = scaled_target(crop, self.resolution, self.latent_size, rng)
+        object_image, object_mask = object_view(crop, mask, self.clip_size, rng)
+        if not object_mask.any():
+            raise ValueError(
+                f"{self._mask_path(index)}: no object pixel is left at {self.clip_size} px; "
+                "remove the mask"
+            )
+        return {
+            "pixels": to_pixels(target.image),
+            "loss_mask": torch.from_numpy(target.valid).float()[None],
+            "clip_pixels": to_clip_pixels(resize(crop, self.clip_size, self.clip_size)),
+            "object_pixels": to_clip_pixels(object_image),
+            "object_mask": torch.from_numpy(object_mask).float()[None],
+            "caption": with_framing(_draw_caption(self.placeholder_token, rng), target.phrase),
+        }
+
+    def _mask_path(self, index: int) -> Path:
+        return self.mask_folder / str(self.index["name"][index])
+
+    def _crop(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Image uint8 (h, w, 3) and mask bool (h, w), the object with 10 to 19 px around."""
+        image = read_image(_image_path(self.image_folder, self.image_ids[index]))
+        path = self._mask_path(index)
+        mask_file = read_mask(path)
+        mask = fit_mask(mask_file, image, str(path))
+        (height, width), (mask_height, mask_width) = mask.shape, mask_file.shape
+        scale = np.repeat((height / mask_height, width / mask_width), 2)
+        hs, he, ws, we = (self.index[side][index] for side in ("hs", "he", "ws", "we"))
+        place = padded(scale * (hs, he, ws, we), int(rng.integers(10, 20)), height, width)
+        if not mask[place].any():
+            raise ValueError(f"{path}: mask has changed since its box was found; run {REBUILD}")
+        return image[place], mask[place]
+
+
+# --- the index of mask boxes ----------------------------------------------------------------------
+
+
+def mask_boxes_path(root: Path | str, set_name: str = "test") -> Path:
+    """Where the index of mask boxes of an Open Images folder lies."""
+    return Path(root) / "segs" / f"{set_name}_bbox_dict.npy"
+
+
+def save_mask_boxes(path: Path, boxes: Mapping[str, tuple[int, int, int, int]]) -> None:
+    """Write the index: per mask file its box, so that `mask[hs:he, ws:we]` is the object.
+
+    A structured array ordered by name, no pickle; the file appears whole or not at all.
+
+    Raises:
+        ValueError: the disk is full or the folder cannot be written.
+    """
+    rows = [(name, *boxes[name]) for name in sorted(boxes)]
+    width = max(map(len, boxes), default=1)
+    table = np.array(rows, dtype=_box_type(width))
+    write_atomically(path, lambda temporary: np.save(temporary, table, allow_pickle=False))
+
+
+def load_mask_boxes(path: Path) -> np.ndarray:
+    """The index of mask boxes: structured array (N,) of name, hs, he, ws, we.
+
+    Raises:
+        ValueError: no such file, or not ours (the release's is pickled and never opened).
+    """
+    try:
+        boxes = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; make it with {REBUILD}") from None
+    except (OSError, ValueError, EOFError):
+        raise ValueError(f"{path}: pickled or damaged; rebuild it with {REBUILD}") from None
+    if boxes.dtype.names != BOX_FIELDS:
+        raise ValueError(f"{path}: not an index of mask boxes; rebuild it with {REBUILD}")
+    return boxes
+
+
+def _box_type(width: int) -> np.dtype:
+    """A row of the index, with names of up to `width` characters."""
+    return np.dtype(list(zip(BOX_FIELDS, (f"U{width}", *4 * ("i4",)), strict=True)))
+
+
+def usable_masks(boxes: np.ndarray) -> np.ndarray:
+    """The rows of the index with both sides of at least 100 px and an aspect of 0.5 to 2."""
+    height, width = boxes["he"] - boxes["hs"], boxes["we"] - boxes["ws"]
+    large = (height >= 100) & (width >= 100)
+    return boxes[large & (height <= 2 * width) & (width <= 2 * height)]
+
+
+# --- a folder of pairs ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A picture and the file its mask is expected in."""
+
+    name: str
+    image_path: Path
+    mask_path: Path
+
+
+class PairFolder:
+    """The pairs NAME.jpg (jpeg, png, webp) and NAME_bg.png of a folder, by name.
+
+    Raises:
+        ValueError: no such folder, or no picture in it.
+    """
+
+    def __init__(self, root: Path | str) -> None:
+        folder = Path(root)
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such folder; expected NAME.jpg with NAME_bg.png in it")
+        self.pairs = [
+            Pair(path.stem, path, path.with_name(f"{path.stem}_bg.png"))
+            for path in sorted(folder.iterdir(), key=lambda path: (path.stem, path.suffix))
+            if _is_picture(path)
+        ]
+        if not self.pairs:
+            raise ValueError(
+                f"no image + mask pairs in {folder}; expected NAME.jpg with NAME_bg.png"
+            )
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Image uint8 (H, W, 3) and mask bool (H, W) of a pair.
+
+        Raises:
+            ValueError: either is missing or unreadable, or they do not fit; the message names the
+                file.
+        """
+        pair = self.pairs[index]
+        image = read_image(pair.image_path)
+        if not pair.mask_path.exists():
+            raise ValueError(
+                f"{pair.mask_path}: no such file; expected the mask of {pair.image_path.name}"
+            )
+        return image, fit_mask(read_mask(pair.mask_path), image, str(pair.mask_path))
+
+
+def _is_picture(path: Path) -> bool:
+    suffix = path.suffix.lower()
+    is_mask = suffix == ".png" and path.stem.endswith("_bg")
+    return suffix in PICTURES and not is_mask and not path.name.startswith(".") and path.is_file()
+
+
+# --- the stream of training samples ---------------------------------------------------------------
+
+
+class Samples(Protocol):
+    """What a training stream needs of a dataset."""
+
+    def __len__(self) -> int: ...
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Tensor | str]: ...
+
+
+class TrainingStream(Dataset):
+    """An endless, shuffled stream: the sample at position n depends on (seed, n) alone.
+
+    So workers, processes and resuming change nothing. Each epoch of `len(dataset)` positions
+    shows every sample once.
+
+    Args:
+        dataset: what to show.
+        seed: of order and augmentations, not negative.
+        max_attempts: samples tried for one position before the run is stopped.
+    """
+
+    def __init__(self, dataset: Samples, seed: int, max_attempts: int = 10) -> None:
+        if seed < 0:
+            raise ValueError(f"seed {seed}: expected 0 or more; choose another")
+        self.dataset, self.seed, self.max_attempts = dataset, seed, max_attempts
+        self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        """The dataset's sample with two more keys.
+
+        Returns:
+            seed: int64 (), for whatever the objective draws.
+            failures: messages of the samples that could not be read and that this one stands in
+                for; list of str.
+
+        Raises:
+            ValueError: `max_attempts` samples in a row could not be read; lists them.
+        """
+        failures: list[str] = []
+        for attempt in range(self.max_attempts):
+            rng = np.random.default_rng((SAMPLES, self.seed, position, attempt))
+            noise_seed = torch.tensor(int(rng.integers(2**63 - 1)))
+            index = (
+                self._shuffled(position) if attempt == 0 else int(rng.integers(len(self.dataset)))
+            )
+            try:
+                sample = self.dataset.sample(index, rng)
+            except ValueError as error:
+                failures.append(str(error))
+            else:
+                return {**sample, "seed": noise_seed, "failures": failures}
+        raise ValueError(
+            f"{len(failures)} samples in a row could not be read; repair or remove them: "
+            + "; ".join(failures)
+        )
+
+    def _shuffled(self, position: int) -> int:
+        """The dataset's index at a position."""
+        epoch, place = divmod(position, len(self.dataset))
+        if epoch != self._epoch:
+            order = np.random.default_rng((ORDER, self.seed, epoch)).permutation(len(self.dataset))
+            self._epoch, self._order = epoch, order
+        return int(self._order[place])
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The positions of the stream that a process reads: its micro-batches, without end."""
+
+    batch_size: int
+    start: int
+    process_index: int
+    num_processes: int
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first = self.start + self.process_index * self.batch_size
+        for position in itertools.count(first, self.batch_size * self.num_processes):
+            yield list(range(position, position + self.batch_size))
+
+
+def stream_loader(
+    stream: TrainingStream,
+    *,
+    batch_size: int,
+    start: int = 0,
+    process_index: int = 0,
+    num_processes: int = 1,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Batches of the stream without end, from position `start` on.
+
+    Micro-batch k of process p holds positions `start + k * B * P + p * B` and the B - 1 after it,
+    so P processes of batch B see together what one process of batch P * B sees.
+    """
+    return DataLoader(
+        stream,
+        batch_sampler=Positions(batch_size, start, process_index, num_processes),
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_one_thread,
+    )
+
+
+def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Samples to a batch: tensors stacked (B, ...), texts in a list of B, lists joined."""
+    batch: dict[str, Any] = {}
+    for key, first in samples[0].items():
+        values = [sample[key] for sample in samples]
+        if isinstance(first, Tensor):
+            batch[key] = torch.stack(values)
+        elif isinstance(first, list):
+            batch[key] = list(itertools.chain.from_iterable(values))
+        else:
+            batch[key] = values
+    return batch
+
+
+def _one_thread(worker: int) -> None:
+    """Each worker of a loader uses one core."""
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)

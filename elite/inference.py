@@ -1,0 +1,95 @@
+"""The inference scripts' common page: build the pipeline, draw the folder, say what failed."""
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import PartialState
+
+from elite.console import BAD_INPUT, OK, PARTLY_FAILED
+from elite.data import PairFolder
+from elite.drawing import draw_folder
+from elite.pipeline import ElitePipeline, Words, make_scheduler
+from elite.settings import InferenceConfig
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of this process: the one named, else CUDA, MPS or the CPU, as there is.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    try:
+        device = torch.device(name) if name else PartialState().device
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(
+            f"device {name!r} is not available; leave out --device or use --device cpu"
+        ) from None
+    if device.type == "cpu":
+        PartialState(cpu=True)
+    return device
+
+
+def build_pipeline(
+    config: InferenceConfig, local_mapper: str | Literal[False] | None = None
+) -> ElitePipeline:
+    """The pipeline a configuration asks for, on its device and in its precision; False: no local branch."""
+    device = pick_device(config.device)
+    precision = config.mixed_precision or ("fp16" if device.type == "cuda" else "no")
+    pipe = ElitePipeline.from_stable_diffusion(
+        config.pretrained_model_name_or_path,
+        global_mapper=config.global_mapper_path,
+        local_mapper=local_mapper,
+        image_encoder=config.image_encoder_name_or_path,
+    )
+    pipe.scheduler = make_scheduler(config.scheduler, pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device, DTYPES[precision])
+
+
+def run_inference(
+    config: InferenceConfig, pipe: ElitePipeline, folder: str, words: Words = 0, lambda_: float = 0.0
+) -> int:
+    """Draws the configuration's folder into OUTPUT_DIR/folder. Returns the exit status."""
+    pairs = PairFolder(config.test_data_dir)
+    if config.selected_data >= len(pairs):
+        raise ValueError(
+            f"--selected_data {config.selected_data}: {config.test_data_dir} has {len(pairs)} pairs; "
+            f"choose 0 to {len(pairs) - 1}, or -1 for all"
+        )
+    if config.template.count("{}") != 1:
+        raise ValueError(
+            f"--template {config.template!r}: expected exactly one {{}} where the placeholder goes"
+        )
+    output_dir = Path(config.output_dir) / folder
+    failures = draw_folder(
+        pipe,
+        pairs,
+        output_dir,
+        prompt=config.template.format(config.placeholder_token),
+        placeholder_token=config.placeholder_token,
+        seeds=range(config.seed, config.seed + config.num_images),
+        words=words,
+        lambda_=lambda_,
+        indices=None if config.selected_data < 0 else [config.selected_data],
+        batch_size=config.batch_size,
+        resolution=config.resolution,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        metadata={"scheduler": config.scheduler, "model": config.pretrained_model_name_or_path},
+    )
+    if not PartialState().is_main_process:
+        return OK if not failures else PARTLY_FAILED
+    chosen = 1 if config.selected_data >= 0 else len(pairs)
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    if failures:
+        print(f"{len(failures)} of {chosen} pairs could not be drawn", file=sys.stderr)
+    if len(failures) == chosen:
+        return BAD_INPUT
+    print(f"pictures in {output_dir}; look at {output_dir / 'grid.png'} first")
+    return PARTLY_FAILED if failures else OK

@@ -1,0 +1,246 @@
+"""The settings of the scripts: a field is a flag of its name and a key of a `--config` file.
+
+`elite/config.py` reads them; modules never see these classes.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+PRECISIONS = ("no", "fp16", "bf16")
+SAMPLERS = ("lms", "dpm++", "unipc", "euler", "ddim", "pndm")
+# Every name of diffusers.optimization but piecewise_constant, which needs rules of its own.
+LR_SCHEDULERS = (
+    "constant",
+    "constant_with_warmup",
+    "cosine",
+    "cosine_with_restarts",
+    "linear",
+    "polynomial",
+)
+
+
+def setting(default: Any, help: str, **checks: Any) -> Any:
+    """A field with a default: `help` is one sentence for the user.
+
+    Checks: `choices` (a tuple), `at_least`, `above`, `below` (numbers), `pattern` (a regular
+    expression for the whole text) with `expected` (its description). `secret` fields are never
+    printed nor saved; the default of a `shipped` field is found in the repository from any
+    working directory.
+    """
+    metadata = {"help": help, **checks}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def required(help: str) -> Any:
+    """A field that the YAML file or a flag has to give."""
+    return field(metadata={"help": help})
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """What both training stages share."""
+
+    default_steps: ClassVar[int]
+
+    pretrained_model_name_or_path: str = required(
+        "Stable Diffusion to start from: a diffusers folder or a hub name."
+    )
+    train_data_dir: str = required("Open Images folder with images/, segs/ and annotations/.")
+    output_dir: str = setting("runs/elite", "Folder for mappers, checkpoints, previews and logs.")
+    revision: str | None = setting(None, "Revision of a hub model; None means its main branch.")
+    tokenizer_name: str | None = setting(
+        None, "Tokenizer folder or hub name; None means the model's own."
+    )
+    image_encoder_name_or_path: str | None = setting(
+        None,
+        "CLIP vision tower; None means image_encoder/ in the model folder, "
+        "else openai/clip-vit-large-patch14.",
+    )
+    placeholder_token: str = setting(
+        "S", "The word that stands for the object in captions.", pattern=r"\S+", expected="one word"
+    )
+    hidden_layers: list[int] = setting(
+        [4, 8, 12, 16],
+        "CLIP hidden states that give words besides the last one, shallow to deep.",
+        at_least=0,
+    )
+    mapper_hidden_size: int | None = setting(
+        None, "Width of the mapping MLPs; None means 1024.", at_least=1
+    )
+    resolution: int | None = setting(
+        None, "Side of the training images in pixels; None means what the model draws.", at_least=8
+    )
+
+    train_batch_size: int = setting(4, "Samples per device and step.", at_least=1)
+    gradient_accumulation_steps: int = setting(
+        4, "Batches summed into one optimiser step.", at_least=1
+    )
+    max_train_steps: int | None = setting(
+        None, "Optimiser steps in all; wins over num_train_epochs.", at_least=1
+    )
+    num_train_epochs: int | None = setting(
+        None,
+        "Passes over the data, when max_train_steps is None; both None means the paper's steps.",
+        at_least=1,
+    )
+    learning_rate: float = setting(1e-6, "Learning rate of AdamW.", above=0)
+    scale_lr: bool = setting(
+        False, "Multiply the learning rate by accumulation x batch x processes."
+    )
+    lr_scheduler: str = setting("constant", "Course of the learning rate.", choices=LR_SCHEDULERS)
+    lr_warmup_steps: int = setting(
+        0, "Optimiser steps of warm-up, for the schedulers that have one.", at_least=0
+    )
+    adam_beta1: float = setting(0.9, "First AdamW beta.", at_least=0, below=1)
+    adam_beta2: float = setting(0.999, "Second AdamW beta.", at_least=0, below=1)
+    adam_weight_decay: float = setting(1e-2, "AdamW weight decay.", at_least=0)
+    adam_epsilon: float = setting(1e-8, "AdamW epsilon.", above=0)
+    max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm.", above=0)
+    ema: bool = setting(False, "Keep a moving average of the weights and save that as the mapper.")
+    ema_decay: float = setting(
+        0.9999, "Share of the old average kept at each step.", at_least=0, below=1
+    )
+    mixed_precision: str | None = setting(
+        None, "Autocast type; None means accelerate's own setting.", choices=PRECISIONS
+    )
+    gradient_checkpointing: bool = setting(
+        False, "Recompute UNet activations in the backward pass: less memory, more time."
+    )
+    allow_tf32: bool = setting(False, "TF32 matrix products on NVIDIA GPUs: faster, less exact.")
+    dataloader_num_workers: int = setting(
+        0, "Processes that prepare samples, per device; 0 means the training process.", at_least=0
+    )
+    seed: int = setting(42, "Seed of data order, augmentation and noise.", at_least=0)
+
+    save_steps: int = setting(
+        500, "Optimiser steps between two checkpoints; 0 means one at the end.", at_least=0
+    )
+    checkpoints_total_limit: int | None = setting(
+        None, "Checkpoints kept, the newest ones; None means all.", at_least=1
+    )
+    resume_from_checkpoint: str | None = setting(
+        None, 'Checkpoint folder to continue from, or "latest" of output_dir.'
+    )
+    validation_steps: int = setting(
+        500, "Optimiser steps between two previews; 0 means no previews.", at_least=0
+    )
+    validation_data_dir: str = setting(
+        "test_datasets", "Folder of NAME.jpg and NAME_bg.png pairs for the previews.", shipped=True
+    )
+    num_validation_images: int = setting(4, "Pairs drawn in a preview.", at_least=1)
+    logging_dir: str = setting("logs", "Log folder; inside output_dir unless absolute.")
+    push_to_hub: bool = setting(False, "Upload the finished mapper to the Hugging Face hub.")
+    hub_model_id: str | None = setting(
+        None, "Hub repository for the upload; None means the name of output_dir."
+    )
+    hub_token: str | None = setting(
+        None, "Hub token; None means that of the login; never saved.", secret=True
+    )
+    dry_run: bool = setting(False, "Build everything, train one step, save nothing.")
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimiser steps: max_train_steps, else num_train_epochs, else the paper's number."""
+        if self.max_train_steps is not None:
+            return self.max_train_steps
+        if self.num_train_epochs is not None:
+            return self.num_train_epochs * steps_per_epoch
+        return self.default_steps
+
+
+@dataclass(kw_only=True)
+class TrainGlobalConfig(TrainConfig):
+    """Stage 1: the global mapping network (paper section 3.1)."""
+
+    default_steps: ClassVar[int] = 70_000
+
+    output_dir: str = setting("runs/global", "Folder for mappers, checkpoints, previews and logs.")
+    global_mapper_path: str | None = setting(
+        None, "Global mapper to start from; None means a fresh one."
+    )
+
+
+@dataclass(kw_only=True)
+class TrainLocalConfig(TrainConfig):
+    """Stage 2: the local mapping network (paper section 3.2)."""
+
+    default_steps: ClassVar[int] = 65_000
+
+    output_dir: str = setting("runs/local", "Folder for mappers, checkpoints, previews and logs.")
+    global_mapper_path: str = required("Trained global mapper, which stays as it is.")
+    local_mapper_path: str | None = setting(
+        None, "Local mapper to start from; None means a fresh one."
+    )
+    train_batch_size: int = setting(2, "Samples per device and step.", at_least=1)
+    learning_rate: float = setting(1e-5, "Learning rate of AdamW.", above=0)
+
+
+@dataclass(kw_only=True)
+class InferenceConfig:
+    """What both inference scripts share."""
+
+    pretrained_model_name_or_path: str = setting(
+        "checkpoints/small_world",
+        "Stable Diffusion to draw with: a diffusers folder or a hub name.",
+        shipped=True,
+    )
+    image_encoder_name_or_path: str | None = setting(
+        None,
+        "CLIP vision tower; None means image_encoder/ in the model folder, "
+        "else openai/clip-vit-large-patch14.",
+    )
+    global_mapper_path: str | None = setting(
+        None, "Trained global mapper; None means the model folder's own."
+    )
+    test_data_dir: str = setting(
+        "test_datasets", "Folder of NAME.jpg and NAME_bg.png pairs.", shipped=True
+    )
+    output_dir: str = setting("outputs", "Folder that receives the pictures.")
+    suffix: str = setting("object", "First part of the output folder's name.")
+    placeholder_token: str = setting(
+        "S", "The word that stands for the object.", pattern=r"\S+", expected="one word"
+    )
+    template: str = setting("a photo of a {}", "Prompt; {} is replaced by the placeholder.")
+    selected_data: int = setting(-1, "Index of the one pair to draw; -1 means all.", at_least=-1)
+    num_images: int = setting(1, "Pictures per pair, with seeds counting up.", at_least=1)
+    seed: int = setting(42, "Seed of the first picture's noise.", at_least=0)
+    num_inference_steps: int = setting(100, "Denoising steps.", at_least=1)
+    guidance_scale: float = setting(
+        5.0, "Classifier-free guidance; 1 or less means none.", at_least=0
+    )
+    scheduler: str = setting("lms", "Sampler.", choices=SAMPLERS)
+    resolution: int | None = setting(
+        None, "Side of the pictures in pixels; None means what the model draws.", at_least=8
+    )
+    batch_size: int = setting(1, "Pictures drawn at once; changes no picture.", at_least=1)
+    mixed_precision: str | None = setting(
+        None, "Number type; None means fp16 on CUDA and no elsewhere.", choices=PRECISIONS
+    )
+    device: str | None = setting(
+        None, "Device such as cpu, cuda:0 or mps; None means the fastest one present."
+    )
+
+
+@dataclass(kw_only=True)
+class InferenceGlobalConfig(InferenceConfig):
+    """Pictures from the words alone."""
+
+    token_index: str = setting(
+        "0",
+        "Word to draw with: its index (0 is the primary word), or full for all of them.",
+        pattern=r"\d+|full",
+        expected='an index from 0 on, or "full"',
+    )
+
+
+@dataclass(kw_only=True)
+class InferenceLocalConfig(InferenceConfig):
+    """Pictures from the primary word and the local features."""
+
+    local_mapper_path: str | None = setting(
+        None, "Trained local mapper; None means the model folder's own."
+    )
+    llambda: float = setting(
+        0.8, "Weight of the local features: 0.8 reproduces the object, 0.6 edits it.", at_least=0
+    )

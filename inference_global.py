@@ -1,0 +1,23 @@
+"""Draws every image + mask pair of a folder with ELITE's words alone, without the local branch.
+
+    python inference_global.py                                   w0, the primary word
+    python inference_global.py --token_index full                all words
+"""
+
+from elite.console import quiet_libraries, run
+
+quiet_libraries()
+
+from elite.config import InferenceGlobalConfig, parse_config  # noqa: E402
+from elite.inference import build_pipeline, run_inference  # noqa: E402
+
+
+def main() -> int:
+    config = parse_config(InferenceGlobalConfig)
+    pipe = build_pipeline(config, local_mapper=False)
+    words = "all" if config.token_index == "full" else int(config.token_index)
+    return run_inference(config, pipe, f"{config.suffix}_token{config.token_index}", words=words)
+
+
+if __name__ == "__main__":
+    run(main)
