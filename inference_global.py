@@ -4,16 +4,15 @@
     python inference_global.py --token_index full                all words
 """
 
+from elite.config import InferenceGlobalConfig, parse_config
 from elite.console import quiet_libraries, run
-
-quiet_libraries()
-
-from elite.config import InferenceGlobalConfig, parse_config  # noqa: E402
-from elite.inference import build_pipeline, run_inference  # noqa: E402
 
 
 def main() -> int:
     config = parse_config(InferenceGlobalConfig)
+    quiet_libraries()
+    from elite.inference import build_pipeline, run_inference
+
     pipe = build_pipeline(config, local_mapper=False)
     words = "all" if config.token_index == "full" else int(config.token_index)
     return run_inference(config, pipe, f"{config.suffix}_token{config.token_index}", words=words)

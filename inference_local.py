@@ -5,16 +5,15 @@
     accelerate launch inference_local.py ...                     the folder shared among processes
 """
 
+from elite.config import InferenceLocalConfig, parse_config
 from elite.console import quiet_libraries, run
-
-quiet_libraries()
-
-from elite.config import InferenceLocalConfig, parse_config  # noqa: E402
-from elite.inference import build_pipeline, run_inference  # noqa: E402
 
 
 def main() -> int:
     config = parse_config(InferenceLocalConfig)
+    quiet_libraries()
+    from elite.inference import build_pipeline, run_inference
+
     pipe = build_pipeline(config, local_mapper=config.local_mapper_path)
     if pipe.local_mapper is None:
         raise ValueError(

@@ -1,6 +1,5 @@
 """What the scripts have in common at the command line: one clear line for a user's mistake, exit codes, quiet libraries."""
 
-import logging
 import os
 import sys
 import warnings
@@ -10,13 +9,17 @@ OK, INTERRUPTED, BAD_INPUT, PARTLY_FAILED = 0, 130, 2, 3
 
 
 def quiet_libraries() -> None:
-    """Keeps hints for library developers (missing torchvision, deprecations) away from users; errors still show."""
+    """Keeps hints for library developers (missing torchvision, deprecations) away from users; errors still show.
+
+    To be called before anything imports transformers or diffusers.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    for category in (FutureWarning, DeprecationWarning, UserWarning):
+        warnings.filterwarnings("ignore", category=category)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def run(main: Callable[[], int]) -> None:

@@ -180,7 +180,7 @@ class ElitePipeline(StableDiffusionPipeline):
     @property
     def resolution(self) -> int:
         """Side in pixels of the pictures the model draws by default."""
-        return self.unet.config.sample_size * self.vae_scale_factor
+        return side_in_pixels(self.unet, self.vae)
 
     @torch.no_grad()
     def encode_concept(self, image: ImageLike, mask: ImageLike, name: str = "mask") -> Concept:
@@ -358,6 +358,11 @@ def pick_words(words: Tensor, which: Words) -> Tensor:
     return words[:, which : which + 1]
 
 
+def side_in_pixels(unet: UNet2DConditionModel, vae: AutoencoderKL) -> int:
+    """Side of the pictures these models draw by default."""
+    return unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
+
+
 def _fingerprint(*mappers: Mapper | None) -> str:
     """A short name for these weights."""
     digest = hashlib.sha256()
@@ -373,48 +378,62 @@ def _inside(model: str | Path, part: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def load_parts(model: str | Path, image_encoder: str | Path | CLIPVisionModel | None = None) -> dict:
+def load_parts(
+    model: str | Path,
+    image_encoder: str | Path | CLIPVisionModel | None = None,
+    tokenizer: str | Path | None = None,
+    revision: str | None = None,
+) -> dict:
     """Everything but the mappers, in float32: vae, text_encoder, tokenizer, unet, scheduler, image_encoder.
+
+    Args:
+        model: folder in diffusers layout, or a hub name.
+        image_encoder: None takes `image_encoder/` of the model folder, else CLIP ViT-L/14 from the hub.
+        tokenizer: None takes the model's own.
+        revision: of the model on the hub.
 
     Raises:
         ValueError: a part is missing or unreadable; the message names it.
     """
-    classes = {
-        "tokenizer": CLIPTokenizer,
-        "text_encoder": CLIPTextModel,
-        "vae": AutoencoderKL,
-        "unet": UNet2DConditionModel,
+    hub = {"revision": revision} if revision else {}
+    parts = {
+        name: _load_part(cls, model, name, **hub)
+        for name, cls in (
+            ("text_encoder", CLIPTextModel),
+            ("vae", AutoencoderKL),
+            ("unet", UNet2DConditionModel),
+        )
     }
-    parts = {name: _load_part(cls, model, name) for name, cls in classes.items()}
+    if tokenizer is None:
+        parts["tokenizer"] = _load_part(CLIPTokenizer, model, "tokenizer", **hub)
+    else:
+        parts["tokenizer"] = _load_part(CLIPTokenizer, tokenizer)
     if not isinstance(image_encoder, CLIPVisionModel):
-        inside = _inside(model, "image_encoder")
-        source = image_encoder or inside or HUB_IMAGE_ENCODER
+        source = image_encoder or _inside(model, "image_encoder") or HUB_IMAGE_ENCODER
         image_encoder = _load_part(CLIPVisionModel, source)
-    return {**parts, "scheduler": _load_scheduler(model), "image_encoder": image_encoder}
+    return {**parts, "scheduler": _load_scheduler(model, hub), "image_encoder": image_encoder}
 
 
-def _load_scheduler(model: str | Path) -> KarrasDiffusionSchedulers:
+def _load_scheduler(model: str | Path, hub: dict) -> KarrasDiffusionSchedulers:
     """The release's LMS over the model's noise schedule; a folder without a scheduler has Stable Diffusion's."""
     if Path(model).is_dir() and not (Path(model) / "scheduler").is_dir():
         return make_scheduler("lms")
-    config, _ = _load_part(LMSDiscreteScheduler, model, "scheduler", loader="load_config")
+    config = _load_part(LMSDiscreteScheduler, model, "scheduler", loader="load_config", **hub)
     return make_scheduler("lms", config)
 
 
-def _load_part(cls: type, source: str | Path, subfolder: str = "", loader: str = "from_pretrained"):
-    options: dict = {"subfolder": subfolder} if subfolder else {}
-    if loader == "load_config":
-        options["return_unused_kwargs"] = True
-    elif cls is not CLIPTokenizer:
-        options["torch_dtype" if issubclass(cls, (AutoencoderKL, UNet2DConditionModel)) else "dtype"] = (
-            torch.float32
-        )
+def _load_part(
+    cls: type, source: str | Path, subfolder: str = "", loader: str = "from_pretrained", **options: str
+):
+    """One part; models in float32 whatever they are stored in."""
+    if subfolder:
+        options["subfolder"] = subfolder
     try:
         part = getattr(cls, loader)(source, **options)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(
-            f"{source}: cannot load {subfolder or cls.__name__} ({reason}); expected a folder in diffusers layout or a "
-            "hub name"
+            f"{source}: cannot load {subfolder or cls.__name__} ({reason}); expected a folder in diffusers layout "
+            "or a hub name"
         ) from None
-    return part.eval() if isinstance(part, torch.nn.Module) else part
+    return part.float().eval() if isinstance(part, torch.nn.Module) else part

@@ -1,11 +1,15 @@
 """What each part of the small Stable Diffusion learns: three objectives for the project's one training loop."""
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModel
 
+from elite.files import write_atomically
+from elite.objectives import seeded_noise, seeded_timesteps
 from small_world.world import COLOURS, PATTERNS, SCENES, SHAPES
 
 # Attributes in the order of `samples.labels`.
@@ -28,15 +32,16 @@ class VAEObjective(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         pixels = batch["pixels"]  # (B, 3, 32, 32) in [-1, 1]
         posterior = self.vae.encode(pixels).latent_dist
-        decoded = self.vae.decode(posterior.sample()).sample
+        noise = seeded_noise(batch["seed"], tuple(posterior.mean.shape[1:]))
+        decoded = self.vae.decode(posterior.mean + posterior.std * noise).sample
         squared = F.mse_loss(decoded, pixels)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         loss = squared + 0.5 * F.l1_loss(decoded, pixels) + self.kl_weight * kl
         psnr = -10 * torch.log10(squared.detach() / 4)
         return {"loss": loss, "psnr": psnr, "kl": kl.detach()}
 
-    def trainable_state_dict(self) -> dict[str, Tensor]:
-        return self.vae.state_dict()
+    def save_pretrained(self, folder: Path) -> None:
+        write_atomically(folder / "vae", self.vae.save_pretrained)
 
 
 class ImageEncoderObjective(nn.Module):
@@ -77,8 +82,9 @@ class ImageEncoderObjective(nn.Module):
         target = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    def trainable_state_dict(self) -> dict[str, Tensor]:
-        return self.state_dict()
+    def save_pretrained(self, folder: Path) -> None:
+        write_atomically(folder / "clip", self.clip.save_pretrained)
+        write_atomically(folder / "image_encoder", self.clip.vision_model.save_pretrained)
 
 
 def _accuracy(logits: Tensor, target: Tensor) -> Tensor:
@@ -101,14 +107,15 @@ class BaseModelObjective(nn.Module):
         super().__init__()
         self.text_encoder, self.unet = text_encoder, unet
         self.scheduler, self.empty_probability, self.snr_gamma = scheduler, empty_probability, snr_gamma
-        self.register_buffer("empty_ids", empty_ids, persistent=False)  # (77,)
+        self.register_buffer("empty_ids", empty_ids, persistent=False)  # (24,)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        latents, input_ids = batch["latents"], batch["input_ids"]
-        empty = torch.rand(len(latents), 1, device=latents.device) < self.empty_probability
-        context = self.text_encoder(torch.where(empty, self.empty_ids, input_ids)).last_hidden_state
-        noise = torch.randn_like(latents)
-        t = torch.randint(0, len(self.scheduler.alphas_cumprod), (len(latents),), device=latents.device)
+        latents, seeds = batch["latents"], batch["seed"]
+        empty = (seeds % 1000 < 1000 * self.empty_probability)[:, None]  # (B, 1)
+        input_ids = torch.where(empty, self.empty_ids, batch["input_ids"])
+        context = self.text_encoder(input_ids).last_hidden_state
+        noise = seeded_noise(seeds, tuple(latents.shape[1:])).to(latents)
+        t = seeded_timesteps(seeds, len(self.scheduler.alphas_cumprod)).to(latents.device)
         noisy = self.scheduler.add_noise(latents, noise, t)
         noise_hat = self.unet(noisy, t, context).sample
         alphas = self.scheduler.alphas_cumprod.to(latents.device)[t]
@@ -117,5 +124,6 @@ class BaseModelObjective(nn.Module):
         squared = (noise_hat.float() - noise).square().mean(dim=(1, 2, 3))  # (B,)
         return {"loss": (weight * squared).mean(), "mse": squared.mean().detach()}
 
-    def trainable_state_dict(self) -> dict[str, Tensor]:
-        return self.state_dict()
+    def save_pretrained(self, folder: Path) -> None:
+        write_atomically(folder / "unet", self.unet.save_pretrained)
+        write_atomically(folder / "text_encoder", self.text_encoder.save_pretrained)

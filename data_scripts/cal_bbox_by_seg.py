@@ -1,0 +1,123 @@
+"""Find the box of every Open Images mask, once, before stage 2 training.
+
+    python data_scripts/cal_bbox_by_seg.py OPEN_IMAGES_ROOT [--workers 16]
+
+The folder may also be `segs/` or `segs/test/` itself. Writes `segs/test_bbox_dict.npy`: per mask
+file the tight box of all its object pixels, with even sides where the image allows. Masks under 2
+px are skipped. Exit code 2: nothing could be done; 3: some masks could not be read (they are
+listed, the rest is written).
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
+
+from elite.data import save_mask_boxes
+from elite.images import read_mask
+
+Box = tuple[int, int, int, int]  # hs, he, ws, we: mask[hs:he, ws:we] is the object
+CHUNK = 64  # masks handed to a process at a time
+
+
+def even_span(start: int, stop: int, size: int) -> tuple[int, int]:
+    """The span made one longer where its length is odd and the image has room."""
+    if (stop - start) % 2 == 0:
+        return start, stop
+    if stop < size:
+        return start, stop + 1
+    return max(start - 1, 0), stop
+
+
+def tight_box(mask: np.ndarray) -> Box | None:
+    """Box of all object pixels of a mask (H, W); None where a side is under 2 px."""
+    spans = []
+    for axis, size in ((1, mask.shape[0]), (0, mask.shape[1])):
+        filled = np.flatnonzero(mask.any(axis=axis))
+        if not len(filled) or filled[-1] - filled[0] < 1:
+            return None
+        spans.append(even_span(int(filled[0]), int(filled[-1]) + 1, size))
+    return (*spans[0], *spans[1])
+
+
+def box_of_file(path: Path) -> tuple[str, Box | None, str | None]:
+    """Name of a mask file, its box, and what was wrong with it."""
+    try:
+        return path.name, tight_box(read_mask(path)), None
+    except ValueError as error:
+        return path.name, None, str(error)
+
+
+def boxes_of_files(paths: list[Path], workers: int) -> Iterator[tuple[str, Box | None, str | None]]:
+    """`box_of_file` of all, in parallel, with a progress bar."""
+    progress = tqdm(total=len(paths), unit="mask", desc="boxes")
+    with progress, ProcessPoolExecutor(workers) as pool:
+        for result in pool.map(box_of_file, paths, chunksize=CHUNK):
+            progress.update()
+            yield result
+
+
+def collect(
+    results: Iterable[tuple[str, Box | None, str | None]],
+) -> tuple[dict[str, Box], list[str]]:
+    """Boxes by name, and the messages of masks that could not be read."""
+    boxes, failures = {}, []
+    for name, box, failure in results:
+        if box is not None:
+            boxes[name] = box
+        if failure is not None:
+            failures.append(failure)
+    return boxes, failures
+
+
+def find_masks(folder: Path, set_name: str) -> tuple[list[Path], Path]:
+    """The mask files, and the index to write, of a root, its `segs/` or its `segs/test/`."""
+    for place in (folder / "segs" / set_name, folder / set_name, folder):
+        masks = sorted(place.glob("*.png"))
+        if masks:
+            return masks, place.parent / f"{place.name}_bbox_dict.npy"
+    raise ValueError(
+        f"{folder}: no masks (*.png); expected an Open Images folder with segs/{set_name}/"
+    )
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="Open Images root, its segs/ or its segs/test/")
+    parser.add_argument(
+        "--set_name", default="test", help="test, validation or train (default test)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)"
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_args(arguments)
+    try:
+        if args.workers < 1:
+            raise ValueError(f"--workers {args.workers}: expected 1 or more")
+        masks, index_path = find_masks(args.folder.resolve(), args.set_name)
+        boxes, failures = collect(boxes_of_files(masks, args.workers))
+        save_mask_boxes(index_path, boxes)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{index_path}: {len(boxes)} boxes of {len(masks)} masks")
+    if failures:
+        print(f"{len(failures)} masks could not be read:", *failures, sep="\n  ", file=sys.stderr)
+    return 3 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""The training scripts' common page: build parts, mappers, data and objective of a stage, then fit."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from tqdm import tqdm
+
+from elite.checkpoint import load_mapper
+from elite.config import print_config, save_config, to_dict
+from elite.data import OpenImagesBoxes, OpenImagesMasks, PairFolder
+from elite.drawing import tile_rows
+from elite.images import cut_out
+from elite.mappers import GlobalMapper, LocalMapper, Mapper
+from elite.objectives import EliteObjective, GlobalObjective, LocalObjective
+from elite.pipeline import ElitePipeline, load_parts, make_scheduler, side_in_pixels
+from elite.settings import TrainConfig, TrainGlobalConfig, TrainLocalConfig
+from elite.training import fit, make_accelerator
+
+PREVIEW_STEPS, PREVIEW_TEMPLATE = 25, "a photo of a {}"
+
+
+def train_global(config: TrainGlobalConfig) -> int:
+    """Stage 1. Returns the exit status."""
+    parts = _load_parts(config)
+    mapper = _mapper(GlobalMapper, config.global_mapper_path, parts, config)
+    objective = GlobalObjective(parts, mapper, placeholder_token=config.placeholder_token)
+    resolution = _resolution(config, parts)
+    dataset = OpenImagesBoxes(
+        config.train_data_dir,
+        resolution=resolution,
+        clip_size=parts["image_encoder"].config.image_size,
+        placeholder_token=config.placeholder_token,
+    )
+    return _train(config, objective, dataset, parts, words="all")
+
+
+def train_local(config: TrainLocalConfig) -> int:
+    """Stage 2. Returns the exit status."""
+    parts = _load_parts(config)
+    global_mapper = _mapper(GlobalMapper, config.global_mapper_path, parts, config)
+    mapper = _mapper(LocalMapper, config.local_mapper_path, parts, config)
+    objective = LocalObjective(parts, global_mapper, mapper, config.placeholder_token)
+    resolution = _resolution(config, parts)
+    dataset = OpenImagesMasks(
+        config.train_data_dir,
+        resolution=resolution,
+        clip_size=parts["image_encoder"].config.image_size,
+        latent_size=resolution * parts["unet"].config.sample_size // side_in_pixels(parts["unet"], parts["vae"]),
+        placeholder_token=config.placeholder_token,
+    )
+    return _train(config, objective, dataset, parts, words=0)
+
+
+def _load_parts(config: TrainConfig) -> dict[str, Any]:
+    torch.manual_seed(config.seed)  # every process draws the same fresh mapper
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    parts = load_parts(
+        config.pretrained_model_name_or_path,
+        config.image_encoder_name_or_path,
+        tokenizer=config.tokenizer_name,
+        revision=config.revision,
+    )
+    if config.gradient_checkpointing:
+        parts["unet"].enable_gradient_checkpointing()
+    return parts
+
+
+def _mapper(kind: type[Mapper], path: str | None, parts: dict[str, Any], config: TrainConfig) -> Any:
+    unet, image_encoder = parts["unet"], parts["image_encoder"]
+    if path is not None:
+        return load_mapper(kind, path, unet, image_encoder).float()
+    return kind.for_models(
+        unet, image_encoder, config.mapper_hidden_size or 1024, config.hidden_layers
+    )
+
+
+def _resolution(config: TrainConfig, parts: dict[str, Any]) -> int:
+    """Side of the training images; the UNet halves its latents at each level but the last."""
+    natural = side_in_pixels(parts["unet"], parts["vae"])
+    resolution = config.resolution or natural
+    multiple = natural // parts["unet"].config.sample_size
+    multiple *= 2 ** (len(parts["unet"].config.block_out_channels) - 1)
+    if resolution % multiple:
+        raise ValueError(
+            f"--resolution {resolution}: this model needs a multiple of {multiple}; {natural} is its own"
+        )
+    return resolution
+
+
+def _train(
+    config: TrainConfig, objective: EliteObjective, dataset: Any, parts: dict[str, Any], words: Any
+) -> int:
+    accelerator = make_accelerator(
+        config.mixed_precision,
+        config.gradient_accumulation_steps,
+        cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
+    )
+    samples_per_step = (
+        config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    )
+    max_steps = config.total_steps(steps_per_epoch=-(-len(dataset) // samples_per_step))
+    if accelerator.is_main_process:
+        print_config(config)
+        print(
+            f"{len(dataset)} samples, {samples_per_step} per step, {max_steps} steps, "
+            f"{sum(p.numel() for p in objective.trained.parameters()) / 1e6:.1f} M trained parameters"
+        )
+    with TemporaryDirectory() as nowhere:
+        output_dir = Path(nowhere if config.dry_run else config.output_dir)
+        if accelerator.is_main_process:
+            save_config(config, output_dir / "config.yaml")
+        preview = _Preview(config, objective, parts, words, accelerator)
+        fit(
+            objective,
+            dataset,
+            accelerator,
+            output_dir=output_dir,
+            max_steps=1 if config.dry_run else max_steps,
+            batch_size=config.train_batch_size,
+            seed=config.seed,
+            num_workers=config.dataloader_num_workers,
+            learning_rate=config.learning_rate * (samples_per_step if config.scale_lr else 1),
+            lr_scheduler=config.lr_scheduler,
+            lr_warmup_steps=config.lr_warmup_steps,
+            adam_betas=(config.adam_beta1, config.adam_beta2),
+            adam_epsilon=config.adam_epsilon,
+            weight_decay=config.adam_weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            save_steps=config.save_steps,
+            checkpoints_total_limit=config.checkpoints_total_limit,
+            resume=config.resume_from_checkpoint,
+            ema_decay=config.ema_decay if config.ema else None,
+            preview=preview.draw,
+            validation_steps=0 if config.dry_run else config.validation_steps,
+            logging_dir=config.logging_dir,
+            config=to_dict(config),
+        )
+    if accelerator.is_main_process and config.push_to_hub and not config.dry_run:
+        repository = config.hub_model_id or Path(config.output_dir).name
+        objective.trained.push_to_hub(repository, token=config.hub_token)
+    return 0
+
+
+class _Preview:
+    """The first validation pairs as the model draws them now: generated | target | views | mask."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        objective: EliteObjective,
+        parts: dict[str, Any],
+        words: Any,
+        accelerator: Accelerator,
+    ) -> None:
+        self.config, self.objective, self.parts, self.words = config, objective, parts, words
+        self.device = accelerator.device
+
+    def draw(self) -> Image.Image:
+        pairs = PairFolder(self.config.validation_data_dir)
+        pipe = ElitePipeline(
+            **{**self.parts, "scheduler": make_scheduler("dpm++", self.parts["scheduler"].config)},
+            global_mapper=self.objective.global_mapper,
+            local_mapper=self.objective.local_mapper,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        prompt = PREVIEW_TEMPLATE.format(self.config.placeholder_token)
+        rows = []
+        for index in range(min(self.config.num_validation_images, len(pairs))):
+            try:
+                image, mask = pairs.read(index)
+            except ValueError as error:
+                tqdm.write(f"preview skips {error}")
+                continue
+            generated = pipe(
+                prompt,
+                concept=pipe.encode_concept(image, mask),
+                words=self.words,
+                placeholder_token=self.config.placeholder_token,
+                seed=self.config.seed,
+                height=self.config.resolution,
+                width=self.config.resolution,
+                num_inference_steps=PREVIEW_STEPS,
+            ).images[0]
+            target = Image.fromarray(image).resize(generated.size, Image.Resampling.BICUBIC)
+            views = [Image.fromarray(image), Image.fromarray(cut_out(image, mask)), Image.fromarray(mask)]
+            rows.append([generated, target, *views])
+        return tile_rows(rows, ["generated", "target", "view", "object view", "mask"])

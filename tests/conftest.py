@@ -1,0 +1,63 @@
+"""Tiny models every test shares: made once, on the CPU, with one thread so that sums keep one order."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from elite import ElitePipeline
+from elite.mappers import Mapper
+from elite.pipeline import load_parts
+from tests import tiny
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion with an image encoder, without mappers. Read only."""
+    return tiny.save_model_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def release_folder(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
+    """`global_mapper.pt` and `local_mapper.pt` for the model folder. Read only."""
+    folder = tmp_path_factory.mktemp("release")
+    tiny.save_release_mappers(folder, model_folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mapper_folder(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
+    """`global_mapper/` and `local_mapper/` for the model folder. Read only."""
+    folder = tmp_path_factory.mktemp("mappers")
+    tiny.save_mappers(folder, model_folder)
+    return folder
+
+
+@pytest.fixture
+def mappers(model_folder: Path) -> tuple[Mapper, Mapper]:
+    """A global and a local mapper with random weights; the test's own."""
+    return tiny.build_mappers(model_folder)
+
+
+@pytest.fixture
+def pipe(model_folder: Path, mapper_folder: Path) -> ElitePipeline:
+    """A pipeline of the two folders; the test's own."""
+    return make_pipe(model_folder, mapper_folder)
+
+
+def make_pipe(model_folder: Path, mapper_folder: Path) -> ElitePipeline:
+    pipe = ElitePipeline.from_stable_diffusion(
+        model_folder,
+        global_mapper=mapper_folder / "global_mapper",
+        local_mapper=mapper_folder / "local_mapper",
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def parts(model_folder: Path) -> dict:
+    """What the model folder holds, loaded; the test's own."""
+    return load_parts(model_folder)

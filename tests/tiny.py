@@ -1,0 +1,127 @@
+"""A tiny Stable Diffusion with random weights in diffusers layout, mappers, and picture folders, for the tests."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
+
+from elite import GlobalMapper, LocalMapper
+from elite.checkpoint import save_official
+from elite.pipeline import load_parts
+from small_world.tokenizer import build_tokenizer
+
+HIDDEN_LAYERS = (1, 2)
+TEXT_LENGTH = 77
+
+
+def build_models(seed: int = 0) -> dict[str, torch.nn.Module]:
+    """unet, vae, text_encoder, image_encoder: 16 x 16 latents, 32 px pictures, a 4 x 4 patch grid."""
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=24,
+        attention_head_dim=4,
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(16, 16),
+        norm_num_groups=8,
+        sample_size=32,
+    )
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=TEXT_LENGTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+    )
+    models = {
+        "unet": unet,
+        "vae": vae,
+        "text_encoder": CLIPTextModel(text),
+        "image_encoder": CLIPVisionModel(vision),
+    }
+    return {name: model.eval() for name, model in models.items()}
+
+
+def save_model_folder(folder: Path, seed: int = 0) -> Path:
+    """The models, tokenizer and v1-4's own scheduler config in diffusers layout."""
+    for name, model in build_models(seed).items():
+        model.save_pretrained(folder / name)
+    tokenizer = build_tokenizer()
+    tokenizer.model_max_length = TEXT_LENGTH
+    tokenizer.save_pretrained(folder / "tokenizer")
+    scheduler = PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+    )
+    scheduler.save_pretrained(folder / "scheduler")
+    return folder
+
+
+def build_mappers(model_folder: Path, seed: int = 1) -> tuple[GlobalMapper, LocalMapper]:
+    """Mappers for the folder, with random weights everywhere: K and V too differ from the UNet's."""
+    parts = load_parts(model_folder)
+    torch.manual_seed(seed)
+    mappers = []
+    for cls in (GlobalMapper, LocalMapper):
+        mapper = cls.for_models(
+            parts["unet"], parts["image_encoder"], hidden_dim=32, hidden_layers=HIDDEN_LAYERS
+        )
+        with torch.no_grad():
+            for parameter in mapper.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        mappers.append(mapper.eval())
+    return mappers[0], mappers[1]
+
+
+def save_mappers(folder: Path, model_folder: Path) -> None:
+    """`global_mapper/` and `local_mapper/` in our format."""
+    for name, mapper in zip(("global_mapper", "local_mapper"), build_mappers(model_folder), strict=True):
+        mapper.save_pretrained(folder / name)
+
+
+def save_release_mappers(folder: Path, model_folder: Path) -> None:
+    """`global_mapper.pt` and `local_mapper.pt` as the release writes them."""
+    for name, mapper in zip(("global_mapper", "local_mapper"), build_mappers(model_folder), strict=True):
+        save_official(mapper, folder / f"{name}.pt")
+
+
+def picture(seed: int = 0, width: int = 40, height: int = 40) -> tuple[np.ndarray, np.ndarray]:
+    """An image, uint8 (H, W, 3), and a mask, bool (H, W), with a rectangle of object."""
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    mask = np.zeros((height, width), bool)
+    mask[height // 4 : height * 3 // 4, width // 4 : width * 3 // 4] = True
+    return image, mask
+
+
+def save_pairs(folder: Path, count: int = 2) -> Path:
+    """`pair0.png` with `pair0_bg.png` and so on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        image, mask = picture(i)
+        Image.fromarray(image).save(folder / f"pair{i}.png")
+        Image.fromarray(mask).save(folder / f"pair{i}_bg.png")
+    return folder

@@ -1,0 +1,511 @@
+"""Datasets on miniature Open Images folders, the pair folder, and the training stream."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from elite.data import (
+    PHOTO_TEMPLATES,
+    OpenImagesBoxes,
+    OpenImagesMasks,
+    PairFolder,
+    TrainingStream,
+    load_mask_boxes,
+    mask_boxes_path,
+    padded,
+    save_mask_boxes,
+    stream_loader,
+    with_framing,
+)
+from elite.images import resize, to_clip_pixels, to_pixels
+from tests.open_images import (
+    BACKGROUND,
+    BOX_COLUMNS,
+    MASK_COLUMNS,
+    OBJECT,
+    ODD_ENCODINGS,
+    UNFIT_MASK,
+    UNREADABLE,
+    make_open_images,
+    write_csv,
+)
+
+SIZES = {"resolution": 32, "clip_size": 28}
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    return make_open_images(tmp_path_factory.mktemp("clean"), n=6)
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    return make_open_images(tmp_path_factory.mktemp("odd"), n=2, oddities=True)
+
+
+def sample_of(dataset, image_id, seed=0):
+    index = [name.decode() for name in dataset.image_ids].index(image_id)
+    return dataset.sample(index, np.random.default_rng(seed))
+
+
+def boxes_folder(root, rows):
+    """Only the CSV of boxes, from (id, x0, x1, y0, y1)."""
+    (root / "annotations").mkdir()
+    lines = [(name, "xclick", "/m/0", 1, *box, 0, 0, 0, 0, 0) for name, *box in rows]
+    write_csv(root / "annotations" / "test-annotations-bbox.csv", BOX_COLUMNS, lines)
+    return root
+
+
+# --- captions -------------------------------------------------------------------------------------
+
+
+def test_templates_are_27_with_one_place_and_an_article_in_front():
+    assert len(set(PHOTO_TEMPLATES)) == 27
+    assert all(template.count("{}") == 1 for template in PHOTO_TEMPLATES)
+    assert all(template.split()[0] in ("a", "the") for template in PHOTO_TEMPLATES)
+
+
+@pytest.mark.parametrize(
+    ("caption", "phrase", "framed"),
+    [
+        ("the photo of a S", "a", "a photo of a S"),
+        ("a photo of a S", "a far away", "a far away photo of a S"),
+        ("a photo of the S", "very small", "very small photo of the S"),
+        ("an old photo of a S", "zoomed in", "zoomed in old photo of a S"),
+        ("theatre of a S", "a", "a theatre of a S"),
+    ],
+)
+def test_leading_article_is_replaced_as_a_word(caption, phrase, framed):
+    assert with_framing(caption, phrase) == framed
+
+
+# --- stage 1 --------------------------------------------------------------------------------------
+
+
+def test_boxes_between_2_and_80_percent_are_kept_and_cut_to_the_image(tmp_path):
+    root = boxes_folder(
+        tmp_path,
+        [
+            ("too_small", 0.1, 0.2, 0.1, 0.29),
+            ("small", 0.1, 0.3, 0.1, 0.21),
+            ("large", 0.0, 1.0, 0.0, 0.79),
+            ("too_large", 0.0, 1.0, 0.0, 0.81),
+            ("outside", -0.5, 0.5, 0.5, 1.5),
+            ("beyond", 1.1, 1.9, 0.0, 1.0),
+            ("inverted", 0.9, 0.1, 0.9, 0.1),
+            ("nan", "nan", 0.5, 0.1, 0.5),
+        ],
+    )
+    dataset = OpenImagesBoxes(root)
+    assert dataset.image_ids.tolist() == [b"small", b"large", b"outside"]
+    np.testing.assert_allclose(dataset.boxes[2], (0, 0.5, 0.5, 1))
+
+
+def test_box_sample_is_the_padded_box(clean):
+    dataset = OpenImagesBoxes(clean, **SIZES, placeholder_token="dog")
+    sample = dataset.sample(1, np.random.default_rng(0))
+    path = clean / "images" / "test" / f"{dataset.image_ids[1].decode()}.jpg"
+    image = np.asarray(Image.open(path))
+    x0, x1, y0, y1 = (dataset.boxes[1] * (200, 200, 160, 160)).round().astype(int)
+    rows, columns = (slice(max(a - 10, 0), b + 10) for a, b in ((y0, y1), (x0, x1)))
+    expected = to_pixels(resize(image[rows, columns], 32, 32))
+    # float32 relative coordinates may move a side by one pixel of about 130
+    assert (sample["pixels"] - expected).abs().mean() < 0.02
+    assert sample["clip_pixels"].shape == (3, 28, 28)
+    assert sample["caption"].replace("dog", "{}") in PHOTO_TEMPLATES
+
+
+def test_box_target_depends_on_the_box_alone_and_the_view_on_the_generator(clean):
+    dataset = OpenImagesBoxes(clean, **SIZES)
+    samples = [dataset.sample(0, np.random.default_rng(seed)) for seed in (0, 0, 1, 2, 3)]
+    assert all(sample["pixels"].equal(samples[0]["pixels"]) for sample in samples)
+    assert samples[1]["clip_pixels"].equal(samples[0]["clip_pixels"])
+    assert not all(s["clip_pixels"].equal(samples[0]["clip_pixels"]) for s in samples[2:])
+    assert len({sample["caption"] for sample in samples}) > 1
+
+
+def test_padding_stays_inside_the_image():
+    assert padded((5, 50.5, 0, 195), 10, 100, 200) == (slice(0, 61), slice(0, 200))
+    assert padded((95.0, 100.0, 50.5, 60), 10, 100, 200) == (slice(85, 100), slice(40, 70))
+
+
+def test_odd_files_are_read_and_broken_ones_named(odd):
+    dataset = OpenImagesBoxes(odd, **SIZES)
+    ids = {name.decode() for name in dataset.image_ids}
+    assert ids >= {*ODD_ENCODINGS, "outside"} and not ids & {"empty", "tiny", "full"}
+    for name in ODD_ENCODINGS:
+        if name in UNREADABLE:
+            with pytest.raises(ValueError, match=rf"{name}\.jpg"):
+                sample_of(dataset, name)
+        else:
+            centre = sample_of(dataset, name)["pixels"][:, 12:20, 12:20].mean(dim=(1, 2))
+            grey = name in ("grey", "16bit")
+            expected = torch.tensor([OBJECT_GREY] * 3 if grey else OBJECT) / 127.5 - 1
+            assert (centre - expected).abs().max() < 0.15, name  # shade of +-20 and JPEG
+
+
+OBJECT_GREY = 0.299 * OBJECT[0] + 0.587 * OBJECT[1] + 0.114 * OBJECT[2]
+
+
+def test_folders_without_a_usable_index_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"test-annotations-bbox\.csv: .*expected the Open Images"):
+        OpenImagesBoxes(tmp_path)
+    with pytest.raises(ValueError, match="no box covers 2 to 80 %"):
+        OpenImagesBoxes(boxes_folder(tmp_path, [("a", 0, 1, 0, 1)]))
+
+
+def test_damaged_csv_files_are_refused(tmp_path):
+    root = boxes_folder(tmp_path, [("a", "left", 1, 0, 1)])
+    with pytest.raises(ValueError, match=r"bbox\.csv: a box is not a number"):
+        OpenImagesBoxes(root)
+    path = root / "annotations" / "test-annotations-bbox.csv"
+    path.write_text("ImageID,XMin\na,0\n")
+    with pytest.raises(ValueError, match=r"bbox\.csv: no column XMax, YMin, YMax"):
+        OpenImagesBoxes(root)
+    path.write_text("ImageID,XMin,XMax,YMin,YMax\na,0,1\n")
+    with pytest.raises(ValueError, match=r"bbox\.csv: not a readable CSV"):
+        OpenImagesBoxes(root)
+
+
+def test_blank_lines_are_no_rows(tmp_path):
+    root = boxes_folder(tmp_path, [("a", 0.1, 0.9, 0.2, 0.4)])
+    path = root / "annotations" / "test-annotations-bbox.csv"
+    path.write_text(path.read_text() + "\n\n")
+    assert len(OpenImagesBoxes(root)) == 1
+
+
+def test_many_rows_are_read_in_blocks(tmp_path, monkeypatch):
+    rows = [
+        (f"{number:0{number % 5 + 1}d}", 0.1, 0.9, 0.2, 0.4 + number / 100) for number in range(23)
+    ]
+    root = boxes_folder(tmp_path, rows)
+    whole = OpenImagesBoxes(root)
+    monkeypatch.setattr("elite.data.CSV_BLOCK", 4)
+    blocks = OpenImagesBoxes(root)
+    assert blocks.image_ids.tolist() == [row[0].encode() for row in rows]
+    np.testing.assert_array_equal(blocks.boxes, whole.boxes)
+
+
+# --- stage 2 --------------------------------------------------------------------------------------
+
+
+def test_mask_sample_has_what_the_objective_reads(clean):
+    dataset = OpenImagesMasks(clean, **SIZES, latent_size=8)
+    assert len(dataset) == 6
+    for index in range(len(dataset)):
+        sample = dataset.sample(index, np.random.default_rng(index))
+        shapes = {key: tuple(value.shape) for key, value in sample.items() if key != "caption"}
+        assert shapes == {
+            "pixels": (3, 32, 32),
+            "loss_mask": (1, 8, 8),
+            "clip_pixels": (3, 28, 28),
+            "object_pixels": (3, 28, 28),
+            "object_mask": (1, 28, 28),
+        }
+        for key in ("loss_mask", "object_mask"):
+            assert sample[key].dtype == torch.float32 and sample[key].any()
+            assert set(sample[key].unique().tolist()) <= {0.0, 1.0}
+        assert "S" in sample["caption"].split()
+
+
+def test_object_is_alone_in_its_view_and_not_in_the_plain_one(clean):
+    dataset = OpenImagesMasks(clean, **SIZES, latent_size=8)
+    black = to_clip_pixels(np.zeros((1, 1, 3), np.uint8)).flatten()
+    ground = to_clip_pixels(np.full((1, 1, 3), BACKGROUND, np.uint8)).flatten()
+    sample = dataset.sample(0, np.random.default_rng(1))
+    assert (sample["clip_pixels"][:, 0, 0] - ground).abs().max() < 0.5
+    outside = sample["object_pixels"][:, sample["object_mask"][0] == 0]
+    assert (outside - black[:, None]).abs().mean() < 0.2  # but for the resized edge
+    inside = sample["object_pixels"][0, sample["object_mask"][0] == 1]
+    assert inside.mean() > 1  # red
+
+
+def test_caption_tells_the_framing(clean):
+    dataset = OpenImagesMasks(clean, **SIZES, latent_size=8)
+    seen = set()
+    for seed in range(40):
+        sample = dataset.sample(0, np.random.default_rng(seed))
+        black_border = bool((sample["pixels"] == -1).all(dim=0).any())
+        far = sample["caption"].startswith(("a far away ", "very small "))
+        assert far == black_border == (not sample["loss_mask"].all())
+        seen.add(far)
+    assert seen == {True, False}
+
+
+@pytest.mark.parametrize("name", ["small_mask", "large_mask", "turned", "cmyk", "rgba"])
+def test_masks_of_another_size_still_lie_on_their_object(odd, name):
+    dataset = OpenImagesMasks(odd, **SIZES, latent_size=8)
+    index = [image_id.decode() for image_id in dataset.image_ids].index(name)
+    crop, mask = dataset._crop(index, np.random.default_rng(0))
+    red = crop[..., 0] > 130
+    assert (red & mask).sum() / (red | mask).sum() > 0.93  # JPEG and a resized edge
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    border = 21  # 10 to 19 px and one for even sides, one for rounding; less at the image's edge
+    assert max(rows[0], columns[0], mask.shape[0] - 1 - rows[-1]) <= border
+
+
+def test_padding_of_objects_is_10_to_19_pixels(clean):
+    dataset = OpenImagesMasks(clean)
+    hs, he, ws, we = (int(dataset.index[side][0]) for side in ("hs", "he", "ws", "we"))
+    heights = set()
+    for seed in range(60):
+        crop, _ = dataset._crop(0, np.random.default_rng(seed))
+        heights.add(crop.shape[0])
+    possible = {min(he + p, 160) - max(hs - p, 0) for p in range(10, 20)}
+    assert heights == possible and we > ws
+
+
+def test_unfit_and_broken_samples_are_named(odd):
+    dataset = OpenImagesMasks(odd, **SIZES, latent_size=8)
+    with pytest.raises(ValueError, match=rf"{UNFIT_MASK}_.*\.png: mask is"):
+        sample_of(dataset, UNFIT_MASK)
+    for name in UNREADABLE:
+        with pytest.raises(ValueError, match=rf"{name}\.jpg"):
+            sample_of(dataset, name)
+
+
+def test_mask_that_changed_after_indexing_is_named(tmp_path):
+    root = make_open_images(tmp_path, n=1)
+    path = next((root / "segs" / "test").iterdir())
+    moved = np.zeros((160, 200), dtype=bool)
+    moved[:, -1] = True
+    boxes = {path.name: (0, 120, 0, 120)}
+    save_mask_boxes(mask_boxes_path(root), boxes)
+    Image.fromarray(moved).save(path)
+    with pytest.raises(ValueError, match=rf"{path.name}: mask has changed"):
+        OpenImagesMasks(root).sample(0, np.random.default_rng(0))
+
+
+def test_only_masks_of_100_px_and_moderate_aspect_are_used(tmp_path):
+    sizes = {
+        "a": (100, 200),
+        "b": (100, 202),
+        "c": (98, 150),
+        "d": (200, 100),
+        "e": (202, 100),
+        "f": (150, 98),
+    }
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "segs").mkdir()
+    rows = [(f"{name}.png", f"id_{name}", *[""] * 8) for name in reversed("abcdefx")]
+    write_csv(
+        tmp_path / "annotations" / "test-annotations-object-segmentation.csv", MASK_COLUMNS, rows
+    )
+    boxes = {f"{name}.png": (5, 5 + h, 7, 7 + w) for name, (h, w) in sizes.items()}
+    save_mask_boxes(mask_boxes_path(tmp_path), {**boxes, "unlisted.png": (0, 150, 0, 150)})
+    dataset = OpenImagesMasks(tmp_path)
+    assert dataset.image_ids.tolist() == [b"id_a", b"id_d"]
+    assert dataset.index["name"].tolist() == ["a.png", "d.png"]
+
+
+# --- the index of mask boxes ----------------------------------------------------------------------
+
+
+def test_mask_boxes_round_trip(tmp_path):
+    path = tmp_path / "test_bbox_dict.npy"
+    save_mask_boxes(path, {"b.png": (1, 2, 3, 4), "längst.png": (5, 6, 7, 8)})
+    boxes = load_mask_boxes(path)
+    assert boxes.tolist() == [("b.png", 1, 2, 3, 4), ("längst.png", 5, 6, 7, 8)]
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_interrupted_writing_leaves_the_old_index(tmp_path, monkeypatch):
+    path = tmp_path / "test_bbox_dict.npy"
+    save_mask_boxes(path, {"a.png": (1, 2, 3, 4)})
+
+    def full_disk(file, *_, **__):
+        file.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(np, "save", full_disk)
+    with pytest.raises(ValueError, match=r"test_bbox_dict\.npy: cannot be written \(No space"):
+        save_mask_boxes(path, {})
+    assert load_mask_boxes(path)["name"].tolist() == ["a.png"]
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+class Bomb:
+    """Raises when unpickled."""
+
+    def __reduce__(self):
+        return (pytest.fail, ("the pickle was executed",))
+
+
+@pytest.mark.parametrize(
+    "kind", ["object array", "raw pickle", "other array", "empty", "other fields"]
+)
+def test_foreign_index_is_refused_with_the_command_that_rebuilds_it(tmp_path, kind):
+    path = tmp_path / "test_bbox_dict.npy"
+    if kind == "object array":
+        np.save(path, np.array({"a.png": Bomb()}, dtype=object), allow_pickle=True)
+    elif kind == "raw pickle":
+        path.write_bytes(pickle.dumps(Bomb()))
+    elif kind == "other array":
+        np.save(path, np.zeros(3))
+    elif kind == "other fields":
+        np.save(path, np.zeros(3, dtype=[("x", "i4")]))
+    else:
+        path.write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"rebuild it with python data_scripts/cal_bbox_by_seg\.py DIR"
+    ):
+        load_mask_boxes(path)
+
+
+def test_missing_index_names_the_command(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"no such file; make it with python data_scripts/cal_bbox"
+    ):
+        OpenImagesMasks(tmp_path)
+
+
+# --- pairs ----------------------------------------------------------------------------------------
+
+
+def picture(path, size=(8, 6)):
+    Image.new("RGB", size, "white").save(path)
+
+
+def test_pairs_are_sorted_and_read(tmp_path):
+    for name in ("c.webp", "a.JPG", "b.jpeg", "d.png"):
+        picture(tmp_path / name)
+    for name in ("a_bg.png", "c_bg.png", "d_bg.png", "._a.jpg", "notes.txt"):
+        picture(tmp_path / name) if name.endswith("png") else (tmp_path / name).write_text("x")
+    folder = PairFolder(tmp_path)
+    assert [pair.name for pair in folder.pairs] == ["a", "b", "c", "d"]
+    assert len(folder) == 4
+    image, mask = folder.read(3)
+    assert image.shape == (6, 8, 3) and image.dtype == np.uint8
+    assert mask.shape == (6, 8) and mask.dtype == bool
+    with pytest.raises(ValueError, match=r"b_bg\.png: no such file; expected the mask of b\.jpeg"):
+        folder.read(1)
+
+
+def test_pair_of_unfit_mask_is_named(tmp_path):
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "a_bg.png", size=(6, 8))
+    with pytest.raises(ValueError, match=r"a_bg\.png: mask is 6 x 8"):
+        PairFolder(tmp_path).read(0)
+
+
+def test_empty_and_missing_folders_are_refused(tmp_path):
+    picture(tmp_path / "only_bg.png")
+    with pytest.raises(
+        ValueError, match=r"no image \+ mask pairs in .*; expected NAME\.jpg with NAME_bg\.png"
+    ):
+        PairFolder(tmp_path)
+    with pytest.raises(ValueError, match="nowhere: no such folder"):
+        PairFolder(tmp_path / "nowhere")
+
+
+# --- the stream -----------------------------------------------------------------------------------
+
+
+class Numbers:
+    """A dataset that gives its index and a draw; those in `broken` cannot be read."""
+
+    def __init__(self, length: int, broken: tuple[int, ...] = ()) -> None:
+        self.length, self.broken = length, broken
+
+    def __len__(self) -> int:
+        return self.length
+
+    def sample(self, index, rng):
+        draw = rng.random()
+        if index in self.broken:
+            raise ValueError(f"{index}.jpg: broken")
+        return {"index": torch.tensor(index), "draw": torch.tensor(draw), "caption": f"a {index}"}
+
+
+def take(loader, count):
+    iterator = iter(loader)
+    return [next(iterator) for _ in range(count)]
+
+
+def test_an_epoch_shows_every_sample_once_and_the_next_in_another_order():
+    stream = TrainingStream(Numbers(50), seed=3)
+    epochs = [[int(stream[n]["index"]) for n in range(e * 50, e * 50 + 50)] for e in range(3)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != list(range(50))
+
+
+def test_a_position_depends_on_seed_and_position_alone():
+    forward, backward = TrainingStream(Numbers(7), 5), TrainingStream(Numbers(7), 5)
+    ahead = [forward[n] for n in range(30)]
+    behind = [backward[n] for n in reversed(range(30))][::-1]
+    assert ahead == behind
+    assert len({float(sample["draw"]) for sample in ahead}) == 30
+    assert len({int(sample["seed"]) for sample in ahead}) == 30
+    assert ahead[0]["seed"].dtype == torch.int64 and ahead[0]["seed"].shape == ()
+    other = [TrainingStream(Numbers(7), 6)[n] for n in range(30)]
+    assert not {int(s["seed"]) for s in ahead} & {int(s["seed"]) for s in other}
+    assert [int(s["index"]) for s in ahead] != [int(s["index"]) for s in other]
+
+
+def test_broken_samples_are_replaced_and_recorded():
+    stream = TrainingStream(Numbers(10, broken=(2, 5)), seed=0)
+    samples = [stream[n] for n in range(10)]
+    assert [len(sample["failures"]) > 0 for sample in samples].count(True) == 2
+    assert {message for s in samples for message in s["failures"]} == {
+        "2.jpg: broken",
+        "5.jpg: broken",
+    }
+    assert not {2, 5} & {int(sample["index"]) for sample in samples}
+    assert samples == [TrainingStream(Numbers(10, broken=(2, 5)), seed=0)[n] for n in range(10)]
+
+
+def test_a_hopeless_dataset_stops_with_the_list():
+    stream = TrainingStream(Numbers(3, broken=(0, 1, 2)), seed=0, max_attempts=4)
+    with pytest.raises(
+        ValueError, match=r"4 samples in a row could not be read.*\.jpg: broken; \d"
+    ):
+        stream[0]
+
+
+def test_negative_seed_is_refused():
+    with pytest.raises(ValueError, match="seed -1"):
+        TrainingStream(Numbers(3), -1)
+
+
+def test_two_processes_see_what_one_of_twice_the_batch_sees():
+    stream = TrainingStream(Numbers(11), seed=1)
+    one = take(stream_loader(stream, batch_size=4, start=6), 5)
+    two = [
+        take(stream_loader(stream, batch_size=2, start=6, process_index=p, num_processes=2), 5)
+        for p in range(2)
+    ]
+    for whole, first, second in zip(one, *two, strict=True):
+        for key in ("index", "draw", "seed"):
+            assert torch.cat([first[key], second[key]]).equal(whole[key])
+        assert first["caption"] + second["caption"] == whole["caption"]
+
+
+def test_resuming_continues_the_stream():
+    stream = TrainingStream(Numbers(11), seed=1)
+    whole = take(stream_loader(stream, batch_size=3), 6)
+    rest = take(stream_loader(TrainingStream(Numbers(11), seed=1), batch_size=3, start=9), 3)
+    assert all(a["draw"].equal(b["draw"]) for a, b in zip(whole[3:], rest, strict=True))
+
+
+def test_workers_change_nothing(clean):
+    dataset = OpenImagesMasks(clean, **SIZES, latent_size=8)
+    alone = take(stream_loader(TrainingStream(dataset, seed=2), batch_size=2), 4)
+    helped = take(stream_loader(TrainingStream(dataset, seed=2), batch_size=2, num_workers=2), 4)
+    for first, second in zip(alone, helped, strict=True):
+        assert all(
+            torch.equal(first[key], second[key])
+            if torch.is_tensor(first[key])
+            else first[key] == second[key]
+            for key in first
+        )
+
+
+def test_batches_stack_tensors_and_flatten_failures():
+    stream = TrainingStream(Numbers(6, broken=(1, 4)), seed=0)
+    (batch,) = take(stream_loader(stream, batch_size=6), 1)
+    assert batch["index"].shape == batch["seed"].shape == (6,)
+    assert len(batch["caption"]) == 6 and all(isinstance(text, str) for text in batch["caption"])
+    assert set(batch["failures"]) == {"1.jpg: broken", "4.jpg: broken"}
