@@ -1,7 +1,7 @@
 """Draws every image + mask pair of a folder with ELITE's words alone, without the local branch.
 
-    python inference_global.py                                   w0, the primary word
-    python inference_global.py --token_index full                all words
+python inference_global.py                                   w0, the primary word
+python inference_global.py --token_index full                all words
 """
 
 from elite.config import InferenceGlobalConfig, parse_config

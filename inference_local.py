@@ -1,8 +1,8 @@
 """Draws every image + mask pair of a folder with ELITE's words and local features.
 
-    python inference_local.py                                    the small world on test_datasets/, nothing to download
-    python inference_local.py --template "a {} on the beach" --llambda 0.6
-    accelerate launch inference_local.py ...                     the folder shared among processes
+python inference_local.py                                    the small world on test_datasets/,
+nothing to download python inference_local.py --template "a {} on the beach" --llambda 0.6
+accelerate launch inference_local.py ...                     the folder shared among processes
 """
 
 from elite.config import InferenceLocalConfig, parse_config
@@ -17,7 +17,8 @@ def main() -> int:
     pipe = build_pipeline(config, local_mapper=config.local_mapper_path)
     if pipe.local_mapper is None:
         raise ValueError(
-            f"{config.pretrained_model_name_or_path}: has no local_mapper/; pass --local_mapper_path, or use "
+            f"{config.pretrained_model_name_or_path}: has no local_mapper/; pass "
+            "--local_mapper_path, or use "
             "inference_global.py"
         )
     folder = f"{config.suffix}_l{config.llambda}".replace(".", "p")

@@ -1,8 +1,10 @@
 """Stage 1: trains the global mapper, one picture to words, with K and V of the cross-attentions.
 
-    accelerate launch --config_file configs/4_gpu.json train_global.py --config configs/train_global.yaml \\
+    accelerate launch --config_file configs/4_gpu.json train_global.py --config
+    configs/train_global.yaml \\
         --train_data_dir OPEN_IMAGES
-    accelerate launch --config_file configs/cpu.json train_global.py --config configs/small_world_global.yaml
+    accelerate launch --config_file configs/cpu.json train_global.py --config
+    configs/small_world_global.yaml
 """
 
 from elite.config import TrainGlobalConfig, parse_config

@@ -1,8 +1,10 @@
 """Stage 2: trains the local mapper beside the frozen global one, masked patches to feature tokens.
 
-    accelerate launch --config_file configs/4_gpu.json train_local.py --config configs/train_local.yaml \\
+    accelerate launch --config_file configs/4_gpu.json train_local.py --config
+    configs/train_local.yaml \\
         --train_data_dir OPEN_IMAGES --global_mapper_path runs/global/global_mapper
-    accelerate launch --config_file configs/cpu.json train_local.py --config configs/small_world_local.yaml
+    accelerate launch --config_file configs/cpu.json train_local.py --config
+    configs/small_world_local.yaml
 """
 
 from elite.config import TrainLocalConfig, parse_config

@@ -1,8 +1,9 @@
-"""ELITE's cross-attention (paper eq. 6) as a per-instance processor of diffusers, and its installation in a UNet.
+"""ELITE's cross-attention (paper eq. 6) as a per-instance processor of diffusers, and its
+installation in a UNet.
 
-The local tokens, the placeholder's position and lambda reach the processors beside the text, by the road that
-diffusers has for image prompts: `encoder_hidden_states` arrives as `(text, [tokens, placeholder, lambda])`. So no
-state hides in the UNet and two pipelines cannot disturb each other.
+The local tokens, the placeholder's position and lambda reach the processors beside the text, by the
+road that diffusers has for image prompts: `encoder_hidden_states` arrives as `(text, [tokens,
+placeholder, lambda])`. So no state hides in the UNet and two pipelines cannot disturb each other.
 """
 
 from typing import Literal
@@ -13,19 +14,20 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from elite.mappers import GlobalMapper, LocalMapper, cross_attention_layers
+from elite.mappers import GlobalMapper, LocalMapper, Mapper, cross_attention_layers
 
 AttentionNorm = Literal["sample", "batch"]
 
 
 class EliteAttnProcessor:
-    """Cross-attention with ELITE's own projections: K_g, V_g for all text, K_l, V_l for the feature tokens.
+    """Cross-attention with ELITE's own projections: K_g, V_g for all text, K_l, V_l for the feature
+    tokens.
 
-    `out = softmax(Q K_g^T s) V_g + lambda * a * softmax(Q K_l^T s) V_l`, where a is the attention each query pays to
-    the placeholder, divided by its maximum.
+    `out = softmax(Q K_g^T s) V_g + lambda * a * softmax(Q K_l^T s) V_l`, where a is the attention
+    each query pays to the placeholder, divided by its maximum.
 
-    Deviation: the release takes that maximum over the whole batch, so a picture depends on its batch mates; here it
-    is taken per sample. `attention_norm="batch"` reproduces the release.
+    Deviation: the release takes that maximum over the whole batch, so a picture depends on its
+    batch mates; here it is taken per sample. `attention_norm="batch"` reproduces the release.
     """
 
     def __init__(
@@ -45,13 +47,14 @@ class EliteAttnProcessor:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | tuple[Tensor, list[Tensor]],
         attention_mask: Tensor | None = None,
-        *args,
-        **kwargs,
+        *args: object,
+        **kwargs: object,
     ) -> Tensor:
-        """hidden_states (B, queries, C); text (B, 77, D), alone or with the list of the module's docstring."""
-        text, local = encoder_hidden_states, []
-        if isinstance(encoder_hidden_states, tuple):
-            text, local = encoder_hidden_states
+        """hidden_states (B, queries, C); text (B, 77, D), alone or with the list of the module's
+        docstring."""
+        if not isinstance(encoder_hidden_states, tuple):
+            encoder_hidden_states = encoder_hidden_states, []
+        text, local = encoder_hidden_states
         if attention_mask is not None:
             attention_mask = attn.prepare_attention_mask(attention_mask, text.shape[1], len(text))
             attention_mask = attention_mask.view(len(text), attn.heads, -1, text.shape[1])
@@ -73,7 +76,8 @@ class EliteAttnProcessor:
         return attn.to_out[1](attn.to_out[0](out))
 
     def _maximum(self, column: Tensor, lambda_: Tensor) -> Tensor:
-        """The divisor of a, (B, 1, 1, 1): over heads and queries, and in "batch" over all rows with a lambda."""
+        """The divisor of a, (B, 1, 1, 1): over heads and queries, and in "batch" over all rows with
+        a lambda."""
         maximum = column.amax(dim=(1, 2, 3), keepdim=True)
         if self.attention_norm == "batch":
             maximum = maximum.where(lambda_[:, None] != 0, maximum.min()).max()
@@ -85,8 +89,8 @@ def _attend_with_column(
 ) -> tuple[Tensor, Tensor]:
     """Attention and one column of its softmax, (B, heads, queries, 1), from a single fused call.
 
-    The placeholder's one-hot (B, 1, 77) rides along as one more channel of V: what comes out there is the attention
-    paid to it.
+    The placeholder's one-hot (B, 1, 77) rides along as one more channel of V: what comes out there
+    is the attention paid to it.
     """
     one_hot = placeholder[:, None].transpose(2, 3).to(V)  # (B, 1, 77, 1)
     out = F.scaled_dot_product_attention(
@@ -116,13 +120,12 @@ def install(
     layers = cross_attention_layers(unet)
     processors = {}
     for layer, attn in layers.items():
-        projections = [
-            _projection(mapper, layer, name, attn)
-            for mapper in (global_mapper, local_mapper)
-            if mapper is not None
-            for name in ("to_k", "to_v")
-        ]
-        processors[layer] = EliteAttnProcessor(*projections, attention_norm=attention_norm)
+        K_g, V_g = (_projection(global_mapper, layer, name, attn) for name in ("to_k", "to_v"))
+        processor = EliteAttnProcessor(K_g, V_g, attention_norm=attention_norm)
+        if local_mapper is not None:
+            processor.K_l = _projection(local_mapper, layer, "to_k", attn)
+            processor.V_l = _projection(local_mapper, layer, "to_v", attn)
+        processors[layer] = processor
     uninstall(unet)
     unet._elite_restore = {
         "processors": {layer: attn.processor for layer, attn in layers.items()},
@@ -151,7 +154,9 @@ def is_installed(unet: UNet2DConditionModel) -> bool:
     return "_elite_restore" in vars(unet)
 
 
-def local_inputs(f: Tensor, index: Tensor, lambda_: Tensor | float, text_length: int) -> list[Tensor]:
+def local_inputs(
+    f: Tensor, index: Tensor, lambda_: Tensor | float, text_length: int
+) -> list[Tensor]:
     """The list that travels beside the text.
 
     Args:
@@ -169,14 +174,12 @@ def local_inputs(f: Tensor, index: Tensor, lambda_: Tensor | float, text_length:
 
 
 def local_values(local_mapper: LocalMapper, f: Tensor) -> list[Tensor]:
-    """V_l f of every attn2, (B, patches, C) each, in the order of the UNet's modules; stage 2 regularises them."""
-    return [
-        local_mapper.projection(layer, "to_v")(f)
-        for layer in local_mapper.config.attention
-    ]
+    """V_l f of every attn2, (B, patches, C) each, in the order of the UNet's modules; stage 2
+    regularises them."""
+    return [local_mapper.projection(layer, "to_v")(f) for layer in local_mapper.config.attention]
 
 
-def _projection(mapper: nn.Module, layer: str, name: str, attn: Attention) -> nn.Linear:
+def _projection(mapper: Mapper, layer: str, name: str, attn: Attention) -> nn.Linear:
     try:
         projection = mapper.projection(layer, name)
     except AttributeError:
@@ -186,7 +189,8 @@ def _projection(mapper: nn.Module, layer: str, name: str, attn: Attention) -> nn
     expected = tuple(getattr(attn, name).weight.shape)
     if tuple(projection.weight.shape) != expected:
         raise ValueError(
-            f"{type(mapper).__name__}: {layer}_{name} is {tuple(projection.weight.shape)}, the UNet needs "
+            f"{type(mapper).__name__}: {layer}_{name} is {tuple(projection.weight.shape)}, the "
+            "UNet needs "
             f"{expected}; it was trained for another UNet"
         )
     return projection

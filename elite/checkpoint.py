@@ -1,4 +1,5 @@
-"""Mapper weights in our format (safetensors + config.json) and in the release's (`.pt` state dicts)."""
+"""Mapper weights in our format (safetensors + config.json) and in the release's (`.pt` state
+dicts)."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,7 +23,8 @@ def load_mapper(
     unet: UNet2DConditionModel,
     image_encoder: CLIPVisionModel,
 ) -> M:
-    """A mapper from our folder (safetensors + config.json), a hub name, or a release `.pt` state dict.
+    """A mapper from our folder (safetensors + config.json), a hub name, or a release `.pt` state
+    dict.
 
     Raises:
         ValueError: no such file, or its tensors do not fit these models; one message lists them.
@@ -33,7 +35,8 @@ def load_mapper(
         mapper = cls.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"{path}: not a {cls.__name__} folder ({_first_line(error)}); expected config.json with safetensors, "
+            f"{path}: not a {cls.__name__} folder ({_first_line(error)}); expected config.json "
+            "with safetensors, "
             "or a .pt file of the release"
         ) from None
     reference = _reference(cls, mapper.state_dict(), unet, image_encoder, dict(mapper.config))
@@ -49,7 +52,8 @@ def load_official(path: Path | str) -> dict[str, Tensor]:
         raise ValueError(f"{path}: no such file; expected a mapper checkpoint") from None
     except Exception as error:
         raise ValueError(
-            f"{path}: not a plain state dict of tensors ({_first_line(error)}); it is refused, since loading "
+            f"{path}: not a plain state dict of tensors ({_first_line(error)}); it is refused, "
+            "since loading "
             "anything else could run code"
         ) from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
@@ -86,8 +90,8 @@ def _reference(
 ) -> M:
     """What a mapper for these models must look like: on the meta device, no memory used.
 
-    A release file says nothing of its configuration, so the number of levels and the width of the MLPs come from its
-    tensors, and the levels are the release's: every fourth hidden state.
+    A release file says nothing of its configuration, so the number of levels and the width of the
+    MLPs come from its tensors, and the levels are the release's: every fourth hidden state.
     """
     levels = {key.split(".")[0] for key in state if key.startswith("mapping_patch_")}
     first = state.get("mapping_0.0.weight")
@@ -95,7 +99,9 @@ def _reference(
     hidden_layers = tuple(4 * (i + 1) for i in range(len(levels) - 1)) if levels else HIDDEN_LAYERS
     if config is not None:
         hidden_dim, hidden_layers = config["hidden_dim"], config["hidden_layers"]
-    attention = {name: attn.to_k.out_features for name, attn in cross_attention_layers(unet).items()}
+    attention = {
+        name: attn.to_k.out_features for name, attn in cross_attention_layers(unet).items()
+    }
     with torch.device("meta"):
         return cls(
             input_dim=image_encoder.config.hidden_size,
@@ -123,7 +129,8 @@ def _check_keys(state: dict[str, Tensor], reference: Mapper, name: str) -> None:
         problems.append(f"wrong shape: {_listed(wrong)}")
     if problems:
         raise ValueError(
-            f"{name}: does not fit this model: {'; '.join(problems)}; it is damaged or was trained for another model"
+            f"{name}: does not fit this model: {'; '.join(problems)}; it is damaged or was "
+            "trained for another model"
         )
 
 
@@ -135,4 +142,3 @@ def _listed(items: Iterable[str]) -> str:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:160]
-

@@ -1,4 +1,5 @@
-"""A concept: what ELITE needs to know of one object, encoded once from its picture and mask, and the file of it."""
+"""A concept: what ELITE needs to know of one object, encoded once from its picture and mask, and
+the file of it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +32,16 @@ class Concept:
         return len(self.words)
 
     def save(self, path: Path | str) -> None:
-        """Writes a safetensors file (a few hundred kB at Stable Diffusion size), whole or not at all."""
+        """Writes a safetensors file (a few hundred kB at Stable Diffusion size), whole or not at
+        all."""
         tensors = {"words": self.words.detach().cpu().contiguous()}
         if self.feature_tokens is not None:
             tensors["feature_tokens"] = self.feature_tokens.detach().cpu().contiguous()
-        metadata = {"format": "elite-concept", "version": FORMAT_VERSION, "fingerprint": self.fingerprint}
+        metadata = {
+            "format": "elite-concept",
+            "version": FORMAT_VERSION,
+            "fingerprint": self.fingerprint,
+        }
         write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
     @classmethod
@@ -48,12 +54,15 @@ class Concept:
         except FileNotFoundError:
             raise ValueError(f"{path}: no such file; expected a concept") from None
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: not a safetensors file ({error}); encode the concept again") from None
+            raise ValueError(
+                f"{path}: not a safetensors file ({error}); encode the concept again"
+            ) from None
         if metadata.get("format") != "elite-concept" or "words" not in tensors:
             raise ValueError(f"{path}: not a concept; expected a file written by Concept.save")
         if metadata.get("version") != FORMAT_VERSION:
             raise ValueError(
-                f"{path}: concept format {metadata.get('version')}, this version reads {FORMAT_VERSION}; encode it again"
+                f"{path}: concept format {metadata.get('version')}, this version reads "
+                f"{FORMAT_VERSION}; encode it again"
             )
         return cls(tensors["words"], tensors.get("feature_tokens"), metadata["fingerprint"])
 
@@ -61,7 +70,9 @@ class Concept:
     def stack(concepts: "list[Concept]") -> "Concept":
         """One batch of concepts from several, all of the same mappers."""
         if len({concept.fingerprint for concept in concepts}) > 1:
-            raise ValueError("concepts come from different mappers; encode them with the same pipeline")
+            raise ValueError(
+                "concepts come from different mappers; encode them with the same pipeline"
+            )
         tokens = [c.feature_tokens for c in concepts if c.feature_tokens is not None]
         return Concept(
             torch.cat([concept.words for concept in concepts]),

@@ -1,4 +1,5 @@
-"""What the scripts have in common at the command line: one clear line for a user's mistake, exit codes, quiet libraries."""
+"""What the scripts have in common at the command line: one clear line for a user's mistake, exit
+codes, quiet libraries."""
 
 import os
 import sys
@@ -9,7 +10,8 @@ OK, INTERRUPTED, BAD_INPUT, PARTLY_FAILED = 0, 130, 2, 3
 
 
 def quiet_libraries() -> None:
-    """Keeps hints for library developers (missing torchvision, deprecations) away from users; errors still show.
+    """Keeps hints for library developers (missing torchvision, deprecations) away from users;
+    errors still show.
 
     To be called before anything imports transformers or diffusers.
     """
@@ -23,7 +25,8 @@ def quiet_libraries() -> None:
 
 
 def run(main: Callable[[], int]) -> None:
-    """Runs a script and exits: with its status, 2 and one line on stderr for a ValueError, 130 for Ctrl-C."""
+    """Runs a script and exits: with its status, 2 and one line on stderr for a ValueError, 130 for
+    Ctrl-C."""
     try:
         sys.exit(main())
     except ValueError as error:

@@ -1,4 +1,5 @@
-"""Draws a folder of image and mask pairs: the release's files, lossless PNGs with metadata, and one contact sheet."""
+"""Draws a folder of image and mask pairs: the release's files, lossless PNGs with metadata, and one
+contact sheet."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -54,10 +55,11 @@ def draw_folder(
     guidance_scale: float = 5.0,
     metadata: dict[str, str] | None = None,
 ) -> list[str]:
-    """Draws each pair once per seed; every process of `accelerate launch` takes its share of the pairs.
+    """Draws each pair once per seed; every process of `accelerate launch` takes its share of the
+    pairs.
 
-    Writes per picture `INDEX_SEED.jpg` (generated | input) and `INDEX_SEED.png` (generated alone, settings in its
-    metadata), and at last `grid.png`: input, cut-out, generated.
+    Writes per picture `INDEX_SEED.jpg` (generated | input) and `INDEX_SEED.png` (generated alone,
+    settings in its metadata), and at last `grid.png`: input, cut-out, generated.
 
     Args:
         indices: pairs to draw; None draws all.
@@ -82,7 +84,10 @@ def draw_folder(
         **(metadata or {}),
     }
     progress = tqdm(
-        total=len(share) * len(seeds), desc="draw", unit="picture", disable=not state.is_main_process
+        total=len(share) * len(seeds),
+        desc="draw",
+        unit="picture",
+        disable=not state.is_main_process,
     )
     for batch in _batches(_jobs(pipe, pairs, share, seeds, failures, progress), batch_size):
         pictures = pipe(
@@ -170,11 +175,16 @@ def contact_sheet(
             with Image.open(path) as picture:
                 row.append(picture.convert("RGB"))
         rows.append(row)
-    return tile_rows(rows, ["input", "object", *(f"seed {seed}" for seed in seeds)], title) if rows else None
+    return (
+        tile_rows(rows, ["input", "object", *(f"seed {seed}" for seed in seeds)], title)
+        if rows
+        else None
+    )
 
 
 def tile_rows(rows: list[list[Image.Image]], columns: list[str], title: str = "") -> Image.Image:
-    """Rows of pictures as one sheet with a title and column names; small pictures keep their pixels visible."""
+    """Rows of pictures as one sheet with a title and column names; small pictures keep their pixels
+    visible."""
     top = HEADER * (2 if title else 1)
     sheet = Image.new("RGB", (len(columns) * TILE, top + len(rows) * TILE), "white")
     draw = ImageDraw.Draw(sheet)

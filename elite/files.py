@@ -23,7 +23,8 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise ValueError(
-            f"{path}: cannot be written ({error.strerror or error}); free some space or choose another folder"
+            f"{path}: cannot be written ({error.strerror or error}); free some space or choose "
+            "another folder"
         ) from None
     finally:
         if temporary.is_dir():
@@ -33,4 +34,6 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path | str, value: object) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
+    write_atomically(
+        path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n")
+    )

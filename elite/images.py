@@ -1,4 +1,5 @@
-"""Image and mask files to arrays, and arrays to the views the networks see: the one preprocessing path of ELITE.
+"""Image and mask files to arrays, and arrays to the views the networks see: the one preprocessing
+path of ELITE.
 
 Scripts, app, training data and previews all go through here.
 """
@@ -13,7 +14,9 @@ from torch import Tensor
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-SAME_ASPECT = 0.02  # relative difference of aspect ratios up to which a mask is resized to its image
+SAME_ASPECT = (
+    0.02  # relative difference of aspect ratios up to which a mask is resized to its image
+)
 
 
 def _open(path: Path | str) -> Image.Image:
@@ -24,7 +27,13 @@ def _open(path: Path | str) -> Image.Image:
             return ImageOps.exif_transpose(image)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; expected an image") from None
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (
+        OSError,
+        UnidentifiedImageError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+    ) as error:
         raise ValueError(
             f"{path}: not a readable image ({error}); save it again as PNG or JPEG"
         ) from None
@@ -44,29 +53,32 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def to_mask(image: Image.Image) -> np.ndarray:
-    """Any PIL mode to bool (H, W): every pixel that is neither black nor fully transparent is object."""
+    """Any PIL mode to bool (H, W): every pixel that is neither black nor fully transparent is
+    object."""
     if image.mode in ("P", "RGBA", "LA", "PA"):
         rgba = np.asarray(image.convert("RGBA"))
-        return (rgba[..., :3] > 0).any(axis=2) & (rgba[..., 3] > 0)
+        return np.any(rgba[..., :3] > 0, axis=2) & (rgba[..., 3] > 0)
     values = np.asarray(image)
-    return (values > 0).any(axis=2) if values.ndim == 3 else values > 0
+    return np.any(values > 0, axis=2) if values.ndim == 3 else values > 0
 
 
 def read_image(path: Path | str) -> np.ndarray:
-    """RGB picture, uint8 (H, W, 3), upright. Raises ValueError naming the file where it cannot be read."""
+    """RGB picture, uint8 (H, W, 3), upright. Raises ValueError naming the file where it cannot be
+    read."""
     return to_rgb(_open(path))
 
 
 def read_mask(path: Path | str) -> np.ndarray:
-    """Object mask, bool (H, W), upright. Raises ValueError naming the file where it cannot be read."""
+    """Object mask, bool (H, W), upright. Raises ValueError naming the file where it cannot be
+    read."""
     return to_mask(_open(path))
 
 
 def fit_mask(mask: np.ndarray, image: np.ndarray, name: str = "mask") -> np.ndarray:
     """The mask at the image's size.
 
-    A mask of the same aspect ratio is resized (nearest neighbour); any other shape, or a mask without a single
-    object pixel, is a ValueError that begins with `name`.
+    A mask of the same aspect ratio is resized (nearest neighbour); any other shape, or a mask
+    without a single object pixel, is a ValueError that begins with `name`.
     """
     (height, width), (mask_height, mask_width) = image.shape[:2], mask.shape
     if (mask_height, mask_width) != (height, width):
@@ -75,7 +87,9 @@ def fit_mask(mask: np.ndarray, image: np.ndarray, name: str = "mask") -> np.ndar
                 f"{name}: mask is {mask_width} x {mask_height}, its image {width} x {height}; "
                 "draw the mask on the image itself"
             )
-        mask = cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST) > 0
+        mask = (
+            cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST) > 0
+        )
     if not mask.any():
         raise ValueError(f"{name}: mask has no object pixel; paint the object in white on black")
     return mask
@@ -108,7 +122,8 @@ def cut_out(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def patch_mask(mask: np.ndarray | Tensor, grid: int) -> Tensor:
-    """m of the paper: bool or float (H, W) to float32 (grid * grid, 1), the top-left pixel of each cell decides."""
+    """m of the paper: bool or float (H, W) to float32 (grid * grid, 1), the top-left pixel of each
+    cell decides."""
     pixels = torch.as_tensor(np.asarray(mask), dtype=torch.float32)[None, None]
     cells = torch.nn.functional.interpolate(pixels, size=(grid, grid), mode="nearest")
     return cells.reshape(grid * grid, 1)
@@ -124,8 +139,8 @@ def object_views(image: np.ndarray, mask: np.ndarray, size: int, grid: int) -> d
         grid: side of the CLIP patch grid.
 
     Returns:
-        `clip_pixels` and `object_pixels`, float32 (3, size, size), the picture and the object alone on black, both
-        CLIP-normalised; `patch_mask`, float32 (grid * grid, 1).
+        `clip_pixels` and `object_pixels`, float32 (3, size, size), the picture and the object alone
+        on black, both CLIP-normalised; `patch_mask`, float32 (grid * grid, 1).
     """
     return {
         "clip_pixels": to_clip_pixels(resize(image, size, size)),

@@ -37,7 +37,8 @@ def pick_device(name: str | None) -> torch.device:
 def build_pipeline(
     config: InferenceConfig, local_mapper: str | Literal[False] | None = None
 ) -> ElitePipeline:
-    """The pipeline a configuration asks for, on its device and in its precision; False: no local branch."""
+    """The pipeline a configuration asks for, on its device and in its precision; False: no local
+    branch."""
     device = pick_device(config.device)
     precision = config.mixed_precision or ("fp16" if device.type == "cuda" else "no")
     pipe = ElitePipeline.from_stable_diffusion(
@@ -52,13 +53,18 @@ def build_pipeline(
 
 
 def run_inference(
-    config: InferenceConfig, pipe: ElitePipeline, folder: str, words: Words = 0, lambda_: float = 0.0
+    config: InferenceConfig,
+    pipe: ElitePipeline,
+    folder: str,
+    words: Words = 0,
+    lambda_: float = 0.0,
 ) -> int:
     """Draws the configuration's folder into OUTPUT_DIR/folder. Returns the exit status."""
     pairs = PairFolder(config.test_data_dir)
     if config.selected_data >= len(pairs):
         raise ValueError(
-            f"--selected_data {config.selected_data}: {config.test_data_dir} has {len(pairs)} pairs; "
+            f"--selected_data {config.selected_data}: {config.test_data_dir} has {len(pairs)} "
+            "pairs; "
             f"choose 0 to {len(pairs) - 1}, or -1 for all"
         )
     if config.template.count("{}") != 1:

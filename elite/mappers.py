@@ -1,14 +1,18 @@
-"""From CLIP features to words and feature tokens: the two mapping networks of ELITE (paper sections 3.2 and 3.3).
+"""From CLIP features to words and feature tokens: the two mapping networks of ELITE (paper sections
+3.2 and 3.3).
 
-State-dict keys are those of the released checkpoints. A mapper also owns the K and V projections that are trained
-together with it, one pair per cross-attention layer of the UNet; `elite.attention` plugs them in.
+State-dict keys are those of the released checkpoints. A mapper also owns the K and V projections
+that are trained together with it, one pair per cross-attention layer of the UNet; `elite.attention`
+plugs them in.
 """
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from diffusers import ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
@@ -16,9 +20,12 @@ HIDDEN_LAYERS = (4, 8, 12, 16)  # of CLIP ViT-L/14's 24
 
 
 def clip_levels(
-    image_encoder: CLIPVisionModel, clip_pixels: Tensor, hidden_layers: Sequence[int] = HIDDEN_LAYERS
+    image_encoder: CLIPVisionModel,
+    clip_pixels: Tensor,
+    hidden_layers: Sequence[int] = HIDDEN_LAYERS,
 ) -> list[Tensor]:
-    """Hierarchical CLIP features: the last hidden state (no post-layernorm), then the hidden states named.
+    """Hierarchical CLIP features: the last hidden state (no post-layernorm), then the hidden states
+    named.
 
     Args:
         image_encoder: the CLIP vision tower.
@@ -32,8 +39,9 @@ def clip_levels(
     return [output.last_hidden_state, *(output.hidden_states[layer] for layer in hidden_layers)]
 
 
-def cross_attention_layers(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
-    """Every attn2 of the UNet in module order, keyed as in the released checkpoints (dots turned to underscores)."""
+def cross_attention_layers(unet: UNet2DConditionModel) -> dict[str, Attention]:
+    """Every attn2 of the UNet in module order, keyed as in the released checkpoints (dots turned to
+    underscores)."""
     return {
         path.replace(".", "_"): module
         for path, module in unet.named_modules()
@@ -42,14 +50,16 @@ def cross_attention_layers(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
 
 
 class Mapper(ModelMixin, ConfigMixin):
-    """What both mapping networks share: an MLP pair per CLIP level, and K and V of every cross-attention.
+    """What both mapping networks share: an MLP pair per CLIP level, and K and V of every
+    cross-attention.
 
     Args:
         input_dim: width d of the CLIP features.
         output_dim: width of the text embedding.
         hidden_dim: width of the MLPs.
         hidden_layers: the CLIP hidden states that follow the last one; they make levels 1, 2, ...
-        attention: {layer name: output width of its to_k and to_v}; empty for a mapper without K and V.
+        attention: {layer name: output width of its to_k and to_v}; empty for a mapper without K and
+            V.
     """
 
     @register_to_config
@@ -76,12 +86,13 @@ class Mapper(ModelMixin, ConfigMixin):
         image_encoder: CLIPVisionModel,
         hidden_dim: int = 1024,
         hidden_layers: Sequence[int] = HIDDEN_LAYERS,
-    ):
+    ) -> Self:
         """A new mapper that fits these models, its K and V started from the UNet's own."""
         depth = image_encoder.config.num_hidden_layers
         if any(not 0 <= layer <= depth for layer in hidden_layers):
             raise ValueError(
-                f"hidden_layers {list(hidden_layers)} do not fit an image encoder of {depth} layers; "
+                f"hidden_layers {list(hidden_layers)} do not fit an image encoder of {depth} "
+                "layers; "
                 f"choose from 0 to {depth}"
             )
         layers = cross_attention_layers(unet)
@@ -95,7 +106,9 @@ class Mapper(ModelMixin, ConfigMixin):
         with torch.no_grad():
             for name, attn in layers.items():
                 for projection in ("to_k", "to_v"):
-                    mapper.projection(name, projection).weight.copy_(getattr(attn, projection).weight)
+                    mapper.projection(name, projection).weight.copy_(
+                        getattr(attn, projection).weight
+                    )
         return mapper
 
     @property
@@ -123,7 +136,8 @@ class GlobalMapper(Mapper):
     """The global mapping network: one word per CLIP level (paper eq. 3), w0 from the deepest."""
 
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
-        """levels: tensors (B, 1 + patches, d) from `clip_levels`. Returns w, (B, number of levels, D)."""
+        """levels: tensors (B, 1 + patches, d) from `clip_levels`. Returns w, (B, number of levels,
+        D)."""
         words = []
         for i, features in enumerate(levels):
             cls, patches = self.map_level(i, features)
@@ -132,14 +146,16 @@ class GlobalMapper(Mapper):
 
 
 class LocalMapper(Mapper):
-    """The local mapping network: one feature token per patch, averaged over the levels (paper section 3.3)."""
+    """The local mapping network: one feature token per patch, averaged over the levels (paper
+    section 3.3)."""
 
     def forward(self, levels: Sequence[Tensor], patch_mask: Tensor | None = None) -> Tensor:
         """f of the paper.
 
         Args:
             levels: tensors (B, 1 + patches, d) from `clip_levels` of the object view.
-            patch_mask: m, (B, patches, 1), 0 or 1; masked-out patches become zero tokens. None keeps all.
+            patch_mask: m, (B, patches, 1), 0 or 1; masked-out patches become zero tokens. None
+                keeps all.
 
         Returns:
             (B, patches, D).

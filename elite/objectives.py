@@ -1,7 +1,9 @@
-"""What ELITE learns: the noising step both stages share, and the two objectives (paper eq. 4 and 7)."""
+"""What ELITE learns: the noising step both stages share, and the two objectives (paper eq. 4 and
+7)."""
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +19,14 @@ WORD_PENALTY = 0.01  # stage 1, weight of mean |w|
 VALUE_PENALTY = 1e-4  # stage 2, weight of mean |V_l f|
 POSTERIOR_STREAM, NOISE_STREAM, TIMESTEP_STREAM = 0, 1, 2  # independent draws of one sample seed
 
-Batch = Mapping[str, Tensor]
+Batch = Mapping[str, Any]  # tensors, and the list of captions
 
 
 def seeded_noise(seeds: Tensor, shape: tuple[int, ...], stream: int = NOISE_STREAM) -> Tensor:
     """Standard normal (B, *shape), row i from its own CPU generator seeded with seeds[i].
 
-    So what a sample meets depends on the sample alone: not on batch size, processes, device, previews or resuming.
-    `stream` tells independent draws of one sample apart.
+    So what a sample meets depends on the sample alone: not on batch size, processes, device,
+    previews or resuming. `stream` tells independent draws of one sample apart.
     """
     return torch.stack([torch.randn(shape, generator=_generator(s, stream)) for s in seeds])
 
@@ -32,7 +34,10 @@ def seeded_noise(seeds: Tensor, shape: tuple[int, ...], stream: int = NOISE_STRE
 def seeded_timesteps(seeds: Tensor, num_train_timesteps: int) -> Tensor:
     """Uniform timesteps (B,), one per sample seed."""
     return torch.cat(
-        [torch.randint(num_train_timesteps, (1,), generator=_generator(s, TIMESTEP_STREAM)) for s in seeds]
+        [
+            torch.randint(num_train_timesteps, (1,), generator=_generator(s, TIMESTEP_STREAM))
+            for s in seeds
+        ]
     )
 
 
@@ -41,12 +46,13 @@ def _generator(seed: Tensor, stream: int) -> torch.Generator:
 
 
 class EliteObjective(nn.Module):
-    """What both stages share: frozen Stable Diffusion, noising, the prediction with words in the prompt.
+    """What both stages share: frozen Stable Diffusion, noising, the prediction with words in the
+    prompt.
 
     Args:
-        parts: vae, text_encoder, tokenizer, unet, image_encoder as `pipeline.load_parts` gives them.
-        global_mapper, local_mapper: installed in the UNet; stage 1 has no local mapper.
-        placeholder_token: the word of the captions that the concept's words replace.
+        parts: vae, text_encoder, tokenizer, unet, image_encoder as `pipeline.load_parts` gives
+            them. global_mapper, local_mapper: installed in the UNet; stage 1 has no local mapper.
+            placeholder_token: the word of the captions that the concept's words replace.
 
     Raises:
         ValueError: a mapper does not fit the UNet.
@@ -54,7 +60,7 @@ class EliteObjective(nn.Module):
 
     def __init__(
         self,
-        parts: Mapping[str, object],
+        parts: Mapping[str, Any],
         global_mapper: GlobalMapper,
         local_mapper: LocalMapper | None = None,
         placeholder_token: str = "S",
@@ -69,7 +75,14 @@ class EliteObjective(nn.Module):
             **{
                 key: value
                 for key, value in parts["scheduler"].config.items()
-                if key in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
+                if key
+                in (
+                    "num_train_timesteps",
+                    "beta_start",
+                    "beta_end",
+                    "beta_schedule",
+                    "prediction_type",
+                )
             }
         )
         self.requires_grad_(False)
@@ -95,7 +108,8 @@ class EliteObjective(nn.Module):
         return self
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """batch: what the dataset gives, collated; plus `seed` (B,). Returns {"loss": ..., other scalars}."""
+        """batch: what the dataset gives, collated; plus `seed` (B,). Returns {"loss": ..., other
+        scalars}."""
         seeds = batch["seed"]
         latents = self.encode_pixels(batch["pixels"], seeds)
         noise = seeded_noise(seeds, tuple(latents.shape[1:])).to(latents)
@@ -118,7 +132,9 @@ class EliteObjective(nn.Module):
     def encode_pixels(self, pixels: Tensor, seeds: Tensor) -> Tensor:
         """x (B, 3, H, W) in [-1, 1] to z, one draw of the posterior per sample seed."""
         posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
-        noise = seeded_noise(seeds, tuple(posterior.mean.shape[1:]), POSTERIOR_STREAM).to(posterior.mean)
+        noise = seeded_noise(seeds, tuple(posterior.mean.shape[1:]), POSTERIOR_STREAM).to(
+            posterior.mean
+        )
         return (posterior.mean + posterior.std * noise) * self.vae.config.scaling_factor
 
     def predict(
@@ -163,10 +179,14 @@ class GlobalObjective(EliteObjective):
 
 
 class LocalObjective(EliteObjective):
-    """Stage 2 (paper eq. 7): learns the local mapper beside the frozen global one, w0 in the prompt.
+    """Stage 2 (paper eq. 7): learns the local mapper beside the frozen global one, w0 in the
+    prompt.
 
-    Deviation: the release also computes gradients of the global mapper, which nothing uses; here it has none.
+    Deviation: the release also computes gradients of the global mapper, which nothing uses; here it
+    has none.
     """
+
+    local_mapper: LocalMapper
 
     @property
     def words_injected(self) -> int:
@@ -175,7 +195,8 @@ class LocalObjective(EliteObjective):
     def loss(self, batch: Batch, latents: Tensor, noise: Tensor, t: Tensor) -> dict[str, Tensor]:
         """`sum(M (eps_hat - eps)^2) / sum(M)` per sample, averaged, plus `1e-4 mean|V_l f|`.
 
-        M (B, 1, h, w) is broadcast over the latent channels, so the first term is that many times a mean.
+        M (B, 1, h, w) is broadcast over the latent channels, so the first term is that many times a
+        mean.
         """
         with torch.no_grad():
             layers = self.global_mapper.config.hidden_layers
@@ -195,6 +216,11 @@ class LocalObjective(EliteObjective):
 
     @staticmethod
     def patch_mask(object_mask: Tensor, features: Tensor) -> Tensor:
-        """m: object mask (B, 1, H, W) to the CLIP patch grid, (B, patches, 1), nearest neighbour."""
+        """m: object mask (B, 1, H, W) to the CLIP patch grid, (B, patches, 1), nearest
+        neighbour."""
         grid = round((features.shape[1] - 1) ** 0.5)
-        return F.interpolate(object_mask.float(), (grid, grid), mode="nearest").flatten(2).transpose(1, 2)
+        return (
+            F.interpolate(object_mask.float(), (grid, grid), mode="nearest")
+            .flatten(2)
+            .transpose(1, 2)
+        )

@@ -1,9 +1,10 @@
-"""ElitePipeline: Stable Diffusion with ELITE's mappers plugged in; encode a concept once, draw it many times."""
+"""ElitePipeline: Stable Diffusion with ELITE's mappers plugged in; encode a concept once, draw it
+many times."""
 
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from diffusers import (
     UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from PIL import Image
 from torch import Tensor
@@ -54,7 +56,8 @@ Words = int | Literal["all"]
 def make_scheduler(name: str, config: dict | None = None) -> KarrasDiffusionSchedulers:
     """A scheduler by name over the model's own noise schedule.
 
-    LMS is the release's: fractional timesteps spaced by linspace. The model's config alone would draw something else.
+    LMS is the release's: fractional timesteps spaced by linspace. The model's config alone would
+    draw something else.
 
     Raises:
         ValueError: unknown name.
@@ -77,8 +80,8 @@ def make_scheduler(name: str, config: dict | None = None) -> KarrasDiffusionSche
 class ElitePipeline(StableDiffusionPipeline):
     """Text-to-image with one-picture concepts (ELITE, arXiv 2302.13848).
 
-    A call without a concept draws the prompt through the mappers' K_g, V_g, as the release does for its
-    unconditional pass. `local_mapper` may be None: global mapping only.
+    A call without a concept draws the prompt through the mappers' K_g, V_g, as the release does for
+    its unconditional pass. `local_mapper` may be None: global mapping only.
     """
 
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
@@ -110,7 +113,8 @@ class ElitePipeline(StableDiffusionPipeline):
             requires_safety_checker=requires_safety_checker,
         )
         self.register_modules(global_mapper=global_mapper, local_mapper=local_mapper)
-        self.fingerprint = _fingerprint(global_mapper, local_mapper)  # ties concepts to these mappers
+        # Ties concepts to these mappers.
+        self.fingerprint = _fingerprint(global_mapper, local_mapper)
         self.install()
 
     @classmethod
@@ -127,18 +131,18 @@ class ElitePipeline(StableDiffusionPipeline):
 
         Args:
             model: folder in diffusers layout, or a hub name.
-            global_mapper, local_mapper: folder, hub name, `.pt` file of the release, or a mapper. None takes
-                `global_mapper/` and `local_mapper/` inside the model folder; without the latter, or with
-                `local_mapper=False`, there is no local branch.
-            image_encoder: CLIP vision tower. None takes `image_encoder/` inside the model folder, else
-                CLIP ViT-L/14 from the hub.
+            global_mapper, local_mapper: folder, hub name, `.pt` file of the release, or a mapper.
+                None takes `global_mapper/` and `local_mapper/` inside the model folder; without the
+                latter, or with `local_mapper=False`, there is no local branch.
+            image_encoder: CLIP vision tower. None takes `image_encoder/` inside the model folder,
+                else CLIP ViT-L/14 from the hub.
 
         Raises:
             ValueError: a part is missing or does not fit; the message names it.
         """
         parts = load_parts(model, image_encoder)
         unet, encoder = parts["unet"], parts["image_encoder"]
-        mappers: dict[str, Mapper | None] = {}
+        mappers: dict[str, Any] = {}
         for name, kind, given in (
             ("global_mapper", GlobalMapper, global_mapper),
             ("local_mapper", LocalMapper, local_mapper),
@@ -149,7 +153,8 @@ class ElitePipeline(StableDiffusionPipeline):
             mappers[name] = source
         if mappers["global_mapper"] is None:
             raise ValueError(
-                f"{model}: has no global_mapper/; pass the path of a global mapper (--global_mapper_path)"
+                f"{model}: has no global_mapper/; pass the path of a global mapper "
+                "(--global_mapper_path)"
             )
         return cls(**parts, **mappers).to(dtype=torch_dtype)
 
@@ -161,8 +166,9 @@ class ElitePipeline(StableDiffusionPipeline):
         """Gives the plain Stable Diffusion back, bit for bit."""
         uninstall(self.unet)
 
-    def save_pretrained(self, *args, **kwargs) -> None:
-        """Saves the whole pipeline in diffusers layout; the UNet's files are plain Stable Diffusion."""
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Saves the whole pipeline in diffusers layout; the UNet's files are plain Stable
+        Diffusion."""
         installed = is_installed(self.unet)
         self.uninstall()
         try:
@@ -184,7 +190,8 @@ class ElitePipeline(StableDiffusionPipeline):
 
     @torch.no_grad()
     def encode_concept(self, image: ImageLike, mask: ImageLike, name: str = "mask") -> Concept:
-        """Reads one object: picture and mask to words and feature tokens (paper eq. 3 and section 3.3).
+        """Reads one object: picture and mask to words and feature tokens (paper eq. 3 and section
+        3.3).
 
         Args:
             image: PIL image, or uint8 (H, W, 3).
@@ -206,8 +213,11 @@ class ElitePipeline(StableDiffusionPipeline):
         return self.encode_views(**views)
 
     @torch.no_grad()
-    def encode_views(self, clip_pixels: Tensor, object_pixels: Tensor, patch_mask: Tensor) -> Concept:
-        """The same for a batch of views: (B, 3, H, W) twice, CLIP-normalised, and (B, patches, 1)."""
+    def encode_views(
+        self, clip_pixels: Tensor, object_pixels: Tensor, patch_mask: Tensor
+    ) -> Concept:
+        """The same for a batch of views: (B, 3, H, W) twice, CLIP-normalised, and (B, patches,
+        1)."""
         layers = self.global_mapper.config.hidden_layers
         words = self.global_mapper(clip_levels(self.image_encoder, clip_pixels, layers))
         tokens = None
@@ -221,7 +231,7 @@ class ElitePipeline(StableDiffusionPipeline):
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
-        *args,
+        *args: Any,
         concept: Concept | Sequence[Concept] | None = None,
         lambda_: float | Sequence[float] = 0.8,
         words: Words = 0,
@@ -229,24 +239,26 @@ class ElitePipeline(StableDiffusionPipeline):
         num_inference_steps: int = 100,
         guidance_scale: float = 5.0,
         seed: int | Sequence[int] | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> StableDiffusionPipelineOutput:
         """Draws a prompt with a concept in place of its placeholder.
 
         Args:
             prompt: one or several; with a concept, each holds the placeholder exactly once.
             concept: one for all prompts, or one each; None draws the plain prompt.
-            lambda_: weight of the local branch, one or one per prompt: 0.8 reproduces the object, 0.6 edits it.
-            words: which of w replaces the placeholder: an index (0, the primary word) or "all".
-            seed: one per picture (prompts x num_images_per_prompt). The initial noise comes from a CPU generator
-                in float32, so seeds travel between devices, dtypes and batch sizes. None uses `generator`.
+            lambda_: weight of the local branch, one or one per prompt: 0.8 reproduces the object,
+                0.6 edits it. words: which of w replaces the placeholder: an index (0, the primary
+                word) or "all". seed: one per picture (prompts x num_images_per_prompt). The initial
+                noise comes from a CPU generator in float32, so seeds travel between devices, dtypes
+                and batch sizes. None uses `generator`.
             args, kwargs: as for StableDiffusionPipeline.
 
         Returns:
             StableDiffusionPipelineOutput.
 
         Raises:
-            ValueError: placeholder absent, twice or too late; concept of other mappers; wrong counts.
+            ValueError: placeholder absent, twice or too late; concept of other mappers; wrong
+            counts.
         """
         if concept is None or prompt is None:
             kwargs.setdefault("ip_adapter_image_embeds", [self._no_local_inputs()])
@@ -285,7 +297,11 @@ class ElitePipeline(StableDiffusionPipeline):
                 f"{len(concept)} concepts for {len(prompts)} prompts; pass one, or one per prompt"
             )
         device = self._execution_device
-        rows = torch.arange(len(prompts)) if len(concept) > 1 else torch.zeros(len(prompts), dtype=int)
+        rows = (
+            torch.arange(len(prompts))
+            if len(concept) > 1
+            else torch.zeros(len(prompts), dtype=torch.int64)
+        )
         chosen = pick_words(concept.words, words)[rows].to(device)  # (B, L, D)
         input_ids, index = tokenize(self.tokenizer, prompts, placeholder_token, chosen.shape[1])
         context = encode_text(self.text_encoder, input_ids.to(device), chosen, index.to(device))
@@ -295,7 +311,8 @@ class ElitePipeline(StableDiffusionPipeline):
             weights = torch.as_tensor(lambda_, dtype=torch.float32)
             if weights.numel() not in (1, len(prompts)):
                 raise ValueError(
-                    f"{weights.numel()} lambdas for {len(prompts)} prompts; pass one, or one per prompt"
+                    f"{weights.numel()} lambdas for {len(prompts)} prompts; pass one, or one per "
+                    "prompt"
                 )
             local = local_inputs(f, index.to(device), weights.to(device), context.shape[1])
         return {"prompt_embeds": context, "ip_adapter_image_embeds": local}
@@ -312,15 +329,18 @@ class ElitePipeline(StableDiffusionPipeline):
         num_images_per_prompt: int,
         do_classifier_free_guidance: bool,
     ) -> list[Tensor]:
-        """Rows for the denoising batch: prompts repeated, guidance rows first with zero tokens and zero lambda.
+        """Rows for the denoising batch: prompts repeated, guidance rows first with zero tokens and
+        zero lambda.
 
-        `num_images_per_prompt` is the whole batch (prompts x pictures), as the stock pipelines pass it.
+        `num_images_per_prompt` is the whole batch (prompts x pictures), as the stock pipelines pass
+        it.
         """
         if not ip_adapter_image_embeds or ip_adapter_image_embeds[0].numel() == 0:
             return []
         batch_size = num_images_per_prompt
         rows = [
-            x.repeat_interleave(batch_size // len(x), dim=0).to(device) for x in ip_adapter_image_embeds
+            x.repeat_interleave(batch_size // len(x), dim=0).to(device)
+            for x in ip_adapter_image_embeds
         ]
         if not do_classifier_free_guidance:
             return rows
@@ -336,13 +356,22 @@ class ElitePipeline(StableDiffusionPipeline):
     ) -> Tensor:
         """Standard normal latents, each from its own CPU generator."""
         embeds = kwargs.get("prompt_embeds")
-        prompts = len(embeds) if embeds is not None else 1 if isinstance(prompt, str) else len(prompt or ())
+        prompts = (
+            len(embeds)
+            if embeds is not None
+            else 1
+            if isinstance(prompt, str)
+            else len(prompt or ())
+        )
         count = prompts * kwargs.get("num_images_per_prompt", 1)
         seeds = [seed] * count if isinstance(seed, int) else list(seed)
         if len(seeds) != count:
-            raise ValueError(f"{len(seeds)} seeds for {count} pictures; pass one, or one per picture")
+            raise ValueError(
+                f"{len(seeds)} seeds for {count} pictures; pass one, or one per picture"
+            )
         size = [
-            (kwargs.get(side) or self.resolution) // self.vae_scale_factor for side in ("height", "width")
+            (kwargs.get(side) or self.resolution) // self.vae_scale_factor
+            for side in ("height", "width")
         ]
         shape = (self.unet.config.in_channels, *size)
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
@@ -384,13 +413,13 @@ def load_parts(
     tokenizer: str | Path | None = None,
     revision: str | None = None,
 ) -> dict:
-    """Everything but the mappers, in float32: vae, text_encoder, tokenizer, unet, scheduler, image_encoder.
+    """Everything but the mappers, in float32: vae, text_encoder, tokenizer, unet, scheduler,
+    image_encoder.
 
     Args:
         model: folder in diffusers layout, or a hub name.
-        image_encoder: None takes `image_encoder/` of the model folder, else CLIP ViT-L/14 from the hub.
-        tokenizer: None takes the model's own.
-        revision: of the model on the hub.
+        image_encoder: None takes `image_encoder/` of the model folder, else CLIP ViT-L/14 from the
+            hub. tokenizer: None takes the model's own. revision: of the model on the hub.
 
     Raises:
         ValueError: a part is missing or unreadable; the message names it.
@@ -415,7 +444,8 @@ def load_parts(
 
 
 def _load_scheduler(model: str | Path, hub: dict) -> KarrasDiffusionSchedulers:
-    """The release's LMS over the model's noise schedule; a folder without a scheduler has Stable Diffusion's."""
+    """The release's LMS over the model's noise schedule; a folder without a scheduler has Stable
+    Diffusion's."""
     if Path(model).is_dir() and not (Path(model) / "scheduler").is_dir():
         return make_scheduler("lms")
     config = _load_part(LMSDiscreteScheduler, model, "scheduler", loader="load_config", **hub)
@@ -423,8 +453,12 @@ def _load_scheduler(model: str | Path, hub: dict) -> KarrasDiffusionSchedulers:
 
 
 def _load_part(
-    cls: type, source: str | Path, subfolder: str = "", loader: str = "from_pretrained", **options: str
-):
+    cls: type,
+    source: str | Path,
+    subfolder: str = "",
+    loader: str = "from_pretrained",
+    **options: str,
+) -> Any:
     """One part; models in float32 whatever they are stored in."""
     if subfolder:
         options["subfolder"] = subfolder
@@ -433,7 +467,8 @@ def _load_part(
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(
-            f"{source}: cannot load {subfolder or cls.__name__} ({reason}); expected a folder in diffusers layout "
+            f"{source}: cannot load {subfolder or cls.__name__} ({reason}); expected a folder in "
+            "diffusers layout "
             "or a hub name"
         ) from None
     return part.float().eval() if isinstance(part, torch.nn.Module) else part

@@ -1,4 +1,5 @@
-"""The training scripts' common page: build parts, mappers, data and objective of a stage, then fit."""
+"""The training scripts' common page: build parts, mappers, data and objective of a stage, then
+fit."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -49,7 +50,9 @@ def train_local(config: TrainLocalConfig) -> int:
         config.train_data_dir,
         resolution=resolution,
         clip_size=parts["image_encoder"].config.image_size,
-        latent_size=resolution * parts["unet"].config.sample_size // side_in_pixels(parts["unet"], parts["vae"]),
+        latent_size=resolution
+        * parts["unet"].config.sample_size
+        // side_in_pixels(parts["unet"], parts["vae"]),
         placeholder_token=config.placeholder_token,
     )
     return _train(config, objective, dataset, parts, words=0)
@@ -70,7 +73,9 @@ def _load_parts(config: TrainConfig) -> dict[str, Any]:
     return parts
 
 
-def _mapper(kind: type[Mapper], path: str | None, parts: dict[str, Any], config: TrainConfig) -> Any:
+def _mapper(
+    kind: type[Mapper], path: str | None, parts: dict[str, Any], config: TrainConfig
+) -> Any:
     unet, image_encoder = parts["unet"], parts["image_encoder"]
     if path is not None:
         return load_mapper(kind, path, unet, image_encoder).float()
@@ -87,7 +92,8 @@ def _resolution(config: TrainConfig, parts: dict[str, Any]) -> int:
     multiple *= 2 ** (len(parts["unet"].config.block_out_channels) - 1)
     if resolution % multiple:
         raise ValueError(
-            f"--resolution {resolution}: this model needs a multiple of {multiple}; {natural} is its own"
+            f"--resolution {resolution}: this model needs a multiple of {multiple}; {natural} is "
+            "its own"
         )
     return resolution
 
@@ -108,7 +114,8 @@ def _train(
         print_config(config)
         print(
             f"{len(dataset)} samples, {samples_per_step} per step, {max_steps} steps, "
-            f"{sum(p.numel() for p in objective.trained.parameters()) / 1e6:.1f} M trained parameters"
+            f"{sum(p.numel() for p in objective.trained.parameters()) / 1e6:.1f} M trained "
+            "parameters"
         )
     with TemporaryDirectory() as nowhere:
         output_dir = Path(nowhere if config.dry_run else config.output_dir)
@@ -187,6 +194,10 @@ class _Preview:
                 num_inference_steps=PREVIEW_STEPS,
             ).images[0]
             target = Image.fromarray(image).resize(generated.size, Image.Resampling.BICUBIC)
-            views = [Image.fromarray(image), Image.fromarray(cut_out(image, mask)), Image.fromarray(mask)]
+            views = [
+                Image.fromarray(image),
+                Image.fromarray(cut_out(image, mask)),
+                Image.fromarray(mask),
+            ]
             rows.append([generated, target, *views])
         return tile_rows(rows, ["generated", "target", "view", "object view", "mask"])

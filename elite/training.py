@@ -1,8 +1,9 @@
-"""The one training loop: accumulate, clip, step, log, preview, save, resume. It knows nothing of what it trains.
+"""The one training loop: accumulate, clip, step, log, preview, save, resume. It knows nothing of
+what it trains.
 
 Everything random about a sample comes from the sample's own seed (see `data.TrainingStream` and
-`objectives.seeded_noise`), so the loop has no random state to keep: resuming, previews, other batch sizes and more
-processes all see the same samples and the same noise.
+`objectives.seeded_noise`), so the loop has no random state to keep: resuming, previews, other batch
+sizes and more processes all see the same samples and the same noise.
 """
 
 import json
@@ -21,6 +22,8 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -32,14 +35,21 @@ FAILURES_IGNORED = 20  # ... once there are more than these
 
 
 class Objective(Protocol):
-    """What `fit` needs: a module whose forward gives {"loss": scalar, other scalars to log}, and its export."""
+    """What `fit` trains: a module whose forward gives {"loss": scalar, other scalars to log}."""
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Tensor]: ...
 
-    def save_pretrained(self, folder: Path) -> None: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def train(self) -> Any: ...
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Exports what was trained into `folder`, for users."""
 
 
-def make_accelerator(mixed_precision: str | None = None, accumulation: int = 1, cpu: bool = False) -> Accelerator:
+def make_accelerator(
+    mixed_precision: str | None = None, accumulation: int = 1, cpu: bool = False
+) -> Accelerator:
     """An Accelerator for `fit`; None takes the precision that `accelerate launch` was given."""
     return Accelerator(
         mixed_precision=mixed_precision,
@@ -50,7 +60,7 @@ def make_accelerator(mixed_precision: str | None = None, accumulation: int = 1, 
 
 
 def fit(
-    objective: nn.Module,
+    objective: Objective,
     dataset: Samples,
     accelerator: Accelerator,
     *,
@@ -83,8 +93,8 @@ def fit(
         accelerator: precision, devices, accumulation and processes.
 
     Raises:
-        ValueError: nothing to resume, a checkpoint of another model, a loss that is not finite, or too many
-            unreadable samples (the message lists them).
+        ValueError: nothing to resume, a checkpoint of another model, a loss that is not finite, or
+            too many unreadable samples (the message lists them).
     """
     trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
@@ -120,7 +130,11 @@ def fit(
     )
     batches = iter(loader)
     progress = tqdm(
-        total=max_steps, initial=step, desc="train", unit="step", disable=not accelerator.is_main_process
+        total=max_steps,
+        initial=step,
+        desc="train",
+        unit="step",
+        disable=not accelerator.is_main_process,
     )
     while step < max_steps:
         # Accumulate.
@@ -146,7 +160,8 @@ def fit(
         metrics = _reduce(logs, accelerator)
         if not math.isfinite(metrics["loss"]):
             raise ValueError(
-                f"loss is {metrics['loss']} at step {step}; lower --learning_rate or use --mixed_precision no"
+                f"loss is {metrics['loss']} at step {step}; lower --learning_rate or use "
+                "--mixed_precision no"
             )
         metrics |= {
             "grad_norm": float(norm),
@@ -178,12 +193,15 @@ def find_checkpoint(output_dir: Path, resume: str) -> Path:
     if resume != "latest":
         folder = Path(resume) if Path(resume).is_dir() else output_dir / resume
         if not (folder / "training_state.pt").exists():
-            raise ValueError(f"{resume}: not a checkpoint; expected 'latest' or a checkpoint-N folder")
+            raise ValueError(
+                f"{resume}: not a checkpoint; expected 'latest' or a checkpoint-N folder"
+            )
         return folder
     found = checkpoints(output_dir)
     if not found:
         raise ValueError(
-            f"{output_dir}: no checkpoint to resume from; leave out --resume_from_checkpoint to start anew"
+            f"{output_dir}: no checkpoint to resume from; leave out --resume_from_checkpoint to "
+            "start anew"
         )
     return found[-1]
 
@@ -197,7 +215,13 @@ def checkpoints(output_dir: Path) -> list[Path]:
 class _State:
     """All that a run is: trained weights, optimiser, schedule, EMA, step."""
 
-    def __init__(self, trained: dict[str, nn.Parameter], optimizer, schedule, ema: EMAModel | None) -> None:
+    def __init__(
+        self,
+        trained: dict[str, nn.Parameter],
+        optimizer: Optimizer,
+        schedule: LRScheduler,
+        ema: EMAModel | None,
+    ) -> None:
         self.trained, self.optimizer, self.schedule, self.ema = trained, optimizer, schedule, ema
 
     def save(self, folder: Path, step: int) -> None:
@@ -214,8 +238,12 @@ class _State:
     def load(self, folder: Path) -> int:
         """Returns the step."""
         weights = load_file(folder / "weights.safetensors")
-        if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in self.trained.items()}:
-            raise ValueError(f"{folder}: checkpoint of another model or stage; resume with its own config")
+        if {k: v.shape for k, v in weights.items()} != {
+            k: v.shape for k, v in self.trained.items()
+        }:
+            raise ValueError(
+                f"{folder}: checkpoint of another model or stage; resume with its own config"
+            )
         state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
         with torch.no_grad():
             for name, parameter in self.trained.items():
@@ -230,7 +258,8 @@ class _State:
 
 
 class _Run:
-    """The run's folder: metrics.jsonl, TensorBoard, previews, checkpoints. Only the main process writes."""
+    """The run's folder: metrics.jsonl, TensorBoard, previews, checkpoints. Only the main process
+    writes."""
 
     def __init__(self, folder: Path, logging_dir: str, is_main: bool, config: dict) -> None:
         self.folder, self.is_main, self.config = folder, is_main, config
@@ -254,7 +283,9 @@ class _Run:
 
     def _lines(self) -> Iterator[str]:
         if self.metrics_file.exists():
-            yield from (line for line in self.metrics_file.read_text().splitlines() if line.endswith("}"))
+            yield from (
+                line for line in self.metrics_file.read_text().splitlines() if line.endswith("}")
+            )
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         if self.board is None:
@@ -271,9 +302,11 @@ class _Run:
         count = len(self.failures)
         if count > FAILURES_IGNORED and count > FAILURES_TOLERATED * seen:
             listed = "\n  ".join(self.failures[-FAILURES_IGNORED:])
-            raise ValueError(f"{count} of about {seen} samples could not be read; the last are\n  {listed}")
+            raise ValueError(
+                f"{count} of about {seen} samples could not be read; the last are\n  {listed}"
+            )
 
-    def preview(self, step: int, preview: Callable[[], Image.Image], objective: nn.Module) -> None:
+    def preview(self, step: int, preview: Callable[[], Image.Image], objective: Objective) -> None:
         """A picture of what the model does now; the training stream does not notice."""
         with torch.no_grad(), torch.random.fork_rng():
             picture = preview()

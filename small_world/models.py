@@ -1,4 +1,5 @@
-"""The small Stable Diffusion's parts, built from configs: real diffusers and transformers classes."""
+"""The small Stable Diffusion's parts, built from configs: real diffusers and transformers
+classes."""
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import (

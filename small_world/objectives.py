@@ -1,4 +1,5 @@
-"""What each part of the small Stable Diffusion learns: three objectives for the project's one training loop."""
+"""What each part of the small Stable Diffusion learns: three objectives for the project's one
+training loop."""
 
 from pathlib import Path
 
@@ -45,7 +46,8 @@ class VAEObjective(nn.Module):
 
 
 class ImageEncoderObjective(nn.Module):
-    """CLIP's contrastive loss, plus attribute heads on CLS and a patch head that names each patch's colours."""
+    """CLIP's contrastive loss, plus attribute heads on CLS and a patch head that names each patch's
+    colours."""
 
     def __init__(self, clip: CLIPModel) -> None:
         super().__init__()
@@ -72,7 +74,12 @@ class ImageEncoderObjective(nn.Module):
             f"acc_{name}": _accuracy(head(cls), batch["labels"][:, i])
             for i, (name, head) in enumerate(self.heads.items())
         }
-        return {"loss": loss, "contrastive": contrastive.detach(), "patch": patch_colours.detach(), **accuracy}
+        return {
+            "loss": loss,
+            "contrastive": contrastive.detach(),
+            "patch": patch_colours.detach(),
+            **accuracy,
+        }
 
     def _contrastive(self, cls: Tensor, input_ids: Tensor) -> Tensor:
         text = self.clip.text_model(input_ids).pooler_output
@@ -93,7 +100,8 @@ def _accuracy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 class BaseModelObjective(nn.Module):
-    """Text encoder and UNet together: epsilon prediction with min-SNR weights (Hang et al. 2023, gamma 5)."""
+    """Text encoder and UNet together: epsilon prediction with min-SNR weights (Hang et al. 2023,
+    gamma 5)."""
 
     def __init__(
         self,
@@ -106,7 +114,11 @@ class BaseModelObjective(nn.Module):
     ) -> None:
         super().__init__()
         self.text_encoder, self.unet = text_encoder, unet
-        self.scheduler, self.empty_probability, self.snr_gamma = scheduler, empty_probability, snr_gamma
+        self.scheduler, self.empty_probability, self.snr_gamma = (
+            scheduler,
+            empty_probability,
+            snr_gamma,
+        )
         self.register_buffer("empty_ids", empty_ids, persistent=False)  # (24,)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,10 +1,12 @@
 """Trains the small Stable Diffusion from nothing, part by part, each resumable:
 
-    python -m small_world.pretrain samples | vae | image_encoder | base | assemble   [--work_dir runs/small_world]
+    python -m small_world.pretrain samples | vae | image_encoder | base | assemble   [--work_dir
+    runs/small_world]
 
-`samples` renders the pretraining set; `vae`, `image_encoder` and `base` (text encoder and UNet together) train with
-the project's own loop and leave metrics, previews and checkpoints in WORK_DIR/<part>; `assemble` writes the parts as
-fp16 safetensors in diffusers layout to checkpoints/small_world. Interrupted parts go on from their last checkpoint.
+`samples` renders the pretraining set; `vae`, `image_encoder` and `base` (text encoder and UNet
+together) train with the project's own loop and leave metrics, previews and checkpoints in
+WORK_DIR/<part>; `assemble` writes the parts as fp16 safetensors in diffusers layout to
+checkpoints/small_world. Interrupted parts go on from their last checkpoint.
 """
 
 import argparse
@@ -34,8 +36,13 @@ NUM_SAMPLES = 60_000
 # Images seen, batch and learning rate of each part; on 2 CPU cores about 20, 25 and 60 minutes.
 RECIPES = {
     "vae": {"images": 40_000, "batch_size": 32, "learning_rate": 2e-3, "ema_decay": 0.9995},
-    "image_encoder": {"images": 120_000, "batch_size": 64, "learning_rate": 1e-3, "ema_decay": 0.9995},
-    "base": {"images": 110_000, "batch_size": 32, "learning_rate": 1e-3, "ema_decay": 0.9995},
+    "image_encoder": {
+        "images": 120_000,
+        "batch_size": 64,
+        "learning_rate": 1e-3,
+        "ema_decay": 0.9995,
+    },
+    "base": {"images": 130_000, "batch_size": 32, "learning_rate": 1e-3, "ema_decay": 0.9995},
 }
 PREVIEW_PROMPTS = (
     "a red mug on the grass",
@@ -73,9 +80,12 @@ class Pictures:
 
 
 class Latents:
-    """Latents of the samples that the base model learns (no cut-outs), encoded once, with their captions."""
+    """Latents of the samples that the base model learns (no cut-outs), encoded once, with their
+    captions."""
 
-    def __init__(self, folder: Path, tokenizer: CLIPTokenizer, vae: AutoencoderKL, cache: Path) -> None:
+    def __init__(
+        self, folder: Path, tokenizer: CLIPTokenizer, vae: AutoencoderKL, cache: Path
+    ) -> None:
         images, records = load_samples(folder)
         kept = [i for i, record in enumerate(records) if record["framing"] != "cutout"]
         self.input_ids = token_ids(tokenizer, [records[i]["caption"] for i in kept])
@@ -162,7 +172,9 @@ def train_vae(work_dir: Path, tokenizer: CLIPTokenizer) -> None:
 @torch.no_grad()
 def scale_latents(vae: AutoencoderKL, dataset: Pictures, folder: Path) -> None:
     """Saves the VAE with the scaling factor that gives its latents unit deviation."""
-    pixels = torch.stack([dataset.sample(i, np.random.default_rng(0))["pixels"] for i in range(512)])
+    pixels = torch.stack(
+        [dataset.sample(i, np.random.default_rng(0))["pixels"] for i in range(512)]
+    )
     deviation = vae.encode(pixels).latent_dist.mean.std()
     vae.register_to_config(scaling_factor=round(1 / float(deviation), 5))
     write_atomically(folder, vae.save_pretrained)
@@ -194,13 +206,19 @@ def train_base(work_dir: Path, tokenizer: CLIPTokenizer) -> None:
         pipe.set_progress_bar_config(disable=True)
         generators = [torch.Generator().manual_seed(i) for i in range(16)]
         prompts = [prompt for prompt in PREVIEW_PROMPTS for _ in range(2)]
-        return grid(pipe(prompts, num_inference_steps=20, guidance_scale=4.0, generator=generators).images, 8)
+        return grid(
+            pipe(prompts, num_inference_steps=20, guidance_scale=4.0, generator=generators).images,
+            8,
+        )
 
     train("base", objective, dataset, work_dir, preview)
 
 
 def base_pipeline(
-    vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    unet: UNet2DConditionModel,
 ) -> StableDiffusionPipeline:
     """The stock pipeline over the small parts."""
     return StableDiffusionPipeline(
@@ -216,7 +234,8 @@ def base_pipeline(
 
 
 def assemble(work_dir: Path, target: Path) -> None:
-    """The trained parts in diffusers layout, fp16 safetensors, ready for `ElitePipeline.from_stable_diffusion`."""
+    """The trained parts in diffusers layout, fp16 safetensors, ready for
+    `ElitePipeline.from_stable_diffusion`."""
     pipe = base_pipeline(
         AutoencoderKL.from_pretrained(work_dir / "vae" / "vae"),
         CLIPTextModel.from_pretrained(work_dir / "base" / "text_encoder"),
@@ -229,7 +248,9 @@ def assemble(work_dir: Path, target: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("part", choices=["samples", "vae", "image_encoder", "base", "assemble"])
     parser.add_argument("--work_dir", type=Path, default=Path("runs/small_world"))
     parser.add_argument("--target", type=Path, default=REPOSITORY / "checkpoints" / "small_world")

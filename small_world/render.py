@@ -1,6 +1,7 @@
 """Draws the small world: a silhouette with colours and a pattern, on a scene, with its mask.
 
-All drawing happens in uint8 RGB at the size asked for; silhouettes live in unit coordinates, x and y in [-1, 1].
+All drawing happens in uint8 RGB at the size asked for; silhouettes live in unit coordinates, x and
+y in [-1, 1].
 """
 
 from dataclasses import dataclass
@@ -89,7 +90,8 @@ SILHOUETTES: dict[str, dict[str, list]] = {
 
 @dataclass(frozen=True)
 class Pose:
-    """Where the silhouette goes: centre and half width in fractions of the picture, turn in degrees."""
+    """Where the silhouette goes: centre and half width in fractions of the picture, turn in
+    degrees."""
 
     x: float
     y: float
@@ -107,7 +109,9 @@ class Pose:
 
 def _shade(colour: tuple, rng: np.random.Generator, amount: int = 10) -> tuple:
     """The colour, a little different each time."""
-    return tuple(int(v) for v in np.clip(np.asarray(colour) + rng.integers(-amount, amount + 1), 0, 255))
+    return tuple(
+        int(v) for v in np.clip(np.asarray(colour) + rng.integers(-amount, amount + 1), 0, 255)
+    )
 
 
 def _gradient(top: tuple, bottom: tuple, size: int) -> np.ndarray:
@@ -134,7 +138,13 @@ def draw_scene(scene: str, rng: np.random.Generator, size: int) -> np.ndarray:
     elif scene == "beach":
         canvas[horizon - int(5 * unit) : horizon] = _shade((45, 150, 190), rng)
         canvas[horizon:] = _shade((235, 210, 150), rng)
-        cv2.circle(canvas, (int(rng.uniform(0.1, 0.9) * size), int(4 * unit)), int(2.5 * unit), (255, 240, 160), -1)
+        cv2.circle(
+            canvas,
+            (int(rng.uniform(0.1, 0.9) * size), int(4 * unit)),
+            int(2.5 * unit),
+            (255, 240, 160),
+            -1,
+        )
     elif scene == "snow":
         canvas[:] = _gradient(_shade((165, 180, 200), rng), _shade((200, 210, 222), rng), size)
         canvas[horizon:] = _shade((240, 244, 250), rng, 5)
@@ -143,7 +153,13 @@ def draw_scene(scene: str, rng: np.random.Generator, size: int) -> np.ndarray:
             cv2.circle(canvas, centre, max(1, int(unit / 2)), (250, 250, 255), -1)
     elif scene == "table":
         canvas[:] = _shade((180, 130, 80), rng)
-        _rows(canvas, int(rng.integers(0, int(6 * unit))), int(7 * unit), max(1, int(unit)), (140, 95, 55))
+        _rows(
+            canvas,
+            int(rng.integers(0, int(6 * unit))),
+            int(7 * unit),
+            max(1, int(unit)),
+            (140, 95, 55),
+        )
     elif scene == "bricks":
         canvas[:] = _shade((165, 85, 65), rng)
         course, joint = int(5 * unit), max(1, int(unit))
@@ -168,7 +184,11 @@ def draw_scene(scene: str, rng: np.random.Generator, size: int) -> np.ndarray:
         canvas[:] = _shade((105, 105, 110), rng)
         middle = int(size * rng.uniform(0.6, 0.85))
         for x in range(int(rng.integers(0, int(8 * unit))) - int(8 * unit), size, int(10 * unit)):
-            canvas[middle : middle + int(2 * unit), max(x, 0) : max(x + int(6 * unit), 0)] = (230, 225, 200)
+            canvas[middle : middle + int(2 * unit), max(x, 0) : max(x + int(6 * unit), 0)] = (
+                230,
+                225,
+                200,
+            )
     else:
         raise ValueError(f"unknown scene {scene!r}")
     return canvas
@@ -193,7 +213,8 @@ def _fill(polygons: list, pose: Pose, size: int) -> np.ndarray:
 
 
 def _paint(thing: Thing, pose: Pose, rng: np.random.Generator, size: int) -> np.ndarray:
-    """The body's paint over the whole canvas: main colour, then stripes or dots that turn with the object."""
+    """The body's paint over the whole canvas: main colour, then stripes or dots that turn with the
+    object."""
     paint = np.empty((size, size, 3), np.uint8)
     paint[:] = _shade(COLOURS[thing.colour], rng)
     if thing.second is None:

@@ -1,7 +1,8 @@
-"""The pretraining set: framed pictures with captions and attributes, rendered once to memory-mapped arrays.
+"""The pretraining set: framed pictures with captions and attributes, rendered once to memory-mapped
+arrays.
 
-Framings follow what ELITE's own datasets will show later: whole scenes, tight crops, small on black, zoomed in;
-`cutout` (object alone on black) is for the image encoder only.
+Framings follow what ELITE's own datasets will show later: whole scenes, tight crops, small on
+black, zoomed in; `cutout` (object alone on black) is for the image encoder only.
 """
 
 import json
@@ -13,8 +14,17 @@ import numpy as np
 from tqdm import tqdm
 
 from elite.data import PHOTO_TEMPLATES
-from small_world.render import Pose, draw
-from small_world.world import COLOURS, PATTERNS, SCENES, SHAPES, Thing, random_thing, things, with_article
+from small_world.render import draw
+from small_world.world import (
+    COLOURS,
+    PATTERNS,
+    SCENES,
+    SHAPES,
+    Thing,
+    random_thing,
+    things,
+    with_article,
+)
 
 FRAMINGS = {"scene": 0.56, "tight": 0.16, "far": 0.09, "zoom": 0.07, "cutout": 0.12}
 SIDE = 64  # stored pictures; the VAE and the UNet see them at half of it
@@ -50,7 +60,8 @@ def _phrase(noun: str, rng: np.random.Generator) -> str:
 def framed(
     thing: Thing, scene: str, framing: str, rng: np.random.Generator
 ) -> tuple[np.ndarray, str, bool]:
-    """A picture (SIDE, SIDE, 3) of the thing in that framing, its caption, and whether the scene is visible."""
+    """A picture (SIDE, SIDE, 3) of the thing in that framing, its caption, and whether the scene is
+    visible."""
     size = 2 * SIDE
     image, mask = draw(thing, scene, rng, size)
     noun = _noun(thing, rng)
@@ -90,7 +101,11 @@ def _render_chunk(seed: int) -> tuple[np.ndarray, list[dict]]:
         image, caption, scene_visible = framed(thing, scene, framing, rng)
         images.append(image)
         records.append(
-            {"caption": caption, "framing": framing, "labels": labels(thing, scene if scene_visible else None)}
+            {
+                "caption": caption,
+                "framing": framing,
+                "labels": labels(thing, scene if scene_visible else None),
+            }
         )
     return np.stack(images), records
 
@@ -108,7 +123,8 @@ def labels(thing: Thing, scene: str | None) -> list[int]:
 
 
 def render_samples(folder: Path, count: int, seed: int = 0, workers: int = 2) -> None:
-    """Writes `images.npy` (count, SIDE, SIDE, 3) and `records.json`; does nothing where they exist."""
+    """Writes `images.npy` (count, SIDE, SIDE, 3) and `records.json`; does nothing where they
+    exist."""
     if (folder / "records.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -130,4 +146,6 @@ def render_samples(folder: Path, count: int, seed: int = 0, workers: int = 2) ->
 
 def load_samples(folder: Path) -> tuple[np.ndarray, list[dict]]:
     """The memory-mapped pictures and the records."""
-    return np.load(folder / "images.npy", mmap_mode="r"), json.loads((folder / "records.json").read_text())
+    return np.load(folder / "images.npy", mmap_mode="r"), json.loads(
+        (folder / "records.json").read_text()
+    )

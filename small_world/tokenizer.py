@@ -1,5 +1,6 @@
 """A byte-level BPE of the small world's own words, in the format every CLIP tokenizer has."""
 
+from itertools import pairwise
 from string import ascii_letters, punctuation
 
 from transformers import CLIPTokenizer
@@ -24,7 +25,7 @@ def _pieces(word: str, merges: list[tuple[str, str]]) -> list[str]:
     pieces = [*word[:-1], word[-1] + "</w>"]
     ranks = {pair: rank for rank, pair in enumerate(merges)}
     while len(pieces) > 1:
-        pairs = list(zip(pieces, pieces[1:], strict=False))
+        pairs = list(pairwise(pieces))
         best = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
         if best not in ranks:
             break
@@ -34,7 +35,8 @@ def _pieces(word: str, merges: list[tuple[str, str]]) -> list[str]:
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """The tokenizer in which each word of the world is one token; any other text is spelled out in bytes."""
+    """The tokenizer in which each word of the world is one token; any other text is spelled out in
+    bytes."""
     merges: list[tuple[str, str]] = []
     for word in world_words():
         pieces = _pieces(word, merges)

@@ -1,4 +1,5 @@
-"""A tiny Stable Diffusion with random weights in diffusers layout, mappers, and picture folders, for the tests."""
+"""A tiny Stable Diffusion with random weights in diffusers layout, mappers, and picture folders,
+for the tests."""
 
 from pathlib import Path
 
@@ -18,7 +19,8 @@ TEXT_LENGTH = 77
 
 
 def build_models(seed: int = 0) -> dict[str, torch.nn.Module]:
-    """unet, vae, text_encoder, image_encoder: 16 x 16 latents, 32 px pictures, a 4 x 4 patch grid."""
+    """unet, vae, text_encoder, image_encoder: 16 x 16 latents, 32 px pictures, a 4 x 4 patch
+    grid."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     unet = UNet2DConditionModel(
@@ -74,14 +76,19 @@ def save_model_folder(folder: Path, seed: int = 0) -> Path:
     tokenizer.model_max_length = TEXT_LENGTH
     tokenizer.save_pretrained(folder / "tokenizer")
     scheduler = PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        steps_offset=1,
     )
     scheduler.save_pretrained(folder / "scheduler")
     return folder
 
 
 def build_mappers(model_folder: Path, seed: int = 1) -> tuple[GlobalMapper, LocalMapper]:
-    """Mappers for the folder, with random weights everywhere: K and V too differ from the UNet's."""
+    """Mappers for the folder, with random weights everywhere: K and V too differ from the
+    UNet's."""
     parts = load_parts(model_folder)
     torch.manual_seed(seed)
     mappers = []
@@ -98,13 +105,17 @@ def build_mappers(model_folder: Path, seed: int = 1) -> tuple[GlobalMapper, Loca
 
 def save_mappers(folder: Path, model_folder: Path) -> None:
     """`global_mapper/` and `local_mapper/` in our format."""
-    for name, mapper in zip(("global_mapper", "local_mapper"), build_mappers(model_folder), strict=True):
+    for name, mapper in zip(
+        ("global_mapper", "local_mapper"), build_mappers(model_folder), strict=True
+    ):
         mapper.save_pretrained(folder / name)
 
 
 def save_release_mappers(folder: Path, model_folder: Path) -> None:
     """`global_mapper.pt` and `local_mapper.pt` as the release writes them."""
-    for name, mapper in zip(("global_mapper", "local_mapper"), build_mappers(model_folder), strict=True):
+    for name, mapper in zip(
+        ("global_mapper", "local_mapper"), build_mappers(model_folder), strict=True
+    ):
         save_official(mapper, folder / f"{name}.pt")
 
 

@@ -1,4 +1,5 @@
-"""Rebuilds the models and inputs of a golden folder from its meta, through this project's public classes."""
+"""Rebuilds the models and inputs of a golden folder from its meta, through this project's public
+classes."""
 
 import json
 import os
@@ -90,7 +91,11 @@ class Golden:
 
     def _mapper_shapes(self, model: str) -> dict[str, tuple[int, ...]]:
         keys = self.meta["modern_state_keys"][model]
-        layers = sorted(int(k.split(".")[0].removeprefix("mapping_")) for k in keys if k.endswith(".6.bias") and "patch" not in k)
+        layers = sorted(
+            int(k.split(".")[0].removeprefix("mapping_"))
+            for k in keys
+            if k.endswith(".6.bias") and "patch" not in k
+        )
         config = self.configs["mapper"]
         reference = GlobalMapper.for_models(
             self.unet,

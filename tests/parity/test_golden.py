@@ -1,4 +1,5 @@
-"""Every number of a golden folder against our own code (folder: $ELITE_GOLDEN, default the copy beside this file)."""
+"""Every number of a golden folder against our own code (folder: $ELITE_GOLDEN, default the copy
+beside this file)."""
 
 from collections.abc import Callable
 
@@ -35,7 +36,8 @@ def quantity(name: str, compute: Callable[[], Tensor]) -> None:
         COMPUTED[name] = compute
 
 
-# a. mappers and CLIP levels ------------------------------------------------------------------------------------
+# a. mappers and CLIP levels
+# ------------------------------------------------------------------------------------
 
 
 def features() -> list[Tensor]:
@@ -45,7 +47,9 @@ def features() -> list[Tensor]:
 
 def levels() -> list[Tensor]:
     layers = golden.global_mapper.config.hidden_layers
-    return remember("levels", lambda: clip_levels(golden.image_encoder, golden.input("clip_image"), layers))
+    return remember(
+        "levels", lambda: clip_levels(golden.image_encoder, golden.input("clip_image"), layers)
+    )
 
 
 quantity("a.mapper_feats", lambda: golden.global_mapper(features()))
@@ -55,7 +59,8 @@ quantity("a.mapper_local_image_mean", lambda: golden.local_mapper(levels()).mean
 for level in range(golden.global_mapper.num_levels):
     quantity(f"a.vision_{level}", lambda level=level: levels()[level][:1])
 
-# b. words into the prompt --------------------------------------------------------------------------------------
+# b. words into the prompt
+# --------------------------------------------------------------------------------------
 
 
 def text(ids: str, words: Tensor | None = None, index: Tensor | None = None) -> Tensor:
@@ -72,10 +77,13 @@ def edge_index() -> Tensor:
 
 quantity("b.plain", lambda: text("text_ids"))
 quantity("b.inj5", lambda: text("text_ids", golden.input("inj5"), golden.input("text_index")))
-quantity("b.inj1", lambda: text("text_ids", golden.input("inj5")[:, 1:2], golden.input("text_index")))
+quantity(
+    "b.inj1", lambda: text("text_ids", golden.input("inj5")[:, 1:2], golden.input("text_index"))
+)
 quantity("b.edge_inj5", lambda: text("edge_ids", golden.input("edge_inj5"), edge_index()))
 
-# c. the UNet's prediction --------------------------------------------------------------------------------------
+# c. the UNet's prediction
+# --------------------------------------------------------------------------------------
 
 
 def unet(batch: int, local: list[Tensor] | None = None, t: Tensor | None = None) -> Tensor:
@@ -105,7 +113,9 @@ def local_unet(batch: int, lambda_: float | None) -> Tensor:
 def value_means(batch: int) -> Tensor:
     """In execution order: the modules' order has the middle block last."""
     layers = list(golden.local_mapper.config.attention)
-    order = sorted(range(len(layers)), key=lambda i: ("down", "mid", "up").index(layers[i].split("_")[0]))
+    order = sorted(
+        range(len(layers)), key=lambda i: ("down", "mid", "up").index(layers[i].split("_")[0])
+    )
     values = local_values(golden.local_mapper, local_tokens(batch))
     return torch.stack([values[i].abs().mean() for i in order])
 
@@ -120,7 +130,8 @@ for b in (1, 2):
     for weight in golden.meta["lambdas"]:
         quantity(f"c.local_b{b}_l{weight}", lambda b=b, weight=weight: local_unet(b, weight))
 
-# d. losses and gradients ---------------------------------------------------------------------------------------
+# d. losses and gradients
+# ---------------------------------------------------------------------------------------
 
 
 class Recorder:
@@ -131,9 +142,13 @@ class Recorder:
         self._predict = objective.predict
         objective.predict = self
 
-    def __call__(self, batch: dict, noisy_latents: Tensor, t: Tensor, words: Tensor, local=None) -> Tensor:
+    def __call__(
+        self, batch: dict, noisy_latents: Tensor, t: Tensor, words: Tensor, local=None
+    ) -> Tensor:
         eps_hat = self._predict(batch, noisy_latents, t, words, local)
-        context = encode_text(self.objective.text_encoder, batch["input_ids"], words, batch["index"])
+        context = encode_text(
+            self.objective.text_encoder, batch["input_ids"], words, batch["index"]
+        )
         self.seen = {
             "noisy_latents": noisy_latents,
             "inj_embedding": words,
@@ -188,10 +203,13 @@ for stage in ("global", "local"):
     for key in (k for k in golden.outputs if k.startswith(f"d.{stage}.")):
         quantity(
             key,
-            lambda key=key, stage=stage: remember(f"train {stage}", lambda: training(stage))[key.split(".")[2]],
+            lambda key=key, stage=stage: remember(f"train {stage}", lambda: training(stage))[
+                key.split(".")[2]
+            ],
         )
 
-# e. sampling runs ----------------------------------------------------------------------------------------------
+# e. sampling runs
+# ----------------------------------------------------------------------------------------------
 
 
 class GoldenPipeline(ElitePipeline):
@@ -204,7 +222,8 @@ class GoldenPipeline(ElitePipeline):
 
 
 def sampling(words: int | str, lambda_: float | None) -> dict[str, Tensor]:
-    """One run of the release's validation: context, words, local tokens, final latents, decoded picture."""
+    """One run of the release's validation: context, words, local tokens, final latents, decoded
+    picture."""
     validation = golden.meta["validation"]
     batch = validation["batch"]
     pipe = GoldenPipeline(
@@ -275,7 +294,8 @@ quantity("e.timesteps", lambda: lms().timesteps)
 quantity("e.init_noise_sigma", lambda: torch.as_tensor(lms().init_noise_sigma).reshape(1))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# -------------
 
 
 @pytest.mark.parametrize("name", sorted(golden.outputs))
