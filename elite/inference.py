@@ -10,7 +10,8 @@ from accelerate import PartialState
 from elite.console import BAD_INPUT, OK, PARTLY_FAILED
 from elite.data import PairFolder
 from elite.drawing import draw_folder
-from elite.pipeline import ElitePipeline, Words, make_scheduler
+from elite.loading import make_scheduler
+from elite.pipeline import ElitePipeline, Words
 from elite.settings import InferenceConfig
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -89,7 +90,7 @@ def run_inference(
         metadata={"scheduler": config.scheduler, "model": config.pretrained_model_name_or_path},
     )
     if not PartialState().is_main_process:
-        return OK if not failures else PARTLY_FAILED
+        return OK  # the main process speaks for all
     chosen = 1 if config.selected_data >= 0 else len(pairs)
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)

@@ -8,17 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    LMSDiscreteScheduler,
-    PNDMScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-    UniPCMultistepScheduler,
-)
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from PIL import Image
@@ -29,52 +19,12 @@ from elite.attention import AttentionNorm, install, is_installed, local_inputs, 
 from elite.checkpoint import load_mapper
 from elite.concept import Concept
 from elite.images import fit_mask, object_views, to_mask, to_rgb
+from elite.loading import inside, load_parts, side_in_pixels
 from elite.mappers import GlobalMapper, LocalMapper, Mapper, clip_levels
 from elite.text import encode_text, tokenize
 
-HUB_IMAGE_ENCODER = "openai/clip-vit-large-patch14"
-SCHEDULERS = {
-    "lms": LMSDiscreteScheduler,
-    "dpm++": DPMSolverMultistepScheduler,
-    "unipc": UniPCMultistepScheduler,
-    "euler": EulerDiscreteScheduler,
-    "ddim": DDIMScheduler,
-    "pndm": PNDMScheduler,
-}
-# Stable Diffusion's noise schedule, for model folders that carry none.
-NOISE_SCHEDULE = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-}
-
 ImageLike = Image.Image | np.ndarray
 Words = int | Literal["all"]
-
-
-def make_scheduler(name: str, config: dict | None = None) -> KarrasDiffusionSchedulers:
-    """A scheduler by name over the model's own noise schedule.
-
-    LMS is the release's: fractional timesteps spaced by linspace. The model's config alone would
-    draw something else.
-
-    Raises:
-        ValueError: unknown name.
-    """
-    if name not in SCHEDULERS:
-        raise ValueError(f"unknown scheduler {name!r}; choose one of {', '.join(SCHEDULERS)}")
-    schedule = {key: (config or {}).get(key, value) for key, value in NOISE_SCHEDULE.items()}
-    if prediction_type := (config or {}).get("prediction_type"):
-        schedule["prediction_type"] = prediction_type
-    spacing = "linspace" if name in ("lms", "dpm++", "unipc", "euler") else "leading"
-    extra = {
-        "ddim": {"clip_sample": False, "set_alpha_to_one": False},
-        "pndm": {"skip_prk_steps": True},
-    }
-    return SCHEDULERS[name](
-        **schedule, timestep_spacing=spacing, steps_offset=1, **extra.get(name, {})
-    )
 
 
 class ElitePipeline(StableDiffusionPipeline):
@@ -147,7 +97,7 @@ class ElitePipeline(StableDiffusionPipeline):
             ("global_mapper", GlobalMapper, global_mapper),
             ("local_mapper", LocalMapper, local_mapper),
         ):
-            source = _inside(model, name) if given is None else given or None
+            source = inside(model, name) if given is None else given or None
             if isinstance(source, str | Path):
                 source = load_mapper(kind, source, unet, encoder)
             mappers[name] = source
@@ -387,11 +337,6 @@ def pick_words(words: Tensor, which: Words) -> Tensor:
     return words[:, which : which + 1]
 
 
-def side_in_pixels(unet: UNet2DConditionModel, vae: AutoencoderKL) -> int:
-    """Side of the pictures these models draw by default."""
-    return unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
-
-
 def _fingerprint(*mappers: Mapper | None) -> str:
     """A short name for these weights."""
     digest = hashlib.sha256()
@@ -400,75 +345,3 @@ def _fingerprint(*mappers: Mapper | None) -> str:
             sums = torch.stack([value.double().sum(), value.double().abs().sum()])
             digest.update(key.encode() + sums.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _inside(model: str | Path, part: str) -> Path | None:
-    folder = Path(model) / part
-    return folder if folder.is_dir() else None
-
-
-def load_parts(
-    model: str | Path,
-    image_encoder: str | Path | CLIPVisionModel | None = None,
-    tokenizer: str | Path | None = None,
-    revision: str | None = None,
-) -> dict:
-    """Everything but the mappers, in float32: vae, text_encoder, tokenizer, unet, scheduler,
-    image_encoder.
-
-    Args:
-        model: folder in diffusers layout, or a hub name.
-        image_encoder: None takes `image_encoder/` of the model folder, else CLIP ViT-L/14 from the
-            hub. tokenizer: None takes the model's own. revision: of the model on the hub.
-
-    Raises:
-        ValueError: a part is missing or unreadable; the message names it.
-    """
-    hub = {"revision": revision} if revision else {}
-    parts = {
-        name: _load_part(cls, model, name, **hub)
-        for name, cls in (
-            ("text_encoder", CLIPTextModel),
-            ("vae", AutoencoderKL),
-            ("unet", UNet2DConditionModel),
-        )
-    }
-    if tokenizer is None:
-        parts["tokenizer"] = _load_part(CLIPTokenizer, model, "tokenizer", **hub)
-    else:
-        parts["tokenizer"] = _load_part(CLIPTokenizer, tokenizer)
-    if not isinstance(image_encoder, CLIPVisionModel):
-        source = image_encoder or _inside(model, "image_encoder") or HUB_IMAGE_ENCODER
-        image_encoder = _load_part(CLIPVisionModel, source)
-    return {**parts, "scheduler": _load_scheduler(model, hub), "image_encoder": image_encoder}
-
-
-def _load_scheduler(model: str | Path, hub: dict) -> KarrasDiffusionSchedulers:
-    """The release's LMS over the model's noise schedule; a folder without a scheduler has Stable
-    Diffusion's."""
-    if Path(model).is_dir() and not (Path(model) / "scheduler").is_dir():
-        return make_scheduler("lms")
-    config = _load_part(LMSDiscreteScheduler, model, "scheduler", loader="load_config", **hub)
-    return make_scheduler("lms", config)
-
-
-def _load_part(
-    cls: type,
-    source: str | Path,
-    subfolder: str = "",
-    loader: str = "from_pretrained",
-    **options: str,
-) -> Any:
-    """One part; models in float32 whatever they are stored in."""
-    if subfolder:
-        options["subfolder"] = subfolder
-    try:
-        part = getattr(cls, loader)(source, **options)
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise ValueError(
-            f"{source}: cannot load {subfolder or cls.__name__} ({reason}); expected a folder in "
-            "diffusers layout "
-            "or a hub name"
-        ) from None
-    return part.float().eval() if isinstance(part, torch.nn.Module) else part

@@ -15,9 +15,10 @@ from elite.config import print_config, save_config, to_dict
 from elite.data import OpenImagesBoxes, OpenImagesMasks, PairFolder
 from elite.drawing import tile_rows
 from elite.images import cut_out
+from elite.loading import load_parts, make_scheduler, side_in_pixels
 from elite.mappers import GlobalMapper, LocalMapper, Mapper
 from elite.objectives import EliteObjective, GlobalObjective, LocalObjective
-from elite.pipeline import ElitePipeline, load_parts, make_scheduler, side_in_pixels
+from elite.pipeline import ElitePipeline
 from elite.settings import TrainConfig, TrainGlobalConfig, TrainLocalConfig
 from elite.training import fit, make_accelerator
 

@@ -1,7 +1,7 @@
 """The one training loop: accumulate, clip, step, log, preview, save, resume. It knows nothing of
 what it trains.
 
-Everything random about a sample comes from the sample's own seed (see `data.TrainingStream` and
+Everything random about a sample comes from the sample's own seed (see `stream.TrainingStream` and
 `objectives.seeded_noise`), so the loop has no random state to keep: resuming, previews, other batch
 sizes and more processes all see the same samples and the same noise.
 """
@@ -27,8 +27,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from elite.data import Samples, TrainingStream, stream_loader
 from elite.files import write_atomically, write_json
+from elite.stream import Samples, TrainingStream, stream_loader
 
 FAILURES_TOLERATED = 0.1  # share of unreadable samples that stops a run ...
 FAILURES_IGNORED = 20  # ... once there are more than these

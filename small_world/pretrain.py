@@ -24,7 +24,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModel
 
 from elite.files import write_atomically
 from elite.images import to_clip_pixels, to_pixels
-from elite.pipeline import NOISE_SCHEDULE, make_scheduler
+from elite.loading import NOISE_SCHEDULE, make_scheduler
 from elite.training import checkpoints, fit, make_accelerator
 from small_world.models import build_clip, build_text_encoder, build_unet, build_vae
 from small_world.objectives import BaseModelObjective, ImageEncoderObjective, VAEObjective
@@ -42,7 +42,7 @@ RECIPES = {
         "learning_rate": 1e-3,
         "ema_decay": 0.9995,
     },
-    "base": {"images": 130_000, "batch_size": 32, "learning_rate": 1e-3, "ema_decay": 0.9995},
+    "base": {"images": 310_000, "batch_size": 64, "learning_rate": 1e-3, "ema_decay": 0.9995},
 }
 PREVIEW_PROMPTS = (
     "a red mug on the grass",
@@ -133,15 +133,17 @@ def grid(pictures: list[Image.Image], columns: int, side: int = 128) -> Image.Im
 def train(
     part: str, objective: nn.Module, dataset: object, work_dir: Path, preview: Callable | None
 ) -> None:
+    """Fits a part by its recipe; processes of `accelerate launch` share the batch."""
     recipe = RECIPES[part]
     folder = work_dir / part
+    accelerator = make_accelerator(cpu=not torch.cuda.is_available())
     fit(
         objective,
         dataset,
-        make_accelerator(cpu=not torch.cuda.is_available()),
+        accelerator,
         output_dir=folder,
         max_steps=recipe["images"] // recipe["batch_size"],
-        batch_size=recipe["batch_size"],
+        batch_size=recipe["batch_size"] // accelerator.num_processes,
         learning_rate=recipe["learning_rate"],
         lr_scheduler="cosine",
         lr_warmup_steps=200,

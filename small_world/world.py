@@ -1,7 +1,8 @@
 """What exists in the small world: shapes, patterns, colours, scenes, and the words for them.
 
-A `Thing` is one concept (shape x pattern x colours). `held_out` names, in this one place, the combinations that
-nothing is ever trained on; everything that renders training data asks `things(held_out=False)`.
+A `Thing` is one concept (shape x pattern x colours). `held_out` names, in this one place, the
+combinations that nothing is ever trained on; everything that renders training data asks
+`things(held_out=False)`.
 """
 
 from dataclasses import dataclass
@@ -51,7 +52,8 @@ class Thing:
 
 
 def held_out(thing: Thing) -> bool:
-    """Whether the combination of shape, pattern and main colour (one in six) is kept from all training."""
+    """Whether the combination of shape, pattern and main colour (one in six) is kept from all
+    training."""
     indices = (
         SHAPES.index(thing.shape),
         PATTERNS.index(thing.pattern),

@@ -1,16 +1,46 @@
 """Tiny models every test shares: made once, on the CPU, with one thread so that sums keep one order."""
 
+import runpy
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from elite import ElitePipeline
+from elite.loading import load_parts
 from elite.mappers import Mapper
-from elite.pipeline import load_parts
 from tests import tiny
 
+REPOSITORY = Path(__file__).resolve().parents[1]
+
 torch.set_num_threads(1)
+
+
+def forget_accelerate() -> None:
+    """Precision, device and accumulation are state of the process in accelerate."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """No test sees the accelerate of another."""
+    yield
+    forget_accelerate()
+
+
+def run_script(name: str, *arguments: str | Path) -> int:
+    """Runs a top-level script in this process, which is much faster than a new one; its exit status."""
+    forget_accelerate()
+    argv = [name, *map(str, arguments)]
+    with mock.patch.object(sys, "argv", argv), pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(REPOSITORY / name), run_name="__main__")
+    return int(exit.value.code or 0)
 
 
 @pytest.fixture(scope="session")

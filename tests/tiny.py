@@ -11,10 +11,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVi
 
 from elite import GlobalMapper, LocalMapper
 from elite.checkpoint import save_official
-from elite.pipeline import load_parts
+from elite.loading import load_parts
 from small_world.tokenizer import build_tokenizer
 
-HIDDEN_LAYERS = (1, 2)
+HIDDEN_LAYERS = (4, 8)  # as a release checkpoint of three levels has them
 TEXT_LENGTH = 77
 
 
@@ -54,7 +54,7 @@ def build_models(seed: int = 0) -> dict[str, torch.nn.Module]:
     vision = CLIPVisionConfig(
         hidden_size=24,
         intermediate_size=48,
-        num_hidden_layers=3,
+        num_hidden_layers=8,
         num_attention_heads=4,
         image_size=32,
         patch_size=8,

@@ -15,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVi
 
 from elite import GlobalMapper, LocalMapper
 from elite.checkpoint import mapper_from_state_dict
-from elite.pipeline import make_scheduler
+from elite.loading import make_scheduler
 
 DEFAULT_FOLDER = Path(__file__).parent / "golden"
 

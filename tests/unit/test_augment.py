@@ -55,8 +55,8 @@ class Draws:
         return value
 
     def integers(self, low: int, high: int | None = None, size: int | None = None) -> object:
-        high = high if high is not None else low
-        value = min(self._integers, high - 1)
+        low, high = (0, low) if high is None else (low, high)
+        value = max(low, min(self._integers, high - 1))
         return value if size is None else np.full(size, value)
 
 
@@ -64,7 +64,9 @@ class Draws:
 
 
 def test_clip_view_without_a_draw_is_the_plain_crop(crop):
-    np.testing.assert_array_equal(clip_view(crop, 32, Draws([0.5] * 4)), resize(crop, 32, 32))
+    np.testing.assert_array_equal(
+        clip_view(crop, 32, Draws([0.5, 0.5, 0.3, 0.3])), resize(crop, 32, 32)
+    )
 
 
 def test_flip_mirrors(crop):

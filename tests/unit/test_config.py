@@ -27,7 +27,7 @@ from elite.config import (
     shipped,
     to_dict,
 )
-from elite.pipeline import SCHEDULERS
+from elite.loading import SCHEDULERS
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "configs"

@@ -12,15 +12,14 @@ from elite.data import (
     OpenImagesBoxes,
     OpenImagesMasks,
     PairFolder,
-    TrainingStream,
     load_mask_boxes,
     mask_boxes_path,
     padded,
     save_mask_boxes,
-    stream_loader,
     with_framing,
 )
 from elite.images import resize, to_clip_pixels, to_pixels
+from elite.stream import TrainingStream, stream_loader
 from tests.open_images import (
     BACKGROUND,
     BOX_COLUMNS,

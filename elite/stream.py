@@ -1,0 +1,138 @@
+"""The endless stream of training samples: what position n shows depends on the seed and n alone."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+ORDER, SAMPLES = 1, 2  # separate random streams of one seed
+
+
+class Samples(Protocol):
+    """What a training stream needs of a dataset."""
+
+    def __len__(self) -> int: ...
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Tensor | str]: ...
+
+
+class TrainingStream(Dataset):
+    """An endless, shuffled stream: the sample at position n depends on (seed, n) alone.
+
+    So workers, processes and resuming change nothing. Each epoch of `len(dataset)` positions
+    shows every sample once.
+
+    Args:
+        dataset: what to show.
+        seed: of order and augmentations, not negative.
+        max_attempts: samples tried for one position before the run is stopped.
+    """
+
+    def __init__(self, dataset: Samples, seed: int, max_attempts: int = 10) -> None:
+        if seed < 0:
+            raise ValueError(f"seed {seed}: expected 0 or more; choose another")
+        self.dataset, self.seed, self.max_attempts = dataset, seed, max_attempts
+        self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        """The dataset's sample with two more keys.
+
+        Returns:
+            seed: int64 (), for whatever the objective draws.
+            failures: messages of the samples that could not be read and that this one stands in
+                for; list of str.
+
+        Raises:
+            ValueError: `max_attempts` samples in a row could not be read; lists them.
+        """
+        failures: list[str] = []
+        for attempt in range(self.max_attempts):
+            rng = np.random.default_rng((SAMPLES, self.seed, position, attempt))
+            noise_seed = torch.tensor(int(rng.integers(2**63 - 1)))
+            index = (
+                self._shuffled(position) if attempt == 0 else int(rng.integers(len(self.dataset)))
+            )
+            try:
+                sample = self.dataset.sample(index, rng)
+            except ValueError as error:
+                failures.append(str(error))
+            else:
+                return {**sample, "seed": noise_seed, "failures": failures}
+        raise ValueError(
+            f"{len(failures)} samples in a row could not be read; repair or remove them: "
+            + "; ".join(failures)
+        )
+
+    def _shuffled(self, position: int) -> int:
+        """The dataset's index at a position."""
+        epoch, place = divmod(position, len(self.dataset))
+        if epoch != self._epoch:
+            order = np.random.default_rng((ORDER, self.seed, epoch)).permutation(len(self.dataset))
+            self._epoch, self._order = epoch, order
+        return int(self._order[place])
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The positions of the stream that a process reads: its micro-batches, without end."""
+
+    batch_size: int
+    start: int
+    process_index: int
+    num_processes: int
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first = self.start + self.process_index * self.batch_size
+        for position in itertools.count(first, self.batch_size * self.num_processes):
+            yield list(range(position, position + self.batch_size))
+
+
+def stream_loader(
+    stream: TrainingStream,
+    *,
+    batch_size: int,
+    start: int = 0,
+    process_index: int = 0,
+    num_processes: int = 1,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Batches of the stream without end, from position `start` on.
+
+    Micro-batch k of process p holds positions `start + k * B * P + p * B` and the B - 1 after it,
+    so P processes of batch B see together what one process of batch P * B sees.
+    """
+    return DataLoader(
+        stream,
+        batch_sampler=Positions(batch_size, start, process_index, num_processes),
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_one_thread,
+    )
+
+
+def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Samples to a batch: tensors stacked (B, ...), texts in a list of B, lists joined."""
+    batch: dict[str, Any] = {}
+    for key, first in samples[0].items():
+        values = [sample[key] for sample in samples]
+        if isinstance(first, Tensor):
+            batch[key] = torch.stack(values)
+        elif isinstance(first, list):
+            batch[key] = list(itertools.chain.from_iterable(values))
+        else:
+            batch[key] = values
+    return batch
+
+
+def _one_thread(worker: int) -> None:
+    """Each worker of a loader uses one core."""
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)

@@ -1,0 +1,132 @@
+"""Files appear whole or not at all, whatever writes them and however the disk fails."""
+
+import errno
+import json
+import resource
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from elite.files import write_atomically, write_json
+
+TENSORS = {"weight": torch.arange(20_000.0)}  # 80 kB
+
+
+@contextmanager
+def almost_full_disk(room: int = 8192):
+    """No file grows beyond `room` bytes, as on a disk with so much space left."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_file_is_there_whole_and_alone(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+    write_atomically(path, lambda temporary: temporary.write_text("whole"))
+    assert path.read_text() == "whole"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_half_written_file_is_never_seen_under_its_name(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def write(temporary):
+        temporary.write_text("half")
+        assert path.read_text() == "old"
+        assert temporary.parent == path.parent, "a rename across disks would copy"
+        assert temporary.suffix == path.suffix, "writers choose the format by it"
+
+    write_atomically(path, write)
+    assert path.read_text() == "half"
+
+
+WRITERS = {
+    "text": lambda temporary: temporary.write_text("x" * 80_000),
+    "picture": lambda temporary: Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+    ).save(temporary, "PNG"),
+    "array": lambda temporary: np.save(temporary, TENSORS["weight"].numpy()),
+    "torch": lambda temporary: torch.save(TENSORS, temporary),
+    "safetensors": lambda temporary: save_file(TENSORS, temporary),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, kind):
+    path = tmp_path / "file.npy"
+    path.write_text("old")
+    with almost_full_disk(), pytest.raises(ValueError, match=r"file\.npy: cannot be written") as caught:
+        write_atomically(path, WRITERS[kind])
+    assert "\n" not in str(caught.value)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path], "something was left behind"
+
+
+def test_reason_of_the_system_is_told(tmp_path):
+    def write(temporary):
+        temporary.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ValueError, match="No space left on device"):
+        write_atomically(tmp_path / "file.txt", write)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_mistakes_pass_through_and_leave_nothing(tmp_path):
+    def write(temporary):
+        temporary.write_text("half")
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError):
+        write_atomically(tmp_path / "file.txt", write)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_that_is_a_file_is_one_line(tmp_path):
+    (tmp_path / "outputs").write_text("in the way")
+    with pytest.raises(ValueError, match="cannot be written"):
+        write_atomically(tmp_path / "outputs" / "file.txt", lambda temporary: temporary.write_text("x"))
+
+
+def write_folder(content: str):
+    def write(temporary):
+        temporary.mkdir()
+        (temporary / content).write_text(content)
+
+    return write
+
+
+def test_whole_folder_replaces_the_old_one(tmp_path):
+    folder = tmp_path / "checkpoint-1"
+    write_atomically(folder, write_folder("old"))
+    write_atomically(folder, write_folder("new"))
+    assert [path.name for path in folder.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_failing_folder_leaves_the_old_one(tmp_path):
+    folder = tmp_path / "checkpoint-1"
+    write_atomically(folder, write_folder("old"))
+
+    def write(temporary):
+        write_folder("new")(temporary)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ValueError, match="No space left"):
+        write_atomically(folder, write)
+    assert [path.name for path in folder.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_json_round_trip(tmp_path):
+    value = {"step": 3, "loss": [0.5, None]}
+    write_json(tmp_path / "value.json", value)
+    assert json.loads((tmp_path / "value.json").read_text()) == value

@@ -1,0 +1,73 @@
+"""The house's rule: imports of `elite` point one way, and users reach it by the names of the README."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import elite
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# A module imports only from lines above its own.
+LAYERS = (
+    ("augment", "console", "files", "images", "loading", "mappers", "settings", "stream", "text"),
+    ("attention", "checkpoint", "concept", "config", "data"),
+    ("objectives", "pipeline", "training"),
+    ("drawing",),
+    ("inference", "stages"),
+)
+LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
+SAME_LAYER = {("augment", "images")}  # a leaf that uses another
+
+
+def imported_from(path: Path) -> set[str]:
+    """Dotted names of everything a file imports, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+def elite_modules(names: set[str]) -> set[str]:
+    return {name.split(".")[1] for name in names if name.startswith("elite.")} & set(LAYER)
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "elite").glob("[!_]*.py")), ids=lambda p: p.stem)
+def test_imports_point_one_way(path):
+    assert path.stem in LAYER, f"give {path.name} a place in LAYERS"
+    wrong = {
+        name
+        for name in elite_modules(imported_from(path))
+        if LAYER[name] >= LAYER[path.stem] and (path.stem, name) not in SAME_LAYER
+    }
+    assert not wrong, f"{path.stem} must not import {wrong}"
+
+
+def test_elite_knows_nothing_of_what_uses_it():
+    users = ("small_world", "tests", "data_scripts", "app", "benchmarks", "train_", "inference_")
+    for path in (REPOSITORY / "elite").glob("*.py"):
+        wrong = {name for name in imported_from(path) if name.startswith(users)}
+        assert not wrong, f"{path.name} imports {wrong}"
+
+
+@pytest.mark.parametrize("name", elite.__all__)
+def test_public_names_are_there(name):
+    assert getattr(elite, name).__name__ == name
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'Elite'"):
+        elite.Elite  # noqa: B018
+
+
+def test_settings_need_no_torch():
+    """A mistyped flag is answered at once."""
+    code = "import sys, elite.config, elite.console; print('torch' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert answer.stdout.strip() == "False", answer.stderr

@@ -1,0 +1,525 @@
+"""ElitePipeline on a tiny Stable Diffusion: composition, independence, batches, saving."""
+
+import inspect
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, LMSDiscreteScheduler, StableDiffusionPipeline
+from PIL import Image
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from elite import Concept, ElitePipeline, GlobalMapper, LocalMapper
+from elite.checkpoint import load_mapper
+from elite.images import object_views
+from elite.loading import load_parts, make_scheduler
+from elite.pipeline import pick_words
+from elite.settings import SAMPLERS
+from tests import tiny
+from tests.conftest import make_pipe
+
+STEPS = 3
+# Batched matrix products add in another order than single ones: some 1e-6 of the largest value,
+# and guidance and sampling multiply that by about 10.
+BATCH_TOLERANCE = 1e-4
+
+
+def draw(pipe: StableDiffusionPipeline, prompt="a photo of a S", **options) -> torch.Tensor:
+    """Latents, so that nothing is rounded."""
+    options = {"num_inference_steps": STEPS, "output_type": "latent", "seed": 7, **options}
+    return pipe(prompt, **options).images
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@pytest.fixture
+def concept(pipe) -> Concept:
+    return pipe.encode_concept(*tiny.picture(0))
+
+
+@pytest.fixture
+def concepts(pipe) -> list[Concept]:
+    return [pipe.encode_concept(*tiny.picture(seed)) for seed in (1, 2, 3)]
+
+
+# --- beside other pipelines -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def other(tmp_path) -> ElitePipeline:
+    """Another Stable Diffusion with other mappers."""
+    tiny.save_model_folder(tmp_path / "model", seed=5)
+    tiny.save_mappers(tmp_path / "mappers", tmp_path / "model")
+    return make_pipe(tmp_path / "model", tmp_path / "mappers")
+
+
+def test_two_pipelines_interleaved_draw_what_each_draws_alone(pipe, concept, other):
+    other_concept = other.encode_concept(*tiny.picture(1))
+    alone, other_alone = draw(pipe, concept=concept), draw(other, concept=other_concept)
+    assert relative(alone, other_alone) > 0.01
+
+    def meanwhile(pipe, step, timestep, tensors):
+        assert torch.equal(draw(other, concept=other_concept), other_alone)
+        return tensors
+
+    assert torch.equal(draw(pipe, concept=concept, callback_on_step_end=meanwhile), alone)
+
+
+def stock_pipeline(parts: dict) -> StableDiffusionPipeline:
+    pipe = StableDiffusionPipeline(
+        **{name: part for name, part in parts.items() if name != "image_encoder"},
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def noise_of(seed: int) -> torch.Tensor:
+    return torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(seed))
+
+
+def draw_stock(pipe: StableDiffusionPipeline, prompt: str = "a photo of a S") -> torch.Tensor:
+    """What `draw` asks of an ElitePipeline, asked of diffusers' own."""
+    return pipe(
+        prompt,
+        latents=noise_of(7),
+        num_inference_steps=STEPS,
+        guidance_scale=5.0,
+        output_type="latent",
+    ).images
+
+
+def test_stock_pipeline_in_the_same_process_is_untouched(model_folder, pipe, concept):
+    stock = stock_pipeline(load_parts(model_folder))
+    before = draw_stock(stock)
+    draw(pipe, concept=concept)
+    assert torch.equal(draw_stock(stock), before)
+
+
+def test_nothing_is_left_from_earlier_pictures(pipe, concept, concepts):
+    first = draw(pipe, concept=concept)
+    draw(pipe, "close-up of a S", concept=concepts[0], words="all", lambda_=0.1, guidance_scale=2.0)
+    draw(pipe, "a photo of a dog")
+    assert torch.equal(draw(pipe, concept=concept), first)
+
+
+# --- against plain Stable Diffusion ---------------------------------------------------------------
+
+
+@pytest.fixture
+def untouched(model_folder) -> ElitePipeline:
+    """With fresh mappers: their K and V are still the UNet's."""
+    parts = load_parts(model_folder)
+    models = parts["unet"], parts["image_encoder"], 32, tiny.HIDDEN_LAYERS
+    pipe = ElitePipeline(
+        **parts,
+        global_mapper=GlobalMapper.for_models(*models),
+        local_mapper=LocalMapper.for_models(*models),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_untouched_projections_without_concept_are_stock(parts, untouched):
+    expected = draw_stock(stock_pipeline(parts), "a photo of a dog")
+    assert torch.equal(draw(untouched, "a photo of a dog"), expected)
+
+
+def test_untouched_projections_at_lambda_0_are_stock(parts, untouched):
+    """The word injected is the placeholder's own embedding."""
+    token = untouched.tokenizer("S")["input_ids"][1]
+    word = untouched.text_encoder.get_input_embeddings().weight[token].detach()
+    concept = untouched.encode_concept(*tiny.picture(0))
+    concept = Concept(word.expand(1, 3, -1), concept.feature_tokens, concept.fingerprint)
+    expected = draw_stock(stock_pipeline(parts))
+    # One more column in V changes the kernel's order of sums.
+    assert relative(draw(untouched, concept=concept, lambda_=0.0), expected) < BATCH_TOLERANCE
+    assert relative(draw(untouched, concept=concept, lambda_=0.8), expected) > 1e-3
+
+
+def test_trained_projections_are_not_stock(parts, pipe):
+    expected = draw_stock(stock_pipeline(parts), "a photo of a dog")
+    assert relative(draw(pipe, "a photo of a dog"), expected) > 0.01
+
+
+def test_uninstall_gives_plain_stable_diffusion_back(parts, pipe, concept):
+    personal = draw(pipe, concept=concept)
+    pipe.uninstall()
+    plain = stock_pipeline({name: getattr(pipe, name) for name in parts})
+    plain.scheduler = make_scheduler("lms")
+    assert torch.equal(draw_stock(plain), draw_stock(stock_pipeline(parts)))
+    pipe.install()
+    assert torch.equal(draw(pipe, concept=concept), personal)
+
+
+# --- a batch is what single calls are -------------------------------------------------------------
+
+PROMPTS = ["a photo of a S", "close-up of a S, far away", "S"]
+LAMBDAS, SEEDS = [0.8, 0.6, 0.0], [3, 2**40, 5]
+
+
+@pytest.mark.parametrize("words", [0, 2, "all"])
+def test_batch_equals_single_calls(pipe, concepts, words):
+    together = draw(pipe, PROMPTS, concept=concepts, lambda_=LAMBDAS, words=words, seed=SEEDS)
+    for row, (prompt, concept) in enumerate(zip(PROMPTS, concepts, strict=True)):
+        options = {"lambda_": LAMBDAS[row], "words": words, "seed": SEEDS[row]}
+        single = draw(pipe, prompt, concept=concept, **options)
+        assert relative(together[row : row + 1], single) < BATCH_TOLERANCE
+        mate = (row + 1) % 3
+        assert relative(together[mate : mate + 1], single) > 0.01
+
+
+def test_batch_of_plain_prompts_equals_single_calls(pipe):
+    prompts = ["a photo of a dog", "far away", ""]
+    together = draw(pipe, prompts, seed=SEEDS)
+    for row, prompt in enumerate(prompts):
+        single = draw(pipe, prompt, seed=SEEDS[row])
+        assert relative(together[row : row + 1], single) < BATCH_TOLERANCE
+
+
+def test_one_concept_serves_all_prompts(pipe, concept):
+    together = draw(pipe, PROMPTS, concept=concept, seed=SEEDS)
+    each = draw(pipe, PROMPTS, concept=[concept] * 3, seed=SEEDS)
+    assert torch.equal(together, each)
+
+
+def test_several_pictures_per_prompt(pipe, concepts):
+    """Rows are prompt by prompt, as diffusers has them."""
+    options = {"concept": concepts[:2], "lambda_": [0.8, 0.4]}
+    together = draw(pipe, PROMPTS[:2], num_images_per_prompt=2, seed=[1, 2, 3, 4], **options)
+    assert len(together) == 4
+    for row, seed in enumerate([1, 2, 3, 4]):
+        prompt = row // 2
+        single = draw(
+            pipe, PROMPTS[prompt], concept=concepts[prompt], lambda_=[0.8, 0.4][prompt], seed=seed
+        )
+        assert relative(together[row : row + 1], single) < BATCH_TOLERANCE
+
+
+def test_stacked_concept_is_a_list_of_concepts(pipe, concepts):
+    stacked = draw(pipe, PROMPTS, concept=Concept.stack(concepts), seed=SEEDS)
+    assert torch.equal(stacked, draw(pipe, PROMPTS, concept=concepts, seed=SEEDS))
+
+
+def test_batch_of_views_encodes_as_single_pictures(pipe, concepts):
+    views = [object_views(*tiny.picture(seed), 32, 4) for seed in (1, 2, 3)]
+    batch = {key: torch.stack([view[key] for view in views]) for key in views[0]}
+    together = pipe.encode_views(**batch)
+    expected = Concept.stack(concepts)
+    torch.testing.assert_close(together.words, expected.words)
+    torch.testing.assert_close(together.feature_tokens, expected.feature_tokens)
+
+
+# --- what shapes a picture ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lambda_": 0.5},
+        {"words": 1},
+        {"words": "all"},
+        {"seed": 8},
+        {"guidance_scale": 2.0},
+        {"guidance_scale": 1.0},
+        {"num_inference_steps": 4},
+        {"prompt": "close-up of a S"},
+        {"negative_prompt": "far away"},
+    ],
+    ids=lambda change: "-".join(map(str, *change.items())),
+)
+def test_each_setting_changes_the_picture(pipe, concept, change):
+    assert relative(draw(pipe, concept=concept, **change), draw(pipe, concept=concept)) > 1e-4
+
+
+def test_concept_changes_the_picture(pipe, concept, concepts):
+    assert relative(draw(pipe, concept=concept), draw(pipe, concept=concepts[0])) > 1e-3
+
+
+def test_local_branch_stays_out_of_the_unconditional_pass(pipe, concept):
+    """At guidance g the prediction is u + g (c - u); one step of Euler is linear in it."""
+    pipe.scheduler = make_scheduler("euler")
+
+    def step(guidance, lambda_):
+        options = {"guidance_scale": guidance, "lambda_": lambda_, "num_inference_steps": 1}
+        return draw(pipe, concept=concept, **options)
+
+    # What lambda adds comes from the conditional pass alone, so it is proportional to g.
+    at_1 = step(1.0, 0.8) - step(1.0, 0.0)
+    at_5 = step(5.0, 0.8) - step(5.0, 0.0)
+    assert relative(at_5, 5 * at_1) < 1e-3
+    assert at_1.abs().max() > 1e-3
+
+
+def test_seed_is_a_cpu_generator_in_float32(pipe, concept):
+    by_seed = draw(pipe, concept=concept, seed=7)
+    assert torch.equal(by_seed, draw(pipe, concept=concept, seed=None, latents=noise_of(7)))
+    assert torch.equal(by_seed, draw(pipe, concept=concept, seed=[7]))
+
+
+def test_size_is_free(pipe, concept):
+    options = {"concept": concept, "num_inference_steps": 1, "seed": 7}
+    assert pipe("a S", height=48, width=32, **options).images[0].size == (32, 48)
+    assert pipe.resolution == 32 and pipe("a S", **options).images[0].size == (32, 32)
+
+
+def test_defaults_are_the_papers(pipe):
+    """LMS over fractional, evenly spaced timesteps; guidance 5, lambda 0.8, 100 steps, w0 alone."""
+    assert type(pipe.scheduler) is LMSDiscreteScheduler
+    pipe.scheduler.set_timesteps(100)
+    expected = torch.linspace(999, 0, 100, dtype=torch.float64)
+    torch.testing.assert_close(pipe.scheduler.timesteps.double(), expected, rtol=0, atol=1e-4)
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(ElitePipeline.__call__).parameters.items()
+    }
+    names = ("num_inference_steps", "guidance_scale", "lambda_", "words", "placeholder_token")
+    assert [defaults[name] for name in names] == [100, 5.0, 0.8, 0, "S"]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_draws(pipe, concept, name):
+    pipe.scheduler = make_scheduler(name)
+    assert torch.isfinite(draw(pipe, concept=concept)).all()
+
+
+def test_sampler_keeps_the_models_noise_schedule():
+    config = DDIMScheduler(
+        beta_start=0.001, beta_end=0.02, beta_schedule="linear", prediction_type="v_prediction"
+    ).config
+    for name in SAMPLERS:
+        made = make_scheduler(name, config).config
+        assert (made.beta_start, made.beta_end, made.beta_schedule) == (0.001, 0.02, "linear")
+        assert made.prediction_type == "v_prediction"
+    with pytest.raises(ValueError, match="unknown scheduler 'lsm'; choose one of lms, dpm"):
+        make_scheduler("lsm")
+
+
+def test_pick_words():
+    words = torch.randn(2, 3, 4)
+    assert torch.equal(pick_words(words, 2), words[:, 2:])
+    assert pick_words(words, "all") is words
+    for wrong in (3, -1):
+        with pytest.raises(ValueError, match=f"word {wrong} does not exist; choose 0 to 2 or 'all'"):
+            pick_words(words, wrong)
+
+
+# --- concepts -------------------------------------------------------------------------------------
+
+
+def test_saved_concept_draws_the_same_picture(tmp_path, pipe, concept):
+    concept.save(tmp_path / "x.safetensors")
+    loaded = Concept.load(tmp_path / "x.safetensors")
+    assert torch.equal(draw(pipe, concept=loaded), draw(pipe, concept=concept))
+
+
+def test_images_and_arrays_are_the_same_concept(pipe, concept):
+    image, mask = tiny.picture(0)
+    for other_image, other_mask in (
+        (Image.fromarray(image), Image.fromarray(mask)),
+        (image, mask.astype(np.uint8) * 255),
+        (Image.fromarray(image).convert("RGBA"), Image.fromarray(mask).convert("RGB")),
+    ):
+        again = pipe.encode_concept(other_image, other_mask)
+        assert torch.equal(again.words, concept.words)
+        assert torch.equal(again.feature_tokens, concept.feature_tokens)
+
+
+def test_masked_out_patches_are_zero_tokens(concept):
+    """The rectangle of the picture covers the middle 2 x 2 of 4 x 4 patches."""
+    alive = concept.feature_tokens[0].abs().sum(dim=1).reshape(4, 4) > 0
+    expected = torch.zeros(4, 4, dtype=bool)
+    expected[1:3, 1:3] = True
+    assert torch.equal(alive, expected)
+
+
+def test_concept_of_other_mappers_is_refused(pipe, other):
+    foreign = other.encode_concept(*tiny.picture(0))
+    with pytest.raises(ValueError, match=f"fingerprint {foreign.fingerprint}, these are"):
+        draw(pipe, concept=foreign)
+
+
+def test_fingerprint_changes_with_the_weights(model_folder, mappers):
+    parts = load_parts(model_folder)
+    first = ElitePipeline(**parts, global_mapper=mappers[0], local_mapper=mappers[1]).fingerprint
+    with torch.no_grad():
+        mappers[1].mapping_0[6].bias[0] += 1e-3
+    assert ElitePipeline(**parts, global_mapper=mappers[0], local_mapper=mappers[1]).fingerprint != first
+    assert ElitePipeline(**parts, global_mapper=mappers[0]).fingerprint != first
+
+
+@pytest.mark.parametrize("mask", ["empty", "other shape"])
+def test_bad_masks_are_refused(pipe, mask):
+    image, good = tiny.picture(0)
+    bad = np.zeros_like(good) if mask == "empty" else np.ones((40, 20), bool)
+    message = "no object pixel" if mask == "empty" else "mask is 20 x 40, its image 40 x 40"
+    with pytest.raises(ValueError, match=f"corgi: .*{message}"):
+        pipe.encode_concept(image, bad, name="corgi")
+
+
+def complaint(pipe, prompt, **options) -> str:
+    with pytest.raises(ValueError) as caught:
+        draw(pipe, prompt, **options)
+    return str(caught.value)
+
+
+def test_wrong_prompts_and_counts_are_refused(pipe, concept, concepts):
+    assert "no placeholder" in complaint(pipe, "a photo", concept=concept)
+    assert "2 times the placeholder" in complaint(pipe, "S and S", concept=concept)
+    assert "too long" in complaint(pipe, "a " * 80 + "S", concept=concept)
+    assert "too long" in complaint(pipe, "a " * 74 + "S", concept=concept, words="all")
+    assert "3 concepts for 2 prompts" in complaint(pipe, PROMPTS[:2], concept=concepts)
+    assert "2 lambdas for 3 prompts" in complaint(
+        pipe, PROMPTS, concept=concepts, lambda_=[0.1, 0.2], seed=SEEDS
+    )
+    assert "2 seeds for 3 pictures" in complaint(pipe, PROMPTS, concept=concepts, seed=[1, 2])
+    assert "word 3 does not exist" in complaint(pipe, "a S", concept=concept, words=3)
+
+
+# --- composing, saving, loading -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["release", "folders", "inside", "objects"])
+def test_from_stable_diffusion_composes(
+    tmp_path, model_folder, mapper_folder, release_folder, mappers, pipe, concept, how
+):
+    model, sources = model_folder, {}
+    if how == "inside":
+        model = shutil.copytree(model_folder, tmp_path / "model")
+        shutil.copytree(mapper_folder, model, dirs_exist_ok=True)
+    else:
+        for name, mapper in zip(("global_mapper", "local_mapper"), mappers, strict=True):
+            sources[name] = {
+                "release": str(release_folder / f"{name}.pt"),
+                "folders": str(mapper_folder / name),
+                "objects": mapper,
+            }[how]
+    composed = ElitePipeline.from_stable_diffusion(str(model), **sources)
+    composed.set_progress_bar_config(disable=True)
+    again = composed.encode_concept(*tiny.picture(0))
+    assert composed.fingerprint == pipe.fingerprint
+    assert torch.equal(draw(composed, concept=again), draw(pipe, concept=concept))
+
+
+def test_release_mapper_for_a_deeper_encoder_is_refused(parts, release_folder):
+    """A release file of three levels stands for hidden states 4 and 8."""
+    config = {**parts["image_encoder"].config.to_dict(), "num_hidden_layers": 3}
+    shallow = CLIPVisionModel(CLIPVisionConfig(**config))
+    with pytest.raises(ValueError, match="image encoder of 3 layers"):
+        load_mapper(GlobalMapper, release_folder / "global_mapper.pt", parts["unet"], shallow)
+
+
+@pytest.mark.parametrize("given", ["folder", "object"])
+def test_image_encoder_may_be_elsewhere(tmp_path, model_folder, mapper_folder, pipe, concept, given):
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    encoder = shutil.move(model / "image_encoder", tmp_path / "clip")
+    if given == "object":
+        encoder = CLIPVisionModel.from_pretrained(encoder)
+    composed = ElitePipeline.from_stable_diffusion(
+        model, global_mapper=mapper_folder / "global_mapper", image_encoder=encoder
+    )
+    assert torch.equal(composed.encode_concept(*tiny.picture(0)).words, concept.words)
+
+
+def test_local_mapper_inside_the_folder_can_be_left_out(tmp_path, model_folder, mapper_folder):
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    shutil.copytree(mapper_folder, model, dirs_exist_ok=True)
+    assert ElitePipeline.from_stable_diffusion(model).local_mapper is not None
+    without = ElitePipeline.from_stable_diffusion(model, local_mapper=False)
+    assert without.local_mapper is None
+    assert without.encode_concept(*tiny.picture(0)).feature_tokens is None
+
+
+def test_half_precision_reads_concepts_of_full_precision(model_folder, mapper_folder, concept):
+    mappers = {name: mapper_folder / name for name in ("global_mapper", "local_mapper")}
+    halves = ElitePipeline.from_stable_diffusion(model_folder, **mappers, torch_dtype=torch.bfloat16)
+    halves.set_progress_bar_config(disable=True)
+    latents = draw(halves, concept=concept)
+    assert latents.dtype == torch.bfloat16 and torch.isfinite(latents).all()
+    assert halves.encode_concept(*tiny.picture(0)).fingerprint == concept.fingerprint
+
+
+@pytest.mark.parametrize("missing", ["text_encoder", "tokenizer", "unet", "vae", "global_mapper"])
+def test_missing_part_is_named(tmp_path, model_folder, mapper_folder, missing):
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    shutil.copytree(mapper_folder, model, dirs_exist_ok=True)
+    shutil.rmtree(model / missing)
+    with pytest.raises(ValueError) as caught:
+        ElitePipeline.from_stable_diffusion(model)
+    message = str(caught.value)
+    assert message.startswith(f"{model}: ") and missing in message and "\n" not in message
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "image_encoder"])
+def test_damaged_part_is_named(tmp_path, model_folder, mapper_folder, part):
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    shutil.copytree(mapper_folder, model, dirs_exist_ok=True)
+    for weights in (model / part).glob("*.safetensors"):
+        weights.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=str(model)) as caught:
+        ElitePipeline.from_stable_diffusion(model)
+    assert "\n" not in str(caught.value)
+
+
+def test_folder_without_scheduler_has_stable_diffusions(
+    tmp_path, model_folder, mapper_folder, pipe, concept
+):
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    shutil.rmtree(model / "scheduler")
+    composed = make_pipe(model, mapper_folder)
+    assert torch.equal(draw(composed, concept=concept), draw(pipe, concept=concept))
+
+
+def test_saved_pipeline_comes_back_whole(tmp_path, pipe, concept):
+    expected = draw(pipe, concept=concept)
+    pipe.save_pretrained(tmp_path / "elite")
+    assert torch.equal(draw(pipe, concept=concept), expected)  # saving changed nothing
+    loaded = ElitePipeline.from_pretrained(tmp_path / "elite")
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded.fingerprint == pipe.fingerprint
+    again = loaded.encode_concept(*tiny.picture(0))
+    assert torch.equal(again.words, concept.words)
+    assert torch.equal(draw(loaded, concept=again), expected)
+    assert torch.equal(draw(loaded, concept=concept), expected)
+
+
+def test_saved_pipeline_without_local_mapper(tmp_path, model_folder, mapper_folder):
+    pipe = ElitePipeline.from_stable_diffusion(
+        model_folder, global_mapper=mapper_folder / "global_mapper"
+    )
+    pipe.set_progress_bar_config(disable=True)
+    expected = draw(pipe, concept=pipe.encode_concept(*tiny.picture(0)))
+    pipe.save_pretrained(tmp_path / "elite")
+    loaded = ElitePipeline.from_pretrained(tmp_path / "elite")
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded.local_mapper is None
+    assert torch.equal(draw(loaded, concept=loaded.encode_concept(*tiny.picture(0))), expected)
+
+
+def test_saved_unet_is_plain_stable_diffusion(tmp_path, model_folder, pipe, parts):
+    pipe.save_pretrained(tmp_path / "elite")
+    saved = load_parts(tmp_path / "elite")
+    assert saved["unet"].config.encoder_hid_dim_type is None
+    plain, expected = saved["unet"].state_dict(), parts["unet"].state_dict()
+    assert plain.keys() == expected.keys()
+    assert all(torch.equal(plain[key], expected[key]) for key in plain)
+
+
+def test_saved_pipeline_composes_too(tmp_path, pipe, concept):
+    """The folder of a saved pipeline is a model folder with mappers inside."""
+    pipe.save_pretrained(tmp_path / "elite")
+    composed = ElitePipeline.from_stable_diffusion(tmp_path / "elite")
+    composed.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(composed, concept=concept), draw(pipe, concept=concept))
+
+
+def test_half_precision_copy_knows_its_concepts(tmp_path, pipe, concept):
+    pipe.save_pretrained(tmp_path / "elite")
+    halves = ElitePipeline.from_pretrained(tmp_path / "elite", torch_dtype=torch.bfloat16)
+    halves.set_progress_bar_config(disable=True)
+    assert torch.isfinite(draw(halves, concept=concept)).all()
