@@ -21,6 +21,7 @@ from elite.pipeline import ElitePipeline, Words
 
 TILE = 160  # side of a contact sheet's pictures in pixels
 HEADER = 18
+SHEET_ROWS = 48  # a longer sheet is no longer looked at
 
 
 @dataclass(frozen=True)
@@ -159,9 +160,9 @@ def write_picture(folder: Path, job: Job, picture: Image.Image, settings: dict[s
 def contact_sheet(
     pairs: PairFolder, indices: Sequence[int], seeds: Sequence[int], folder: Path, title: str
 ) -> Image.Image | None:
-    """Input, cut-out and pictures of every pair that was drawn; None if there is none."""
+    """Input, cut-out and pictures of the first pairs that were drawn; None if there is none."""
     rows = []
-    for index in indices:
+    for index in indices[:SHEET_ROWS]:
         drawn = [folder / f"{index:05d}_{seed:05d}.png" for seed in seeds]
         drawn = [path for path in drawn if path.exists()]
         if not drawn:

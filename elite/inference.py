@@ -68,16 +68,12 @@ def run_inference(
             "pairs; "
             f"choose 0 to {len(pairs) - 1}, or -1 for all"
         )
-    if config.template.count("{}") != 1:
-        raise ValueError(
-            f"--template {config.template!r}: expected exactly one {{}} where the placeholder goes"
-        )
     output_dir = Path(config.output_dir) / folder
     failures = draw_folder(
         pipe,
         pairs,
         output_dir,
-        prompt=config.template.format(config.placeholder_token),
+        prompt=config.template.replace("{}", config.placeholder_token),
         placeholder_token=config.placeholder_token,
         seeds=range(config.seed, config.seed + config.num_images),
         words=words,

@@ -91,6 +91,8 @@ def load_parts(
         parts["tokenizer"] = _load_part(CLIPTokenizer, model, "tokenizer", **hub)
     else:
         parts["tokenizer"] = _load_part(CLIPTokenizer, tokenizer)
+    limit = parts["text_encoder"].config.max_position_embeddings
+    parts["tokenizer"].model_max_length = min(parts["tokenizer"].model_max_length, limit)
     if not isinstance(image_encoder, CLIPVisionModel):
         source = image_encoder or inside(model, "image_encoder") or HUB_IMAGE_ENCODER
         image_encoder = _load_part(CLIPVisionModel, source)

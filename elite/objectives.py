@@ -46,13 +46,13 @@ def _generator(seed: Tensor, stream: int) -> torch.Generator:
 
 
 class EliteObjective(nn.Module):
-    """What both stages share: frozen Stable Diffusion, noising, the prediction with words in the
-    prompt.
+    """What both stages share: frozen Stable Diffusion, noising, words in the prompt.
 
     Args:
-        parts: vae, text_encoder, tokenizer, unet, image_encoder as `pipeline.load_parts` gives
-            them. global_mapper, local_mapper: installed in the UNet; stage 1 has no local mapper.
-            placeholder_token: the word of the captions that the concept's words replace.
+        parts: vae, text_encoder, tokenizer, unet, image_encoder, scheduler, as
+            `loading.load_parts` gives them.
+        global_mapper, local_mapper: installed in the UNet; stage 1 has no local mapper.
+        placeholder_token: the word of the captions that the concept's words replace.
 
     Raises:
         ValueError: a mapper does not fit the UNet.

@@ -117,8 +117,7 @@ class ElitePipeline(StableDiffusionPipeline):
         uninstall(self.unet)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Saves the whole pipeline in diffusers layout; the UNet's files are plain Stable
-        Diffusion."""
+        """Saves the whole in diffusers layout; the UNet's files are plain Stable Diffusion."""
         installed = is_installed(self.unet)
         self.uninstall()
         try:
@@ -140,8 +139,7 @@ class ElitePipeline(StableDiffusionPipeline):
 
     @torch.no_grad()
     def encode_concept(self, image: ImageLike, mask: ImageLike, name: str = "mask") -> Concept:
-        """Reads one object: picture and mask to words and feature tokens (paper eq. 3 and section
-        3.3).
+        """Reads one object: picture and mask to words and feature tokens (paper section 3).
 
         Args:
             image: PIL image, or uint8 (H, W, 3).
@@ -166,8 +164,12 @@ class ElitePipeline(StableDiffusionPipeline):
     def encode_views(
         self, clip_pixels: Tensor, object_pixels: Tensor, patch_mask: Tensor
     ) -> Concept:
-        """The same for a batch of views: (B, 3, H, W) twice, CLIP-normalised, and (B, patches,
-        1)."""
+        """The same for a batch of views.
+
+        Args:
+            clip_pixels, object_pixels: (B, 3, H, W), CLIP-normalised.
+            patch_mask: m, (B, patches, 1).
+        """
         layers = self.global_mapper.config.hidden_layers
         words = self.global_mapper(clip_levels(self.image_encoder, clip_pixels, layers))
         tokens = None
@@ -197,10 +199,14 @@ class ElitePipeline(StableDiffusionPipeline):
             prompt: one or several; with a concept, each holds the placeholder exactly once.
             concept: one for all prompts, or one each; None draws the plain prompt.
             lambda_: weight of the local branch, one or one per prompt: 0.8 reproduces the object,
-                0.6 edits it. words: which of w replaces the placeholder: an index (0, the primary
-                word) or "all". seed: one per picture (prompts x num_images_per_prompt). The initial
-                noise comes from a CPU generator in float32, so seeds travel between devices, dtypes
-                and batch sizes. None uses `generator`.
+                0.6 edits it.
+            words: which of w replaces the placeholder: an index (0, the primary word) or "all".
+            placeholder_token: the word of the prompt that stands for the concept.
+            num_inference_steps: denoising steps of the pipeline's scheduler.
+            guidance_scale: of classifier-free guidance; 1 or less means none.
+            seed: one per picture (prompts x num_images_per_prompt). The initial noise comes from a
+                CPU generator in float32, so seeds travel between devices, dtypes and batch sizes.
+                None uses `generator`.
             args, kwargs: as for StableDiffusionPipeline.
 
         Returns:
@@ -208,7 +214,7 @@ class ElitePipeline(StableDiffusionPipeline):
 
         Raises:
             ValueError: placeholder absent, twice or too late; concept of other mappers; wrong
-            counts.
+                counts.
         """
         if concept is None or prompt is None:
             kwargs.setdefault("ip_adapter_image_embeds", [self._no_local_inputs()])

@@ -20,7 +20,7 @@ from elite.training import checkpoints, fit, make_accelerator
 from small_world.objectives import ATTRIBUTES
 from small_world.samples import load_samples
 
-# Images seen; 7 minutes on a CPU core of its own.
+# Images seen; 9 minutes of one CPU core.
 RECIPE = {"images": 120_000, "batch_size": 64, "learning_rate": 2e-3, "ema_decay": 0.999}
 
 

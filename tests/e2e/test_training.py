@@ -137,7 +137,10 @@ def test_gradients_exist_for_the_mapper_alone(train):
 
 def test_result_is_a_mapper_that_the_pipeline_loads(train, tmp_path):
     objective = train(tmp_path)
-    name, kind = f"{train.stage}_mapper", {"global": GlobalMapper, "local": LocalMapper}[train.stage]
+    name, kind = (
+        f"{train.stage}_mapper",
+        {"global": GlobalMapper, "local": LocalMapper}[train.stage],
+    )
     parts = load_parts(train.model_folder)
     loaded = load_mapper(kind, tmp_path / name, parts["unet"], parts["image_encoder"])
     assert identical(weights(loaded), weights(objective.trained))
@@ -216,7 +219,9 @@ def test_nothing_to_resume(train_global, tmp_path):
         train_global(tmp_path, resume="checkpoint-7")
 
 
-def test_checkpoint_of_another_stage_or_without_ema(train_global, model_folder, open_images, tmp_path):
+def test_checkpoint_of_another_stage_or_without_ema(
+    train_global, model_folder, open_images, tmp_path
+):
     train_global(tmp_path, max_steps=1)
     with pytest.raises(ValueError, match="checkpoint of another model or stage"):
         Trainer("local", model_folder, open_images)(tmp_path, resume="latest")
@@ -351,42 +356,56 @@ def test_loss_that_is_not_finite_stops_the_run(train_global, tmp_path):
 # --- processes ------------------------------------------------------------------------------------
 
 
-def launch_two(script: str, *arguments: str | Path) -> None:
-    """Two real processes on this machine's CPU."""
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", "configs/cpu_2.json", script, *map(str, arguments)]
+def settings(stage: str, model_folder: Path, mapper_folder: Path, open_images: Path) -> dict:
+    mappers = {"global_mapper_path": mapper_folder / "global_mapper"}
+    if stage == "local":
+        mappers["local_mapper_path"] = mapper_folder / "local_mapper"
+    return {
+        "pretrained_model_name_or_path": model_folder,
+        "train_data_dir": open_images,
+        "max_train_steps": 3,
+        "learning_rate": LEARNING_RATE,
+        "validation_steps": 0,
+        **mappers,
+    }
+
+
+def command_line(stage: str, settings: dict) -> list[str]:
+    flags = [str(text) for name, value in settings.items() for text in (f"--{name}", value)]
+    return [f"train_{stage}.py", *flags]
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory, model_folder, mapper_folder, open_images) -> Path:
+    """Folder with `global/` and `local/`, trained by two real processes of batch 2."""
+    folder = tmp_path_factory.mktemp("two")
+    calls = []
+    for stage in STAGES:
+        own = settings(stage, model_folder, mapper_folder, open_images)
+        own |= {"output_dir": folder / stage, "train_batch_size": 2}
+        calls += ["--", *command_line(stage, own)]
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--config_file", "configs/cpu_2.json", "tests/run_scripts.py", *calls[1:]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    run = subprocess.run(launch, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("samples, 4 per step") == 2, run.stdout  # said once, by one process
+    return folder
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_processes_equal_one_of_twice_the_batch(
-    stage, tmp_path, model_folder, mapper_folder, open_images
+    stage, tmp_path, two_processes, model_folder, mapper_folder, open_images
 ):
-    def flags(run: str, batch_size: int) -> list[str]:
-        settings = {
-            "pretrained_model_name_or_path": model_folder,
-            "train_data_dir": open_images,
-            "output_dir": tmp_path / run,
-            "global_mapper_path": mapper_folder / "global_mapper",
-            "train_batch_size": batch_size,
-            "max_train_steps": 3,
-            "learning_rate": LEARNING_RATE,
-            "validation_steps": 0,
-        }
-        if stage == "local":
-            settings["local_mapper_path"] = mapper_folder / "local_mapper"
-        return [str(text) for name, value in settings.items() for text in (f"--{name}", value)]
-
-    launch_two(f"train_{stage}.py", *flags("two", 2))
-    assert run_script(f"train_{stage}.py", *flags("one", 4)) == 0
-    two, one = tmp_path / "two", tmp_path / "one"
-    assert len(losses(two)) == 3 and losses(two) == pytest.approx(losses(one), rel=SAME)
-    trained = [load_file(run / "checkpoint-3" / "weights.safetensors") for run in (two, one)]
+    own = settings(stage, model_folder, mapper_folder, open_images)
+    own |= {"output_dir": tmp_path, "train_batch_size": 4}
+    assert run_script(*command_line(stage, own)) == 0
+    two = two_processes / stage
+    assert len(losses(two)) == 3 and losses(two) == pytest.approx(losses(tmp_path), rel=SAME)
+    trained = [load_file(run / "checkpoint-3" / "weights.safetensors") for run in (two, tmp_path)]
     assert distance(*trained) < SAME
     start, final = (
         load_file(folder / f"{stage}_mapper" / "diffusion_pytorch_model.safetensors")
-        for folder in (mapper_folder, one)
+        for folder in (mapper_folder, tmp_path)
     )
     assert distance(final, start) > 10 * SAME

@@ -53,7 +53,9 @@ text = normal(B, TEXT, D, seed=11)
 f = normal(B, PATCHES, D, seed=12)
 
 
-def softmax_of(attn: Attention, keys: Tensor, row: int, head: int, mask: Tensor | None = None) -> Tensor:
+def softmax_of(
+    attn: Attention, keys: Tensor, row: int, head: int, mask: Tensor | None = None
+) -> Tensor:
     """softmax(Q K^T s) of one row and head, (queries, tokens), by exponentials."""
     width = C // HEADS
     part = slice(head * width, (head + 1) * width)
@@ -89,7 +91,9 @@ def written_out(
             part = slice(h * width, (h + 1) * width)
             a = (paid[b, h] / most)[:, None]
             local = softmax_of(attn, K_l, b, h) @ V_l[b][:, part]
-            out[b, :, part] = softmax_of(attn, K_g, b, h, mask) @ V_g[b][:, part] + lambdas[b] * a * local
+            out[b, :, part] = (
+                softmax_of(attn, K_g, b, h, mask) @ V_g[b][:, part] + lambdas[b] * a * local
+            )
     return out @ attn.to_out[0].weight.T + attn.to_out[0].bias
 
 
@@ -187,13 +191,17 @@ def other_unet_mapper(parts) -> GlobalMapper:
 
 def test_install_reaches_every_attn2_of_this_unet_and_nothing_else(model_folder, unet, mappers):
     other = tiny.build_models()["unet"]
-    before = {path: type(m.processor) for path, m in other.named_modules() if hasattr(m, "processor")}
+    before = {
+        path: type(m.processor) for path, m in other.named_modules() if hasattr(m, "processor")
+    }
     install(unet, *mappers)
     for path, module in unet.named_modules():
         if hasattr(module, "processor"):
             is_ours = isinstance(module.processor, EliteAttnProcessor)
             assert is_ours == path.endswith("attn2"), path
-    after = {path: type(m.processor) for path, m in other.named_modules() if hasattr(m, "processor")}
+    after = {
+        path: type(m.processor) for path, m in other.named_modules() if hasattr(m, "processor")
+    }
     assert after == before and not is_installed(other)
 
 
@@ -221,7 +229,9 @@ def test_uninstall_gives_the_plain_unet_back(unet, mappers, times):
         after = unet(*inputs).sample
     assert torch.equal(before, after) and not torch.equal(before, during)
     assert dict(unet.config) == config and unet.encoder_hid_proj is None
-    assert {p: m.processor for p, m in unet.named_modules() if hasattr(m, "processor")} == processors
+    assert {
+        p: m.processor for p, m in unet.named_modules() if hasattr(m, "processor")
+    } == processors
     assert list(unet.state_dict()) == list(state)
     assert all(torch.equal(value, state[key]) for key, value in unet.state_dict().items())
     assert not is_installed(unet)
@@ -246,7 +256,9 @@ def test_mapper_of_another_unet_is_refused_and_nothing_is_installed(parts, mappe
 
 
 def test_mapper_without_projections_is_refused(unet):
-    mapper = GlobalMapper(input_dim=24, output_dim=24, hidden_dim=32, hidden_layers=tiny.HIDDEN_LAYERS)
+    mapper = GlobalMapper(
+        input_dim=24, output_dim=24, hidden_dim=32, hidden_layers=tiny.HIDDEN_LAYERS
+    )
     with pytest.raises(ValueError, match=r"GlobalMapper has no down_blocks_0.*attn2_to_k"):
         install(unet, mapper)
 

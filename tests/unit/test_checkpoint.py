@@ -14,7 +14,9 @@ from elite.checkpoint import load_mapper, load_official, mapper_from_state_dict,
 from elite.mappers import Mapper
 from tests import tiny
 
-OFFICIAL = Path(__file__).resolve().parents[1] / "parity" / "golden" / "official_checkpoint_keys.json"
+OFFICIAL = (
+    Path(__file__).resolve().parents[1] / "parity" / "golden" / "official_checkpoint_keys.json"
+)
 KINDS = {"global_mapper": GlobalMapper, "local_mapper": LocalMapper}
 
 

@@ -11,7 +11,9 @@ from elite.concept import FORMAT_VERSION
 def make_concept(fingerprint: str = "f00d", tokens: bool = True, seed: int = 0) -> Concept:
     generator = torch.Generator().manual_seed(seed)
     words = torch.randn(1, 3, 24, generator=generator)
-    return Concept(words, torch.randn(1, 16, 24, generator=generator) if tokens else None, fingerprint)
+    return Concept(
+        words, torch.randn(1, 16, 24, generator=generator) if tokens else None, fingerprint
+    )
 
 
 @pytest.mark.parametrize("tokens", [True, False])
@@ -81,7 +83,9 @@ def test_safetensors_of_something_else_or_a_newer_version(tmp_path, metadata):
     path = tmp_path / "x.safetensors"
     save_file({"words": torch.zeros(1, 3, 24)}, path, metadata)
     newer = bool(metadata) and "version" in metadata
-    assert ("concept format 999, this version reads" if newer else "not a concept") in complaint(path)
+    assert ("concept format 999, this version reads" if newer else "not a concept") in complaint(
+        path
+    )
 
 
 def test_concept_without_fingerprint_or_words_is_refused(tmp_path):

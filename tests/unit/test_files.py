@@ -63,7 +63,10 @@ WRITERS = {
 def test_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, kind):
     path = tmp_path / "file.npy"
     path.write_text("old")
-    with almost_full_disk(), pytest.raises(ValueError, match=r"file\.npy: cannot be written") as caught:
+    with (
+        almost_full_disk(),
+        pytest.raises(ValueError, match=r"file\.npy: cannot be written") as caught,
+    ):
         write_atomically(path, WRITERS[kind])
     assert "\n" not in str(caught.value)
     assert path.read_text() == "old"
@@ -93,7 +96,9 @@ def test_other_mistakes_pass_through_and_leave_nothing(tmp_path):
 def test_folder_that_is_a_file_is_one_line(tmp_path):
     (tmp_path / "outputs").write_text("in the way")
     with pytest.raises(ValueError, match="cannot be written"):
-        write_atomically(tmp_path / "outputs" / "file.txt", lambda temporary: temporary.write_text("x"))
+        write_atomically(
+            tmp_path / "outputs" / "file.txt", lambda temporary: temporary.write_text("x")
+        )
 
 
 def write_folder(content: str):

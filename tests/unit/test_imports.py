@@ -38,7 +38,9 @@ def elite_modules(names: set[str]) -> set[str]:
     return {name.split(".")[1] for name in names if name.startswith("elite.")} & set(LAYER)
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "elite").glob("[!_]*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted((REPOSITORY / "elite").glob("[!_]*.py")), ids=lambda p: p.stem
+)
 def test_imports_point_one_way(path):
     assert path.stem in LAYER, f"give {path.name} a place in LAYERS"
     wrong = {
@@ -69,5 +71,7 @@ def test_unknown_name_is_an_attribute_error():
 def test_settings_need_no_torch():
     """A mistyped flag is answered at once."""
     code = "import sys, elite.config, elite.console; print('torch' in sys.modules)"
-    answer = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    answer = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True
+    )
     assert answer.stdout.strip() == "False", answer.stderr

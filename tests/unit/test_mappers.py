@@ -89,7 +89,9 @@ def test_layers_are_in_the_order_of_the_unet(parts):
 
 @pytest.mark.parametrize("hidden_layers", [(4, 9), (-1,)])
 def test_levels_that_the_encoder_lacks_are_refused(parts, hidden_layers):
-    with pytest.raises(ValueError, match=r"do not fit an image encoder of 8 layers; choose from 0 to 8"):
+    with pytest.raises(
+        ValueError, match=r"do not fit an image encoder of 8 layers; choose from 0 to 8"
+    ):
         GlobalMapper.for_models(parts["unet"], parts["image_encoder"], 32, hidden_layers)
 
 

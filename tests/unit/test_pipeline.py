@@ -305,7 +305,9 @@ def test_pick_words():
     assert torch.equal(pick_words(words, 2), words[:, 2:])
     assert pick_words(words, "all") is words
     for wrong in (3, -1):
-        with pytest.raises(ValueError, match=f"word {wrong} does not exist; choose 0 to 2 or 'all'"):
+        with pytest.raises(
+            ValueError, match=f"word {wrong} does not exist; choose 0 to 2 or 'all'"
+        ):
             pick_words(words, wrong)
 
 
@@ -349,7 +351,10 @@ def test_fingerprint_changes_with_the_weights(model_folder, mappers):
     first = ElitePipeline(**parts, global_mapper=mappers[0], local_mapper=mappers[1]).fingerprint
     with torch.no_grad():
         mappers[1].mapping_0[6].bias[0] += 1e-3
-    assert ElitePipeline(**parts, global_mapper=mappers[0], local_mapper=mappers[1]).fingerprint != first
+    assert (
+        ElitePipeline(**parts, global_mapper=mappers[0], local_mapper=mappers[1]).fingerprint
+        != first
+    )
     assert ElitePipeline(**parts, global_mapper=mappers[0]).fingerprint != first
 
 
@@ -415,7 +420,9 @@ def test_release_mapper_for_a_deeper_encoder_is_refused(parts, release_folder):
 
 
 @pytest.mark.parametrize("given", ["folder", "object"])
-def test_image_encoder_may_be_elsewhere(tmp_path, model_folder, mapper_folder, pipe, concept, given):
+def test_image_encoder_may_be_elsewhere(
+    tmp_path, model_folder, mapper_folder, pipe, concept, given
+):
     model = shutil.copytree(model_folder, tmp_path / "model")
     encoder = shutil.move(model / "image_encoder", tmp_path / "clip")
     if given == "object":
@@ -437,7 +444,9 @@ def test_local_mapper_inside_the_folder_can_be_left_out(tmp_path, model_folder, 
 
 def test_half_precision_reads_concepts_of_full_precision(model_folder, mapper_folder, concept):
     mappers = {name: mapper_folder / name for name in ("global_mapper", "local_mapper")}
-    halves = ElitePipeline.from_stable_diffusion(model_folder, **mappers, torch_dtype=torch.bfloat16)
+    halves = ElitePipeline.from_stable_diffusion(
+        model_folder, **mappers, torch_dtype=torch.bfloat16
+    )
     halves.set_progress_bar_config(disable=True)
     latents = draw(halves, concept=concept)
     assert latents.dtype == torch.bfloat16 and torch.isfinite(latents).all()
