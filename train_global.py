@@ -3,7 +3,7 @@
     accelerate launch --config_file configs/4_gpu.json train_global.py --config
     configs/train_global.yaml \\
         --train_data_dir OPEN_IMAGES
-    accelerate launch --config_file configs/cpu.json train_global.py --config
+    accelerate launch --config_file configs/cpu_2.json train_global.py --config
     configs/small_world_global.yaml
 """
 

@@ -3,7 +3,7 @@
     accelerate launch --config_file configs/4_gpu.json train_local.py --config
     configs/train_local.yaml \\
         --train_data_dir OPEN_IMAGES --global_mapper_path runs/global/global_mapper
-    accelerate launch --config_file configs/cpu.json train_local.py --config
+    accelerate launch --config_file configs/cpu_2.json train_local.py --config
     configs/small_world_local.yaml
 """
 

@@ -42,7 +42,7 @@ RECIPES = {
         "learning_rate": 1e-3,
         "ema_decay": 0.9995,
     },
-    "base": {"images": 310_000, "batch_size": 64, "learning_rate": 1e-3, "ema_decay": 0.9995},
+    "base": {"images": 246_400, "batch_size": 64, "learning_rate": 1e-3, "ema_decay": 0.9995},
 }
 PREVIEW_PROMPTS = (
     "a red mug on the grass",

@@ -15,7 +15,7 @@ run=${1:-runs/small_world}
 target=${2:-checkpoints/small_world}
 
 step() { printf '\n== %s\n' "$*"; "$@"; }
-launch() { step "$python" -m accelerate.commands.launch --config_file configs/cpu.json "$@"; }
+launch() { step "$python" -m accelerate.commands.launch --config_file configs/cpu_2.json "$@"; }
 
 # The base model.
 for part in samples vae image_encoder base; do

@@ -1,4 +1,4 @@
-"""Tiny models every test shares: made once, on the CPU, with one thread so that sums keep one order."""
+"""Tiny models that tests share, on the CPU, with one thread so that sums keep one order."""
 
 import runpy
 import sys
@@ -35,7 +35,7 @@ def fresh_accelerate() -> Iterator[None]:
 
 
 def run_script(name: str, *arguments: str | Path) -> int:
-    """Runs a top-level script in this process, which is much faster than a new one; its exit status."""
+    """Runs a top-level script in this process, faster than in a new one; its exit status."""
     forget_accelerate()
     argv = [name, *map(str, arguments)]
     with mock.patch.object(sys, "argv", argv), pytest.raises(SystemExit) as exit:

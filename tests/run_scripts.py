@@ -1,4 +1,4 @@
-"""Runs top-level scripts one after another in one process: `run_scripts.py A.py --flag value -- B.py --flag value`.
+"""Runs top-level scripts one after another: `run_scripts.py A.py --flag 1 -- B.py --flag 2`.
 
 Tests launch this under accelerate, so that importing torch is paid for once per process.
 """

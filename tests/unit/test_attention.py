@@ -1,4 +1,4 @@
-"""The cross-attention of ELITE against its formula written out, and its installation in one UNet."""
+"""ELITE's cross-attention against its formula written out, and its installation in one UNet."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Mapper checkpoints: the release's key names at full size, both directions bit for bit, and bad files."""
+"""Mapper checkpoints: key names at full size, both directions bit for bit, and bad files."""
 
 import json
 import pickle

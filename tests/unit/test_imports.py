@@ -1,4 +1,4 @@
-"""The house's rule: imports of `elite` point one way, and users reach it by the names of the README."""
+"""Imports inside `elite` point one way, and users find its public names."""
 
 import ast
 import subprocess

@@ -11,11 +11,13 @@ from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from elite import Concept, ElitePipeline, GlobalMapper, LocalMapper
+from elite.attention import local_inputs
 from elite.checkpoint import load_mapper
 from elite.images import object_views
 from elite.loading import load_parts, make_scheduler
 from elite.pipeline import pick_words
 from elite.settings import SAMPLERS
+from elite.text import encode_text
 from tests import tiny
 from tests.conftest import make_pipe
 
@@ -254,6 +256,47 @@ def test_local_branch_stays_out_of_the_unconditional_pass(pipe, concept):
     at_5 = step(5.0, 0.8) - step(5.0, 0.0)
     assert relative(at_5, 5 * at_1) < 1e-3
     assert at_1.abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("words", [0, "all"])
+def test_sampling_written_out(pipe, concept, words):
+    """The release's way: two passes, the unconditional one without local branch."""
+    w = concept.words if words == "all" else concept.words[:, :1]
+    ids = pipe.tokenizer(
+        ["a S, far away", ""], padding="max_length", truncation=True, return_tensors="pt"
+    )["input_ids"]
+    index = torch.tensor([2])  # start token, a, S
+    condition = encode_text(pipe.text_encoder, ids[:1], w, index)
+    nothing = encode_text(pipe.text_encoder, ids[1:])
+    local = local_inputs(concept.feature_tokens, index, 0.7, tiny.TEXT_LENGTH)
+    scheduler = make_scheduler("lms")
+    scheduler.set_timesteps(STEPS)
+    latents = noise_of(7) * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        x = scheduler.scale_model_input(latents, t)
+        uncond, cond = (
+            pipe.unet(x, t, context, added_cond_kwargs={"image_embeds": extra}).sample
+            for context, extra in ((nothing, []), (condition, local))
+        )
+        latents = scheduler.step(uncond + 5.0 * (cond - uncond), t, latents).prev_sample
+    drawn = draw(pipe, "a S, far away", concept=concept, words=words, lambda_=0.7)
+    assert relative(drawn, latents) < BATCH_TOLERANCE
+
+
+@torch.no_grad()
+def test_concept_is_what_the_mappers_make_of_the_views(pipe, concept):
+    """The words see the picture, the feature tokens the object alone on black."""
+    image, mask = tiny.picture(0)
+    views = object_views(image, mask, 32, 4)
+
+    def levels(view: torch.Tensor) -> list[torch.Tensor]:
+        states = pipe.image_encoder(view[None], output_hidden_states=True).hidden_states
+        return [states[8], *(states[layer] for layer in tiny.HIDDEN_LAYERS)]
+
+    words = pipe.global_mapper(levels(views["clip_pixels"]))
+    tokens = pipe.local_mapper(levels(views["object_pixels"]), views["patch_mask"][None])
+    assert torch.equal(concept.words, words) and torch.equal(concept.feature_tokens, tokens)
 
 
 def test_seed_is_a_cpu_generator_in_float32(pipe, concept):
