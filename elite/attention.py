@@ -174,8 +174,7 @@ def local_inputs(
 
 
 def local_values(local_mapper: LocalMapper, f: Tensor) -> list[Tensor]:
-    """V_l f of every attn2, (B, patches, C) each, in the order of the UNet's modules; stage 2
-    regularises them."""
+    """V_l f of every attn2, (B, patches, C) each; stage 2 regularises them."""
     return [local_mapper.projection(layer, "to_v")(f) for layer in local_mapper.config.attention]
 
 

@@ -57,7 +57,8 @@ class Concept:
             raise ValueError(
                 f"{path}: not a safetensors file ({error}); encode the concept again"
             ) from None
-        if metadata.get("format") != "elite-concept" or "words" not in tensors:
+        is_concept = metadata.get("format") == "elite-concept" and "fingerprint" in metadata
+        if not is_concept or "words" not in tensors:
             raise ValueError(f"{path}: not a concept; expected a file written by Concept.save")
         if metadata.get("version") != FORMAT_VERSION:
             raise ValueError(

@@ -84,29 +84,29 @@ def draw_folder(
         "guidance_scale": str(guidance_scale),
         **(metadata or {}),
     }
-    progress = tqdm(
+    bar = tqdm(
         total=len(share) * len(seeds),
         desc="draw",
         unit="picture",
         disable=not state.is_main_process,
     )
-    for batch in _batches(_jobs(pipe, pairs, share, seeds, failures, progress), batch_size):
-        pictures = pipe(
-            [prompt] * len(batch),
-            concept=[job.concept for job in batch],
-            lambda_=lambda_,
-            words=words,
-            placeholder_token=placeholder_token,
-            seed=[job.seed for job in batch],
-            height=resolution,
-            width=resolution,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-        ).images
-        for job, picture in zip(batch, pictures, strict=True):
-            write_picture(output_dir, job, picture, settings)
-        progress.update(len(batch))
-    progress.close()
+    with bar as progress:  # ends its line before an error is told
+        for batch in _batches(_jobs(pipe, pairs, share, seeds, failures, progress), batch_size):
+            pictures = pipe(
+                [prompt] * len(batch),
+                concept=[job.concept for job in batch],
+                lambda_=lambda_,
+                words=words,
+                placeholder_token=placeholder_token,
+                seed=[job.seed for job in batch],
+                height=resolution,
+                width=resolution,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+            ).images
+            for job, picture in zip(batch, pictures, strict=True):
+                write_picture(output_dir, job, picture, settings)
+            progress.update(len(batch))
     failures = gather_object(failures)
     if state.is_main_process:
         sheet = contact_sheet(pairs, indices, seeds, output_dir, f"{prompt}   lambda {lambda_}")

@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
     """Calls `write(temporary)` beside `path`, then renames: the file is there whole or not at all.
@@ -21,16 +23,25 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
         if path.is_dir() and temporary.is_dir():
             shutil.rmtree(path)
         os.replace(temporary, path)
-    except OSError as error:
+    except Exception as error:
+        if not _is_disk_error(error):
+            raise
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise ValueError(
-            f"{path}: cannot be written ({error.strerror or error}); free some space or choose "
-            "another folder"
+            f"{path}: cannot be written ({reason}); free some space or choose another folder"
         ) from None
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        elif temporary.exists():
+            temporary.unlink()
+
+
+def _is_disk_error(error: Exception) -> bool:
+    """torch.save and safetensors have errors of their own for a disk that takes no more."""
+    in_torch = isinstance(error, RuntimeError) and "inline_container" in str(error)
+    in_torch = in_torch or "PytorchStreamWriter" in str(error)
+    return in_torch or isinstance(error, OSError | SafetensorError)
 
 
 def write_json(path: Path | str, value: object) -> None:

@@ -126,6 +126,11 @@ def _load_part(
             f"{source}: cannot load {subfolder or cls.__name__} ({reason}); expected a folder in "
             "diffusers layout or a hub name"
         ) from None
+    if cls is CLIPTokenizer and len(part) == len(set(part.all_special_ids)):
+        # Without its files, transformers gives a tokenizer that knows no word.
+        raise ValueError(
+            f"{source}: no {subfolder or 'tokenizer'}; expected vocab.json and merges.txt in it"
+        )
     return part.float().eval() if isinstance(part, torch.nn.Module) else part
 
 

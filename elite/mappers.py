@@ -39,6 +39,17 @@ def clip_levels(
     return [output.last_hidden_state, *(output.hidden_states[layer] for layer in hidden_layers)]
 
 
+def check_levels(image_encoder: CLIPVisionModel, hidden_layers: Sequence[int]) -> None:
+    """Raises ValueError where the image encoder lacks one of the hidden states."""
+    depth = image_encoder.config.num_hidden_layers
+    if any(not 0 <= layer <= depth for layer in hidden_layers):
+        raise ValueError(
+            f"hidden_layers {list(hidden_layers)} do not fit an image encoder of {depth} "
+            "layers; "
+            f"choose from 0 to {depth}"
+        )
+
+
 def cross_attention_layers(unet: UNet2DConditionModel) -> dict[str, Attention]:
     """Every attn2 of the UNet in module order, keyed as in the released checkpoints (dots turned to
     underscores)."""
@@ -88,13 +99,7 @@ class Mapper(ModelMixin, ConfigMixin):
         hidden_layers: Sequence[int] = HIDDEN_LAYERS,
     ) -> Self:
         """A new mapper that fits these models, its K and V started from the UNet's own."""
-        depth = image_encoder.config.num_hidden_layers
-        if any(not 0 <= layer <= depth for layer in hidden_layers):
-            raise ValueError(
-                f"hidden_layers {list(hidden_layers)} do not fit an image encoder of {depth} "
-                "layers; "
-                f"choose from 0 to {depth}"
-            )
+        check_levels(image_encoder, hidden_layers)
         layers = cross_attention_layers(unet)
         mapper = cls(
             input_dim=image_encoder.config.hidden_size,

@@ -50,6 +50,7 @@ class ElitePipeline(StableDiffusionPipeline):
         safety_checker: None = None,
         feature_extractor: None = None,
         requires_safety_checker: bool = False,
+        fingerprint: str | None = None,
     ) -> None:
         super().__init__(
             vae=vae,
@@ -63,8 +64,9 @@ class ElitePipeline(StableDiffusionPipeline):
             requires_safety_checker=requires_safety_checker,
         )
         self.register_modules(global_mapper=global_mapper, local_mapper=local_mapper)
-        # Ties concepts to these mappers.
-        self.fingerprint = _fingerprint(global_mapper, local_mapper)
+        # Ties concepts to these mappers; kept when they are loaded in another precision.
+        self.fingerprint = fingerprint or _fingerprint(global_mapper, local_mapper)
+        self.register_to_config(fingerprint=self.fingerprint)
         self.install()
 
     @classmethod
@@ -221,6 +223,8 @@ class ElitePipeline(StableDiffusionPipeline):
         else:
             prompts = [prompt] if isinstance(prompt, str) else list(prompt)
             kwargs |= self._condition(prompts, concept, lambda_, words, placeholder_token)
+            if isinstance(kwargs.get("negative_prompt"), str):
+                kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(prompts)
             prompt = None
         if seed is not None:
             kwargs["latents"] = self._initial_noise(seed, prompt, kwargs)

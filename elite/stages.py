@@ -6,7 +6,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
@@ -122,7 +121,8 @@ def _train(
         output_dir = Path(nowhere if config.dry_run else config.output_dir)
         if accelerator.is_main_process:
             save_config(config, output_dir / "config.yaml")
-        preview = _Preview(config, objective, parts, words, accelerator)
+        pairs = PairFolder(config.validation_data_dir) if config.validation_steps else None
+        preview = None if pairs is None else _Preview(config, objective, parts, words, pairs)
         fit(
             objective,
             dataset,
@@ -141,9 +141,9 @@ def _train(
             max_grad_norm=config.max_grad_norm,
             save_steps=config.save_steps,
             checkpoints_total_limit=config.checkpoints_total_limit,
-            resume=config.resume_from_checkpoint,
+            resume=None if config.dry_run else config.resume_from_checkpoint,
             ema_decay=config.ema_decay if config.ema else None,
-            preview=preview.draw,
+            preview=preview,
             validation_steps=0 if config.dry_run else config.validation_steps,
             logging_dir=config.logging_dir,
             config=to_dict(config),
@@ -163,13 +163,12 @@ class _Preview:
         objective: EliteObjective,
         parts: dict[str, Any],
         words: Any,
-        accelerator: Accelerator,
+        pairs: PairFolder,
     ) -> None:
-        self.config, self.objective, self.parts, self.words = config, objective, parts, words
-        self.device = accelerator.device
+        self.config, self.objective, self.parts = config, objective, parts
+        self.words, self.pairs = words, pairs
 
-    def draw(self) -> Image.Image:
-        pairs = PairFolder(self.config.validation_data_dir)
+    def __call__(self) -> Image.Image:
         pipe = ElitePipeline(
             **{**self.parts, "scheduler": make_scheduler("dpm++", self.parts["scheduler"].config)},
             global_mapper=self.objective.global_mapper,
@@ -178,9 +177,9 @@ class _Preview:
         pipe.set_progress_bar_config(disable=True)
         prompt = PREVIEW_TEMPLATE.format(self.config.placeholder_token)
         rows = []
-        for index in range(min(self.config.num_validation_images, len(pairs))):
+        for index in range(min(self.config.num_validation_images, len(self.pairs))):
             try:
-                image, mask = pairs.read(index)
+                image, mask = self.pairs.read(index)
             except ValueError as error:
                 tqdm.write(f"preview skips {error}")
                 continue
