@@ -33,7 +33,7 @@ from small_world.tokenizer import MAX_LENGTH, build_tokenizer
 
 REPOSITORY = Path(__file__).parents[1]
 NUM_SAMPLES = 60_000
-# Images seen, batch and learning rate of each part; on 2 CPU cores about 20, 25 and 60 minutes.
+# Images seen, batch and learning rate of each part; 23, 30 and 55 minutes on 2 shared CPU cores.
 RECIPES = {
     "vae": {"images": 40_000, "batch_size": 32, "learning_rate": 2e-3, "ema_decay": 0.9995},
     "image_encoder": {
