@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,7 @@ def box_of_file(path: Path) -> tuple[str, Box | None, str | None]:
 def boxes_of_files(paths: list[Path], workers: int) -> Iterator[tuple[str, Box | None, str | None]]:
     """`box_of_file` of all, in parallel, with a progress bar."""
     progress = tqdm(total=len(paths), unit="mask", desc="boxes")
-    with progress, ProcessPoolExecutor(workers) as pool:
+    with progress, ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         for result in pool.map(box_of_file, paths, chunksize=CHUNK):
             progress.update()
             yield result

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import cv2
@@ -129,7 +130,9 @@ def _fill_folder(count: int, seed: int, size: int, workers: int, root: Path) -> 
     for folder in ("images/test", "segs/test", "annotations"):
         (root / folder).mkdir(parents=True)
     write = partial(write_picture, root, seed, size)
-    with ProcessPoolExecutor(workers, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=cv2.setNumThreads, initargs=(1,)
+    ) as pool:
         written = pool.map(write, range(count), chunksize=CHUNK)
         records = list(tqdm(written, "render", count, unit="picture"))
     write_annotations(root / "annotations", records, size)

@@ -7,6 +7,7 @@ black, zoomed in; `cutout` (object alone on black) is for the image encoder only
 
 import json
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import cv2
@@ -133,7 +134,7 @@ def render_samples(folder: Path, count: int, seed: int = 0, workers: int = 2) ->
     )
     records: list[dict] = []
     chunks = range(seed * 1_000_000, seed * 1_000_000 + count // CHUNK)
-    with ProcessPoolExecutor(workers) as executor:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as executor:
         rendered = tqdm(executor.map(_render_chunk, chunks), "render", len(chunks), unit="chunk")
         for i, (pictures, described) in enumerate(rendered):
             images[i * CHUNK : (i + 1) * CHUNK] = pictures

@@ -6,7 +6,7 @@ Each picture has one object, a flat ellipse or rectangle, with one box and one m
 import csv
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,35 +15,9 @@ import numpy as np
 from PIL import Image
 
 from data_scripts.cal_bbox_by_seg import tight_box
+from data_scripts.make_small_world import BOX_COLUMNS, MASK_COLUMNS
 from elite.data import mask_boxes_path, save_mask_boxes
 
-BOX_COLUMNS = (
-    "ImageID",
-    "Source",
-    "LabelName",
-    "Confidence",
-    "XMin",
-    "XMax",
-    "YMin",
-    "YMax",
-    "IsOccluded",
-    "IsTruncated",
-    "IsGroupOf",
-    "IsDepiction",
-    "IsInside",
-)
-MASK_COLUMNS = (
-    "MaskPath",
-    "ImageID",
-    "LabelName",
-    "BoxID",
-    "BoxXMin",
-    "BoxXMax",
-    "BoxYMin",
-    "BoxYMax",
-    "PredictedIoU",
-    "Clicks",
-)
 CLASSES = (("/m/02jvh9", "Mug"), ("/m/01g317", "Person"))
 BACKGROUND, OBJECT = (40, 90, 60), (220, 60, 30)
 TURNED = 6  # EXIF orientation: the camera was held sideways
@@ -224,7 +198,7 @@ def write_annotations(folder: Path, records: list[Record]) -> None:
     write_csv(folder / "test-annotations-object-segmentation.csv", MASK_COLUMNS, masks)
 
 
-def write_csv(path: Path, header: tuple[str, ...], rows: list[tuple]) -> None:
+def write_csv(path: Path, header: Sequence[str], rows: list[tuple]) -> None:
     with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])
 
