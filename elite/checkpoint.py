@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import CLIPVisionModel
 
 from elite.files import write_atomically
-from elite.mappers import HIDDEN_LAYERS, Mapper, check_levels, cross_attention_layers
+from elite.mappers import HIDDEN_LAYERS, Mapper
 
 M = TypeVar("M", bound=Mapper)
 MOST_KEYS_SHOWN = 6
@@ -99,18 +99,8 @@ def _reference(
     hidden_layers = tuple(4 * (i + 1) for i in range(len(levels) - 1)) if levels else HIDDEN_LAYERS
     if config is not None:
         hidden_dim, hidden_layers = config["hidden_dim"], config["hidden_layers"]
-    check_levels(image_encoder, hidden_layers)
-    attention = {
-        name: attn.to_k.out_features for name, attn in cross_attention_layers(unet).items()
-    }
     with torch.device("meta"):
-        return cls(
-            input_dim=image_encoder.config.hidden_size,
-            output_dim=unet.config.cross_attention_dim,
-            hidden_dim=hidden_dim,
-            hidden_layers=list(hidden_layers),
-            attention=attention,
-        )
+        return cls.shaped_for(unet, image_encoder, hidden_dim, hidden_layers)
 
 
 def _check_keys(state: dict[str, Tensor], reference: Mapper, name: str) -> None:

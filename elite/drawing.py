@@ -83,6 +83,7 @@ def draw_folder(
         "num_inference_steps": str(num_inference_steps),
         "guidance_scale": str(guidance_scale),
         **(metadata or {}),
+        **{name: version(name) for name in ("diffusers", "transformers", "torch")},
     }
     bar = tqdm(
         total=len(share) * len(seeds),
@@ -144,8 +145,7 @@ def _batches(jobs: Iterator[Job], size: int) -> Iterator[list[Job]]:
 def write_picture(folder: Path, job: Job, picture: Image.Image, settings: dict[str, str]) -> None:
     """The two files of one picture."""
     info = PngImagePlugin.PngInfo()
-    versions = {name: version(name) for name in ("diffusers", "transformers", "torch")}
-    for key, value in {**settings, "seed": str(job.seed), **versions}.items():
+    for key, value in {**settings, "seed": str(job.seed)}.items():
         info.add_text(key, value)
     write_atomically(folder / f"{job.stem}.png", lambda path: picture.save(path, pnginfo=info))
     side_by_side = Image.new("RGB", (2 * picture.width, picture.height))

@@ -142,4 +142,9 @@ def inside(model: str | Path, part: str) -> Path | None:
 
 def side_in_pixels(unet: UNet2DConditionModel, vae: AutoencoderKL) -> int:
     """Side of the pictures these models draw by default."""
-    return unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
+    return unet.config.sample_size * pixels_per_latent(vae)
+
+
+def pixels_per_latent(vae: AutoencoderKL) -> int:
+    """Side of the square of pixels that one latent stands for: f of the latent diffusion paper."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)

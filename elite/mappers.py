@@ -91,6 +91,29 @@ class Mapper(ModelMixin, ConfigMixin):
             self.add_module(f"{layer}_to_v", nn.Linear(output_dim, width, bias=False))
 
     @classmethod
+    def shaped_for(
+        cls,
+        unet: UNet2DConditionModel,
+        image_encoder: CLIPVisionModel,
+        hidden_dim: int = 1024,
+        hidden_layers: Sequence[int] = HIDDEN_LAYERS,
+    ) -> Self:
+        """A mapper with the widths and layers of these models, nothing of their weights.
+
+        Raises:
+            ValueError: the image encoder lacks one of the hidden layers.
+        """
+        check_levels(image_encoder, hidden_layers)
+        layers = cross_attention_layers(unet)
+        return cls(
+            input_dim=image_encoder.config.hidden_size,
+            output_dim=unet.config.cross_attention_dim,
+            hidden_dim=hidden_dim,
+            hidden_layers=list(hidden_layers),
+            attention={name: attn.to_k.out_features for name, attn in layers.items()},
+        )
+
+    @classmethod
     def for_models(
         cls,
         unet: UNet2DConditionModel,
@@ -99,17 +122,9 @@ class Mapper(ModelMixin, ConfigMixin):
         hidden_layers: Sequence[int] = HIDDEN_LAYERS,
     ) -> Self:
         """A new mapper that fits these models, its K and V started from the UNet's own."""
-        check_levels(image_encoder, hidden_layers)
-        layers = cross_attention_layers(unet)
-        mapper = cls(
-            input_dim=image_encoder.config.hidden_size,
-            output_dim=unet.config.cross_attention_dim,
-            hidden_dim=hidden_dim,
-            hidden_layers=list(hidden_layers),
-            attention={name: attn.to_k.out_features for name, attn in layers.items()},
-        )
+        mapper = cls.shaped_for(unet, image_encoder, hidden_dim, hidden_layers)
         with torch.no_grad():
-            for name, attn in layers.items():
+            for name, attn in cross_attention_layers(unet).items():
                 for projection in ("to_k", "to_v"):
                     mapper.projection(name, projection).weight.copy_(
                         getattr(attn, projection).weight

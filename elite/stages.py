@@ -14,7 +14,7 @@ from elite.config import print_config, save_config, to_dict
 from elite.data import OpenImagesBoxes, OpenImagesMasks, PairFolder
 from elite.drawing import tile_rows
 from elite.images import cut_out
-from elite.loading import load_parts, make_scheduler, side_in_pixels
+from elite.loading import load_parts, make_scheduler, pixels_per_latent, side_in_pixels
 from elite.mappers import GlobalMapper, LocalMapper, Mapper
 from elite.objectives import EliteObjective, GlobalObjective, LocalObjective
 from elite.pipeline import ElitePipeline
@@ -50,9 +50,7 @@ def train_local(config: TrainLocalConfig) -> int:
         config.train_data_dir,
         resolution=resolution,
         clip_size=parts["image_encoder"].config.image_size,
-        latent_size=resolution
-        * parts["unet"].config.sample_size
-        // side_in_pixels(parts["unet"], parts["vae"]),
+        latent_size=resolution // pixels_per_latent(parts["vae"]),
         placeholder_token=config.placeholder_token,
     )
     return _train(config, objective, dataset, parts, words=0)
@@ -88,8 +86,8 @@ def _resolution(config: TrainConfig, parts: dict[str, Any]) -> int:
     """Side of the training images; the UNet halves its latents at each level but the last."""
     natural = side_in_pixels(parts["unet"], parts["vae"])
     resolution = config.resolution or natural
-    multiple = natural // parts["unet"].config.sample_size
-    multiple *= 2 ** (len(parts["unet"].config.block_out_channels) - 1)
+    halvings = len(parts["unet"].config.block_out_channels) - 1
+    multiple = pixels_per_latent(parts["vae"]) * 2**halvings
     if resolution % multiple:
         raise ValueError(
             f"--resolution {resolution}: this model needs a multiple of {multiple}; {natural} is "
@@ -121,8 +119,11 @@ def _train(
         output_dir = Path(nowhere if config.dry_run else config.output_dir)
         if accelerator.is_main_process:
             save_config(config, output_dir / "config.yaml")
-        pairs = PairFolder(config.validation_data_dir) if config.validation_steps else None
-        preview = None if pairs is None else _Preview(config, objective, parts, words, pairs)
+        validation_steps = 0 if config.dry_run else config.validation_steps
+        preview = None
+        if validation_steps:
+            pairs = PairFolder(config.validation_data_dir)
+            preview = _Preview(config, objective, parts, words, pairs)
         fit(
             objective,
             dataset,
@@ -144,7 +145,7 @@ def _train(
             resume=None if config.dry_run else config.resume_from_checkpoint,
             ema_decay=config.ema_decay if config.ema else None,
             preview=preview,
-            validation_steps=0 if config.dry_run else config.validation_steps,
+            validation_steps=validation_steps,
             logging_dir=config.logging_dir,
             config=to_dict(config),
         )

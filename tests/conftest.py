@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from elite import ElitePipeline
+from elite import Concept, ElitePipeline
 from elite.loading import load_parts
 from elite.mappers import Mapper
 from tests import tiny
@@ -85,6 +85,11 @@ def make_pipe(model_folder: Path, mapper_folder: Path) -> ElitePipeline:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def concept(pipe) -> Concept:
+    return pipe.encode_concept(*tiny.picture(0))
 
 
 @pytest.fixture

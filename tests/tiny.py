@@ -5,7 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 
@@ -16,6 +21,7 @@ from small_world.tokenizer import build_tokenizer
 
 HIDDEN_LAYERS = (4, 8)  # as a release checkpoint of three levels has them
 TEXT_LENGTH = 77
+STEPS = 3  # of `draw`
 
 
 def build_models(seed: int = 0) -> dict[str, torch.nn.Module]:
@@ -126,6 +132,12 @@ def picture(seed: int = 0, width: int = 40, height: int = 40) -> tuple[np.ndarra
     mask = np.zeros((height, width), bool)
     mask[height // 4 : height * 3 // 4, width // 4 : width * 3 // 4] = True
     return image, mask
+
+
+def draw(pipe: StableDiffusionPipeline, prompt="a photo of a S", **options) -> torch.Tensor:
+    """A picture's latents, so that nothing is rounded."""
+    options = {"num_inference_steps": STEPS, "output_type": "latent", "seed": 7, **options}
+    return pipe(prompt, **options).images
 
 
 def save_pairs(folder: Path, count: int = 2) -> Path:
