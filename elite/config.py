@@ -20,6 +20,9 @@ from elite.files import write_atomically
 from elite.settings import (
     InferenceGlobalConfig,
     InferenceLocalConfig,
+    MergeEmbeddingsConfig,
+    TextualInversionConfig,
+    TextualInversionInferenceConfig,
     TrainConfig,
     TrainGlobalConfig,
     TrainLocalConfig,
@@ -28,6 +31,9 @@ from elite.settings import (
 __all__ = [
     "InferenceGlobalConfig",
     "InferenceLocalConfig",
+    "MergeEmbeddingsConfig",
+    "TextualInversionConfig",
+    "TextualInversionInferenceConfig",
     "TrainConfig",
     "TrainGlobalConfig",
     "TrainLocalConfig",
@@ -252,7 +258,9 @@ def _describe(hint: Any) -> str:
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     if isinstance(hint, types.UnionType):
         return f"{_describe(get_args(hint)[0])} or none"
-    return "a list of whole numbers" if get_origin(hint) is list else names[hint]
+    if get_origin(hint) is list:
+        return "a list of " + {int: "whole numbers", str: "texts"}[get_args(hint)[0]]
+    return names[hint]
 
 
 def _violation(value: Any, checks: Mapping[str, Any]) -> str | None:

@@ -387,7 +387,7 @@ class PairFolder:
         self.pairs = [
             Pair(path.stem, path, path.with_name(f"{path.stem}_bg.png"))
             for path in sorted(folder.iterdir(), key=lambda path: (path.stem, path.suffix))
-            if _is_picture(path)
+            if is_picture(path)
         ]
         if not self.pairs:
             raise ValueError(
@@ -413,7 +413,8 @@ class PairFolder:
         return image, fit_mask(read_mask(pair.mask_path), image, str(pair.mask_path))
 
 
-def _is_picture(path: Path) -> bool:
+def is_picture(path: Path) -> bool:
+    """Whether a file is a picture by its name, and no mask NAME_bg.png."""
     suffix = path.suffix.lower()
     is_mask = suffix == ".png" and path.stem.endswith("_bg")
     return suffix in PICTURES and not is_mask and not path.name.startswith(".") and path.is_file()

@@ -2,14 +2,17 @@
 contact sheet."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw, PngImagePlugin
 from tqdm import tqdm
 
@@ -17,8 +20,10 @@ from elite.concept import Concept
 from elite.data import PairFolder
 from elite.files import write_atomically
 from elite.images import cut_out
-from elite.pipeline import ElitePipeline, Words
+from elite.loading import side_in_pixels
+from elite.pipeline import ElitePipeline, Words, initial_noise
 
+T = TypeVar("T")
 TILE = 160  # side of a contact sheet's pictures in pixels
 HEADER = 18
 SHEET_ROWS = 48  # a longer sheet is no longer looked at
@@ -117,6 +122,66 @@ def draw_folder(
     return failures
 
 
+def draw_prompts(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    resolution: int | None = None,
+    num_inference_steps: int = 100,
+    guidance_scale: float = 5.0,
+) -> list[Image.Image]:
+    """A stock pipeline's pictures, one seed per prompt.
+
+    Args:
+        resolution: side in pixels; None means what the model draws.
+    """
+    side = resolution or side_in_pixels(pipe.unet, pipe.vae)
+    return pipe(
+        list(prompts),
+        latents=initial_noise(pipe, seeds, side, side),
+        height=side,
+        width=side,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+    ).images
+
+
+def draw_prompt_grid(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    output_dir: Path,
+    *,
+    batch_size: int = 1,
+    **options: Any,  # as for `draw_prompts`
+) -> None:
+    """Each prompt once per seed: `PROMPT_SEED.png`, numbered from 0, and `grid.png` of all."""
+    rows: list[list[Image.Image]] = []
+    with tqdm(total=len(prompts) * len(seeds), desc="draw", unit="picture") as progress:
+        for number, prompt in enumerate(prompts):
+            row: list[Image.Image] = []
+            for batch in _batches(iter(seeds), batch_size):
+                pictures = draw_prompts(pipe, [prompt] * len(batch), batch, **options)
+                for seed, picture in zip(batch, pictures, strict=True):
+                    info = png_text({"prompt": prompt, "seed": str(seed)})
+                    path = output_dir / f"{number:05d}_{seed:05d}.png"
+                    write_atomically(path, partial(picture.save, pnginfo=info))
+                row += pictures
+                progress.update(len(batch))
+            rows.append(row)
+    sheet = tile_rows(rows[:SHEET_ROWS], [f"seed {seed}" for seed in seeds], "; ".join(prompts))
+    write_atomically(output_dir / "grid.png", sheet.save)
+
+
+def png_text(values: Mapping[str, str]) -> PngImagePlugin.PngInfo:
+    """What a picture's PNG says of how it was made."""
+    info = PngImagePlugin.PngInfo()
+    for key, value in values.items():
+        info.add_text(key, value)
+    return info
+
+
 def _jobs(
     pipe: ElitePipeline,
     pairs: PairFolder,
@@ -137,17 +202,15 @@ def _jobs(
         yield from (Job(index, seed, image, concept) for seed in seeds)
 
 
-def _batches(jobs: Iterator[Job], size: int) -> Iterator[list[Job]]:
-    while batch := list(itertools.islice(jobs, size)):
+def _batches(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    while batch := list(itertools.islice(items, size)):
         yield batch
 
 
 def write_picture(folder: Path, job: Job, picture: Image.Image, settings: dict[str, str]) -> None:
     """The two files of one picture."""
-    info = PngImagePlugin.PngInfo()
-    for key, value in {**settings, "seed": str(job.seed)}.items():
-        info.add_text(key, value)
-    write_atomically(folder / f"{job.stem}.png", lambda path: picture.save(path, pnginfo=info))
+    info = png_text({**settings, "seed": str(job.seed)})
+    write_atomically(folder / f"{job.stem}.png", partial(picture.save, pnginfo=info))
     side_by_side = Image.new("RGB", (2 * picture.width, picture.height))
     side_by_side.paste(picture, (0, 0))
     shown = Image.fromarray(job.image).resize(picture.size, Image.Resampling.BICUBIC)

@@ -6,13 +6,15 @@ from typing import Literal
 
 import torch
 from accelerate import PartialState
+from diffusers import DiffusionPipeline
 
 from elite.console import BAD_INPUT, OK, PARTLY_FAILED
 from elite.data import PairFolder
-from elite.drawing import draw_folder
-from elite.loading import make_scheduler
+from elite.drawing import draw_folder, draw_prompt_grid
+from elite.loading import load_stable_diffusion, make_scheduler, stock_pipeline
 from elite.pipeline import ElitePipeline, Words
-from elite.settings import InferenceConfig
+from elite.settings import DrawConfig, InferenceConfig, TextualInversionInferenceConfig
+from elite.textual_inversion import load_into, merge_embeddings
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -35,13 +37,47 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
+def run_textual_inversion(config: TextualInversionInferenceConfig) -> int:
+    """Draws the prompts with learned words in a stock pipeline. Returns the exit status."""
+    embeddings = merge_embeddings(config.embeddings)
+    words = list(embeddings["text_encoder"])
+    if not any(word in prompt for word in words for prompt in config.prompt):
+        raise ValueError(
+            f"--prompt: none of the learned words {', '.join(words)} is in it; write one there"
+        )
+    parts = load_stable_diffusion(config.pretrained_model_name_or_path)
+    parts["scheduler"] = make_scheduler(config.scheduler, parts["scheduler"].config)
+    pipe = stock_pipeline(parts)
+    load_into(pipe, embeddings)
+    pipe.set_progress_bar_config(disable=True)
+    place(pipe, config)
+    output_dir = Path(config.output_dir)
+    draw_prompt_grid(
+        pipe,
+        config.prompt,
+        range(config.seed, config.seed + config.num_images),
+        output_dir,
+        batch_size=config.batch_size,
+        resolution=config.resolution,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+    )
+    print(f"pictures in {output_dir}; look at {output_dir / 'grid.png'} first")
+    return OK
+
+
+def place(pipe: DiffusionPipeline, config: DrawConfig) -> None:
+    """Moves a pipeline to the device and number type that a configuration asks for."""
+    device = pick_device(config.device)
+    precision = config.mixed_precision or ("fp16" if device.type == "cuda" else "no")
+    pipe.to(device, DTYPES[precision])
+
+
 def build_pipeline(
     config: InferenceConfig, local_mapper: str | Literal[False] | None = None
 ) -> ElitePipeline:
     """The pipeline a configuration asks for, on its device and in its precision; False: no local
     branch."""
-    device = pick_device(config.device)
-    precision = config.mixed_precision or ("fp16" if device.type == "cuda" else "no")
     pipe = ElitePipeline.from_stable_diffusion(
         config.pretrained_model_name_or_path,
         global_mapper=config.global_mapper_path,
@@ -50,7 +86,8 @@ def build_pipeline(
     )
     pipe.scheduler = make_scheduler(config.scheduler, pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device, DTYPES[precision])
+    place(pipe, config)
+    return pipe
 
 
 def run_inference(

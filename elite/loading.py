@@ -11,11 +11,18 @@ from diffusers import (
     EulerDiscreteScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModel
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionModel,
+)
 
 HUB_IMAGE_ENCODER = "openai/clip-vit-large-patch14"
 SCHEDULERS = {
@@ -65,7 +72,7 @@ def load_parts(
     tokenizer: str | Path | None = None,
     revision: str | None = None,
 ) -> dict:
-    """Everything but the mappers, in float32: vae, text_encoder, tokenizer, unet, scheduler,
+    """Everything of ELITE but the mappers, in float32: the parts of `load_stable_diffusion`, and
     image_encoder.
 
     Args:
@@ -78,6 +85,21 @@ def load_parts(
     Raises:
         ValueError: a part is missing or unreadable; the message names it.
     """
+    parts = load_stable_diffusion(model, tokenizer, revision)
+    if not isinstance(image_encoder, CLIPVisionModel):
+        source = image_encoder or inside(model, "image_encoder") or HUB_IMAGE_ENCODER
+        image_encoder = _load_part(CLIPVisionModel, source)
+    return {**parts, "image_encoder": image_encoder}
+
+
+def load_stable_diffusion(
+    model: str | Path, tokenizer: str | Path | None = None, revision: str | None = None
+) -> dict:
+    """vae, text_encoder, tokenizer, unet and scheduler of a Stable Diffusion, in float32; of SDXL
+    text_encoder_2 and tokenizer_2 too.
+
+    Args, Raises: as `load_parts`.
+    """
     hub = {"revision": revision} if revision else {}
     parts = {
         name: _load_part(cls, model, name, **hub)
@@ -88,15 +110,41 @@ def load_parts(
         )
     }
     if tokenizer is None:
-        parts["tokenizer"] = _load_part(CLIPTokenizer, model, "tokenizer", **hub)
+        parts["tokenizer"] = _load_tokenizer(parts["text_encoder"], model, "tokenizer", **hub)
     else:
-        parts["tokenizer"] = _load_part(CLIPTokenizer, tokenizer)
-    limit = parts["text_encoder"].config.max_position_embeddings
-    parts["tokenizer"].model_max_length = min(parts["tokenizer"].model_max_length, limit)
-    if not isinstance(image_encoder, CLIPVisionModel):
-        source = image_encoder or inside(model, "image_encoder") or HUB_IMAGE_ENCODER
-        image_encoder = _load_part(CLIPVisionModel, source)
-    return {**parts, "scheduler": _load_scheduler(model, hub), "image_encoder": image_encoder}
+        parts["tokenizer"] = _load_tokenizer(parts["text_encoder"], tokenizer)
+    if is_xl(parts["unet"]):
+        second = _load_part(CLIPTextModelWithProjection, model, "text_encoder_2", **hub)
+        parts["text_encoder_2"] = second
+        parts["tokenizer_2"] = _load_tokenizer(second, model, "tokenizer_2", **hub)
+    return {**parts, "scheduler": _load_scheduler(model, hub)}
+
+
+def is_xl(unet: UNet2DConditionModel) -> bool:
+    """Whether this is the UNet of SDXL, which reads two text encoders and the picture's size."""
+    return unet.config.addition_embed_type == "text_time"
+
+
+def stock_pipeline(parts: dict) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+    """The plain text-to-image pipeline of diffusers over these parts."""
+    if "text_encoder_2" in parts:
+        return StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    return StableDiffusionPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+
+
+def _load_tokenizer(
+    text_encoder: CLIPTextModel | CLIPTextModelWithProjection,
+    source: str | Path,
+    subfolder: str = "",
+    **hub: str,
+) -> CLIPTokenizer:
+    """A tokenizer that gives no more tokens than its text encoder reads."""
+    tokenizer = _load_part(CLIPTokenizer, source, subfolder, **hub)
+    limit = text_encoder.config.max_position_embeddings
+    tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+    return tokenizer
 
 
 def _load_scheduler(model: str | Path, hub: dict) -> KarrasDiffusionSchedulers:

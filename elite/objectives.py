@@ -1,9 +1,9 @@
-"""What ELITE learns: the noising step both stages share, and the two objectives (paper eq. 4 and
-7)."""
+"""What ELITE learns: the noising step that every objective shares, and the two objectives (paper
+eq. 4 and 7)."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -45,31 +45,17 @@ def _generator(seed: Tensor, stream: int) -> torch.Generator:
     return torch.Generator().manual_seed((int(seed) + stream * 0x9E3779B97F4A7C15) % 2**63)
 
 
-class EliteObjective(nn.Module):
-    """What both stages share: frozen Stable Diffusion, noising, words in the prompt.
+class DenoisingObjective(nn.Module):
+    """What every objective shares: a frozen Stable Diffusion and its noising step.
 
     Args:
-        parts: vae, text_encoder, tokenizer, unet, image_encoder, scheduler, as
-            `loading.load_parts` gives them.
-        global_mapper, local_mapper: installed in the UNet; stage 1 has no local mapper.
-        placeholder_token: the word of the captions that the concept's words replace.
-
-    Raises:
-        ValueError: a mapper does not fit the UNet.
+        parts: vae, text_encoder, unet, scheduler, as `loading.load_stable_diffusion` gives them.
     """
 
-    def __init__(
-        self,
-        parts: Mapping[str, Any],
-        global_mapper: GlobalMapper,
-        local_mapper: LocalMapper | None = None,
-        placeholder_token: str = "S",
-    ) -> None:
+    def __init__(self, parts: Mapping[str, Any]) -> None:
         super().__init__()
         self.vae, self.text_encoder = parts["vae"], parts["text_encoder"]
-        self.unet, self.image_encoder = parts["unet"], parts["image_encoder"]
-        self.tokenizer, self.placeholder_token = parts["tokenizer"], placeholder_token
-        self.global_mapper, self.local_mapper = global_mapper, local_mapper
+        self.unet = parts["unet"]
         # The release trains on DDPM noise whatever the sampler.
         self.scheduler = DDPMScheduler(
             **{
@@ -85,23 +71,23 @@ class EliteObjective(nn.Module):
                 )
             }
         )
-        self.requires_grad_(False)
-        self.eval()
-        self.trained.requires_grad_(True)
-        self.trained.train()
-        install(self.unet, global_mapper, local_mapper)
 
     @property
-    def trained(self) -> GlobalMapper | LocalMapper:
-        """The one network that learns."""
-        return self.global_mapper if self.local_mapper is None else self.local_mapper
+    def trained(self) -> nn.Module:
+        """The one module that learns."""
+        raise TypeError("use one of the objectives")
 
     def save_pretrained(self, folder: Path) -> None:
-        """The trained mapper, as a folder of its name that the pipeline loads."""
-        name = "global_mapper" if self.local_mapper is None else "local_mapper"
-        write_atomically(folder / name, self.trained.save_pretrained)
+        """Exports what was trained into `folder`, for users."""
+        raise TypeError("use one of the objectives")
 
-    def train(self, mode: bool = True) -> "EliteObjective":
+    def freeze(self) -> None:
+        """Leaves nothing to learn but `trained`."""
+        self.requires_grad_(False)
+        self.trained.requires_grad_(True)
+        self.train()
+
+    def train(self, mode: bool = True) -> Self:
         """Frozen parts stay in evaluation mode."""
         super().train(False)
         self.trained.train(mode)
@@ -114,19 +100,15 @@ class EliteObjective(nn.Module):
         latents = self.encode_pixels(batch["pixels"], seeds)
         noise = seeded_noise(seeds, tuple(latents.shape[1:])).to(latents)
         t = seeded_timesteps(seeds, self.scheduler.config.num_train_timesteps).to(latents.device)
-        input_ids, index = tokenize(
-            self.tokenizer, batch["caption"], self.placeholder_token, self.words_injected
-        )
-        device = latents.device
-        text = {"input_ids": input_ids.to(device), "index": index.to(device)}
-        return self.loss({**batch, **text}, latents, noise, t)
+        tokens = {key: ids.to(latents.device) for key, ids in self.tokens(batch["caption"]).items()}
+        return self.loss({**batch, **tokens}, latents, noise, t)
 
-    @property
-    def words_injected(self) -> int:
-        raise TypeError("use GlobalObjective or LocalObjective")
+    def tokens(self, captions: list[str]) -> dict[str, Tensor]:
+        """What `loss` reads of the captions."""
+        raise TypeError("use one of the objectives")
 
     def loss(self, batch: Batch, latents: Tensor, noise: Tensor, t: Tensor) -> dict[str, Tensor]:
-        raise TypeError("use GlobalObjective or LocalObjective")
+        raise TypeError("use one of the objectives")
 
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor, seeds: Tensor) -> Tensor:
@@ -136,6 +118,58 @@ class EliteObjective(nn.Module):
             posterior.mean
         )
         return (posterior.mean + posterior.std * noise) * self.vae.config.scaling_factor
+
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the UNet predicts: the noise, or the velocity of models trained for that."""
+        if self.scheduler.config.prediction_type == "v_prediction":
+            return self.scheduler.get_velocity(latents, noise, t)
+        return noise
+
+
+class EliteObjective(DenoisingObjective):
+    """What both stages share: words in the prompt, mappers in the UNet.
+
+    Args:
+        parts: also tokenizer and image_encoder, as `loading.load_parts` gives them.
+        global_mapper, local_mapper: installed in the UNet; stage 1 has no local mapper.
+        placeholder_token: the word of the captions that the concept's words replace.
+
+    Raises:
+        ValueError: a mapper does not fit the UNet.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, Any],
+        global_mapper: GlobalMapper,
+        local_mapper: LocalMapper | None = None,
+        placeholder_token: str = "S",
+    ) -> None:
+        super().__init__(parts)
+        self.image_encoder = parts["image_encoder"]
+        self.tokenizer, self.placeholder_token = parts["tokenizer"], placeholder_token
+        self.global_mapper, self.local_mapper = global_mapper, local_mapper
+        self.freeze()
+        install(self.unet, global_mapper, local_mapper)
+
+    @property
+    def trained(self) -> GlobalMapper | LocalMapper:
+        return self.global_mapper if self.local_mapper is None else self.local_mapper
+
+    def save_pretrained(self, folder: Path) -> None:
+        """The trained mapper, as a folder of its name that the pipeline loads."""
+        name = "global_mapper" if self.local_mapper is None else "local_mapper"
+        write_atomically(folder / name, self.trained.save_pretrained)
+
+    @property
+    def words_injected(self) -> int:
+        raise TypeError("use GlobalObjective or LocalObjective")
+
+    def tokens(self, captions: list[str]) -> dict[str, Tensor]:
+        input_ids, index = tokenize(
+            self.tokenizer, captions, self.placeholder_token, self.words_injected
+        )
+        return {"input_ids": input_ids, "index": index}
 
     def predict(
         self,
@@ -150,12 +184,6 @@ class EliteObjective(nn.Module):
         return self.unet(
             noisy_latents, t, context, added_cond_kwargs={"image_embeds": local or []}
         ).sample
-
-    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the UNet predicts: the noise, or the velocity of models trained for that."""
-        if self.scheduler.config.prediction_type == "v_prediction":
-            return self.scheduler.get_velocity(latents, noise, t)
-        return noise
 
 
 class GlobalObjective(EliteObjective):

@@ -8,7 +8,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from PIL import Image
@@ -19,7 +24,7 @@ from elite.attention import AttentionNorm, install, is_installed, local_inputs, 
 from elite.checkpoint import load_mapper
 from elite.concept import Concept
 from elite.images import fit_mask, object_views, to_mask, to_rgb
-from elite.loading import inside, load_parts, side_in_pixels
+from elite.loading import inside, load_parts, pixels_per_latent, side_in_pixels
 from elite.mappers import GlobalMapper, LocalMapper, Mapper, clip_levels
 from elite.text import encode_text, tokenize
 
@@ -329,13 +334,17 @@ class ElitePipeline(StableDiffusionPipeline):
             raise ValueError(
                 f"{len(seeds)} seeds for {count} pictures; pass one, or one per picture"
             )
-        size = [
-            (kwargs.get(side) or self.resolution) // self.vae_scale_factor
-            for side in ("height", "width")
-        ]
-        shape = (self.unet.config.in_channels, *size)
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
-        return torch.stack(noise).to(self._execution_device, self.unet.dtype)
+        height, width = (kwargs.get(side) or self.resolution for side in ("height", "width"))
+        return initial_noise(self, seeds, height, width)
+
+
+def initial_noise(pipe: DiffusionPipeline, seeds: Sequence[int], height: int, width: int) -> Tensor:
+    """Standard normal latents of pictures of these sizes in pixels, each from a CPU generator of
+    its own in float32."""
+    factor = pixels_per_latent(pipe.vae)
+    shape = (pipe.unet.config.in_channels, height // factor, width // factor)
+    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(noise).to(pipe._execution_device, pipe.unet.dtype)
 
 
 def pick_words(words: Tensor, which: Words) -> Tensor:

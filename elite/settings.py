@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 PRECISIONS = ("no", "fp16", "bf16")
+PROPERTIES = ("object", "style", "face")
 SAMPLERS = ("lms", "dpm++", "unipc", "euler", "ddim", "pndm")
 # Every name of diffusers.optimization but piecewise_constant, which needs rules of its own.
 LR_SCHEDULERS = (
@@ -39,36 +40,16 @@ def required(help: str) -> Any:
 
 
 @dataclass(kw_only=True)
-class TrainConfig:
-    """What both training stages share."""
+class FitConfig:
+    """What everything that trains shares."""
 
     default_steps: ClassVar[int]
 
     pretrained_model_name_or_path: str = required(
         "Stable Diffusion to start from: a diffusers folder or a hub name."
     )
-    train_data_dir: str = required("Open Images folder with images/, segs/ and annotations/.")
-    output_dir: str = setting("runs/elite", "Folder for mappers, checkpoints, previews and logs.")
+    output_dir: str = setting("runs/elite", "Folder for results, checkpoints, previews and logs.")
     revision: str | None = setting(None, "Revision of a hub model; None means its main branch.")
-    tokenizer_name: str | None = setting(
-        None, "Tokenizer folder or hub name; None means the model's own."
-    )
-    image_encoder_name_or_path: str | None = setting(
-        None,
-        "CLIP vision tower; None means image_encoder/ in the model folder, "
-        "else openai/clip-vit-large-patch14.",
-    )
-    placeholder_token: str = setting(
-        "S", "The word that stands for the object in captions.", pattern=r"\S+", expected="one word"
-    )
-    hidden_layers: list[int] = setting(
-        [4, 8, 12, 16],
-        "CLIP hidden states that give words besides the last one, shallow to deep.",
-        at_least=0,
-    )
-    mapper_hidden_size: int | None = setting(
-        None, "Width of the mapping MLPs; None means 1024.", at_least=1
-    )
     resolution: int | None = setting(
         None, "Side of the training images in pixels; None means what the model draws.", at_least=8
     )
@@ -98,7 +79,7 @@ class TrainConfig:
     adam_weight_decay: float = setting(1e-2, "AdamW weight decay.", at_least=0)
     adam_epsilon: float = setting(1e-8, "AdamW epsilon.", above=0)
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm.", above=0)
-    ema: bool = setting(False, "Keep a moving average of the weights and save that as the mapper.")
+    ema: bool = setting(False, "Keep a moving average of the weights and save that.")
     ema_decay: float = setting(
         0.9999, "Share of the old average kept at each step.", at_least=0, below=1
     )
@@ -123,21 +104,7 @@ class TrainConfig:
     resume_from_checkpoint: str | None = setting(
         None, 'Checkpoint folder to continue from, or "latest" of output_dir.'
     )
-    validation_steps: int = setting(
-        500, "Optimiser steps between two previews; 0 means no previews.", at_least=0
-    )
-    validation_data_dir: str = setting(
-        "test_datasets", "Folder of NAME.jpg and NAME_bg.png pairs for the previews.", shipped=True
-    )
-    num_validation_images: int = setting(4, "Pairs drawn in a preview.", at_least=1)
     logging_dir: str = setting("logs", "Log folder; inside output_dir unless absolute.")
-    push_to_hub: bool = setting(False, "Upload the finished mapper to the Hugging Face hub.")
-    hub_model_id: str | None = setting(
-        None, "Hub repository for the upload; None means the name of output_dir."
-    )
-    hub_token: str | None = setting(
-        None, "Hub token; None means that of the login; never saved.", secret=True
-    )
     dry_run: bool = setting(False, "Build everything, train one step, save nothing.")
 
     def total_steps(self, steps_per_epoch: int) -> int:
@@ -147,6 +114,46 @@ class TrainConfig:
         if self.num_train_epochs is not None:
             return self.num_train_epochs * steps_per_epoch
         return self.default_steps
+
+
+@dataclass(kw_only=True)
+class TrainConfig(FitConfig):
+    """What both stages of ELITE share."""
+
+    train_data_dir: str = required("Open Images folder with images/, segs/ and annotations/.")
+    tokenizer_name: str | None = setting(
+        None, "Tokenizer folder or hub name; None means the model's own."
+    )
+    image_encoder_name_or_path: str | None = setting(
+        None,
+        "CLIP vision tower; None means image_encoder/ in the model folder, "
+        "else openai/clip-vit-large-patch14.",
+    )
+    placeholder_token: str = setting(
+        "S", "The word that stands for the object in captions.", pattern=r"\S+", expected="one word"
+    )
+    hidden_layers: list[int] = setting(
+        [4, 8, 12, 16],
+        "CLIP hidden states that give words besides the last one, shallow to deep.",
+        at_least=0,
+    )
+    mapper_hidden_size: int | None = setting(
+        None, "Width of the mapping MLPs; None means 1024.", at_least=1
+    )
+    validation_steps: int = setting(
+        500, "Optimiser steps between two previews; 0 means no previews.", at_least=0
+    )
+    validation_data_dir: str = setting(
+        "test_datasets", "Folder of NAME.jpg and NAME_bg.png pairs for the previews.", shipped=True
+    )
+    num_validation_images: int = setting(4, "Pairs drawn in a preview.", at_least=1)
+    push_to_hub: bool = setting(False, "Upload the finished mapper to the Hugging Face hub.")
+    hub_model_id: str | None = setting(
+        None, "Hub repository for the upload; None means the name of output_dir."
+    )
+    hub_token: str | None = setting(
+        None, "Hub token; None means that of the login; never saved.", secret=True
+    )
 
 
 @dataclass(kw_only=True)
@@ -177,33 +184,56 @@ class TrainLocalConfig(TrainConfig):
 
 
 @dataclass(kw_only=True)
-class InferenceConfig:
-    """What both inference scripts share."""
+class TextualInversionConfig(FitConfig):
+    """Textual inversion (Gal et al. 2022) on Stable Diffusion 1.x or SDXL: learns a new word."""
+
+    default_steps: ClassVar[int] = 3000
+
+    train_data_dir: str = required("Folder of pictures of the one concept.")
+    output_dir: str = setting(
+        "runs/textual_inversion", "Folder for embeddings, checkpoints, previews and logs."
+    )
+    placeholder_token: str = setting(
+        "<concept>",
+        "The new word, none of the model's.",
+        pattern=r"\S+",
+        expected="one word",
+    )
+    num_vectors: int = setting(1, "Embeddings the new word stands for.", at_least=1)
+    initializer_token: str | None = setting(
+        None, "Word or words to start from; None means random embeddings."
+    )
+    initializer_concept: str | None = setting(
+        None, "Concept file of ELITE to start from: w0, or all its words with as many vectors."
+    )
+    learnable_property: str = setting(
+        "object", "What is learned; chooses the captions.", choices=PROPERTIES
+    )
+    template_file: str | None = setting(
+        None,
+        "Text file of captions with {}, one a line; None means the built-in ones.",
+    )
+    center_crop: bool = setting(False, "Crop the middle of pictures, not a random square.")
+    learning_rate: float = setting(5e-4, "Learning rate of AdamW.", above=0)
+    infer_during_train: bool = setting(False, "Draw previews while training.")
+    infer_interval: int = setting(500, "Optimiser steps between two previews.", at_least=1)
+    infer_prompt: str = setting(
+        "a photo of a {}", "Prompt of the previews.", pattern=r".*\{\}.*", expected="a {} in it"
+    )
+    num_infer_images: int = setting(4, "Pictures in a preview.", at_least=1)
+
+
+@dataclass(kw_only=True)
+class DrawConfig:
+    """What everything that draws shares."""
 
     pretrained_model_name_or_path: str = setting(
         "checkpoints/small_world",
         "Stable Diffusion to draw with: a diffusers folder or a hub name.",
         shipped=True,
     )
-    image_encoder_name_or_path: str | None = setting(
-        None,
-        "CLIP vision tower; None means image_encoder/ in the model folder, "
-        "else openai/clip-vit-large-patch14.",
-    )
-    global_mapper_path: str | None = setting(
-        None, "Trained global mapper; None means the model folder's own."
-    )
-    test_data_dir: str = setting(
-        "test_datasets", "Folder of NAME.jpg and NAME_bg.png pairs.", shipped=True
-    )
     output_dir: str = setting("outputs", "Folder that receives the pictures.")
-    suffix: str = setting("object", "First part of the output folder's name.")
-    placeholder_token: str = setting(
-        "S", "The word that stands for the object.", pattern=r"\S+", expected="one word"
-    )
-    template: str = setting("a photo of a {}", "Prompt; {} is replaced by the placeholder.")
-    selected_data: int = setting(-1, "Index of the one pair to draw; -1 means all.", at_least=-1)
-    num_images: int = setting(1, "Pictures per pair, with seeds counting up.", at_least=1)
+    num_images: int = setting(1, "Pictures of each kind, with seeds counting up.", at_least=1)
     seed: int = setting(42, "Seed of the first picture's noise.", at_least=0)
     num_inference_steps: int = setting(100, "Denoising steps.", at_least=1)
     guidance_scale: float = setting(
@@ -220,6 +250,29 @@ class InferenceConfig:
     device: str | None = setting(
         None, "Device such as cpu, cuda:0 or mps; None means the fastest one present."
     )
+
+
+@dataclass(kw_only=True)
+class InferenceConfig(DrawConfig):
+    """What both inference scripts of ELITE share."""
+
+    image_encoder_name_or_path: str | None = setting(
+        None,
+        "CLIP vision tower; None means image_encoder/ in the model folder, "
+        "else openai/clip-vit-large-patch14.",
+    )
+    global_mapper_path: str | None = setting(
+        None, "Trained global mapper; None means the model folder's own."
+    )
+    test_data_dir: str = setting(
+        "test_datasets", "Folder of NAME.jpg and NAME_bg.png pairs.", shipped=True
+    )
+    suffix: str = setting("object", "First part of the output folder's name.")
+    placeholder_token: str = setting(
+        "S", "The word that stands for the object.", pattern=r"\S+", expected="one word"
+    )
+    template: str = setting("a photo of a {}", "Prompt; {} is replaced by the placeholder.")
+    selected_data: int = setting(-1, "Index of the one pair to draw; -1 means all.", at_least=-1)
 
 
 @dataclass(kw_only=True)
@@ -243,4 +296,24 @@ class InferenceLocalConfig(InferenceConfig):
     )
     llambda: float = setting(
         0.8, "Weight of the local features: 0.8 reproduces the object, 0.6 edits it.", at_least=0
+    )
+
+
+@dataclass(kw_only=True)
+class TextualInversionInferenceConfig(DrawConfig):
+    """Pictures of learned words in stock pipelines of Stable Diffusion 1.x or SDXL."""
+
+    embeddings: list[str] = required("Embedding files, or folders of them; several are combined.")
+    prompt: list[str] = required("Prompts, each with one or several of the learned words.")
+    output_dir: str = setting("outputs/textual_inversion", "Folder that receives the pictures.")
+
+
+@dataclass(kw_only=True)
+class MergeEmbeddingsConfig:
+    """Several learned words in one folder."""
+
+    embeddings: list[str] = required("Embedding files, folders of them, or concepts of ELITE.")
+    output_dir: str = required("Folder for the merged files.")
+    rename: list[str] = setting(
+        [], "OLD=NEW for placeholders.", pattern=r"\S+=\S+", expected="OLD=NEW"
     )

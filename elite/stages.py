@@ -1,6 +1,6 @@
-"""The training scripts' common page: build parts, mappers, data and objective of a stage, then
-fit."""
+"""The training scripts' common page: build parts, data and objective, then fit."""
 
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,13 +12,33 @@ from tqdm import tqdm
 from elite.checkpoint import load_mapper
 from elite.config import print_config, save_config, to_dict
 from elite.data import OpenImagesBoxes, OpenImagesMasks, PairFolder
-from elite.drawing import tile_rows
+from elite.drawing import draw_prompts, tile_rows
 from elite.images import cut_out
-from elite.loading import load_parts, make_scheduler, pixels_per_latent, side_in_pixels
+from elite.loading import (
+    load_parts,
+    load_stable_diffusion,
+    make_scheduler,
+    pixels_per_latent,
+    side_in_pixels,
+    stock_pipeline,
+)
 from elite.mappers import GlobalMapper, LocalMapper, Mapper
-from elite.objectives import EliteObjective, GlobalObjective, LocalObjective
+from elite.objectives import DenoisingObjective, EliteObjective, GlobalObjective, LocalObjective
+from elite.pictures import TEMPLATES, PictureFolder, read_templates
 from elite.pipeline import ElitePipeline
-from elite.settings import TrainConfig, TrainGlobalConfig, TrainLocalConfig
+from elite.settings import (
+    FitConfig,
+    TextualInversionConfig,
+    TrainConfig,
+    TrainGlobalConfig,
+    TrainLocalConfig,
+)
+from elite.textual_inversion import (
+    TOKENIZERS,
+    TextualInversionObjective,
+    concept_rows,
+    initial_rows,
+)
 from elite.training import fit, make_accelerator
 
 PREVIEW_STEPS, PREVIEW_TEMPLATE = 25, "a photo of a {}"
@@ -36,7 +56,7 @@ def train_global(config: TrainGlobalConfig) -> int:
         clip_size=parts["image_encoder"].config.image_size,
         placeholder_token=config.placeholder_token,
     )
-    return _train(config, objective, dataset, parts, words="all")
+    return _train_mapper(config, objective, dataset, parts, words="all")
 
 
 def train_local(config: TrainLocalConfig) -> int:
@@ -53,22 +73,58 @@ def train_local(config: TrainLocalConfig) -> int:
         latent_size=resolution // pixels_per_latent(parts["vae"]),
         placeholder_token=config.placeholder_token,
     )
-    return _train(config, objective, dataset, parts, words=0)
+    return _train_mapper(config, objective, dataset, parts, words=0)
+
+
+def train_textual_inversion(config: TextualInversionConfig) -> int:
+    """Textual inversion. Returns the exit status."""
+    templates = TEMPLATES[config.learnable_property]
+    if config.template_file is not None:
+        templates = read_templates(config.template_file)
+    parts = load_stable_diffusion(config.pretrained_model_name_or_path, revision=config.revision)
+    dataset = PictureFolder(
+        config.train_data_dir,
+        resolution=_resolution(config, parts),
+        placeholder=config.placeholder_token,
+        templates=templates,
+        center_crop=config.center_crop,
+    )
+    objective = TextualInversionObjective(parts, config.placeholder_token, _rows(config, parts))
+    preview = _PromptPreview(config, parts, objective.words)
+    every = config.infer_interval if config.infer_during_train else 0
+    _fit(config, objective, dataset, parts, preview, every)
+    return 0
+
+
+def _rows(config: TextualInversionConfig, parts: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Where the new embeddings of each text encoder start."""
+    rows = {}
+    for encoder, tokenizer in TOKENIZERS.items():
+        if encoder not in parts:
+            continue
+        embedding = parts[encoder].get_input_embeddings()
+        if config.initializer_concept is not None and encoder == "text_encoder":
+            width = embedding.weight.shape[1]
+            rows[encoder] = concept_rows(config.initializer_concept, width, config.num_vectors)
+        else:
+            rows[encoder] = initial_rows(
+                embedding,
+                parts[tokenizer],
+                config.num_vectors,
+                config.initializer_token,
+                config.seed,
+            )
+    return rows
 
 
 def _load_parts(config: TrainConfig) -> dict[str, Any]:
     torch.manual_seed(config.seed)  # every process draws the same fresh mapper
-    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-    torch.backends.cudnn.allow_tf32 = config.allow_tf32
-    parts = load_parts(
+    return load_parts(
         config.pretrained_model_name_or_path,
         config.image_encoder_name_or_path,
         tokenizer=config.tokenizer_name,
         revision=config.revision,
     )
-    if config.gradient_checkpointing:
-        parts["unet"].enable_gradient_checkpointing()
-    return parts
 
 
 def _mapper(
@@ -82,7 +138,7 @@ def _mapper(
     )
 
 
-def _resolution(config: TrainConfig, parts: dict[str, Any]) -> int:
+def _resolution(config: FitConfig, parts: dict[str, Any]) -> int:
     """Side of the training images; the UNet halves its latents at each level but the last."""
     natural = side_in_pixels(parts["unet"], parts["vae"])
     resolution = config.resolution or natural
@@ -96,9 +152,33 @@ def _resolution(config: TrainConfig, parts: dict[str, Any]) -> int:
     return resolution
 
 
-def _train(
+def _train_mapper(
     config: TrainConfig, objective: EliteObjective, dataset: Any, parts: dict[str, Any], words: Any
 ) -> int:
+    preview = None
+    if config.validation_steps and not config.dry_run:
+        pairs = PairFolder(config.validation_data_dir)
+        preview = _PairPreview(config, objective, parts, words, pairs)
+    is_main = _fit(config, objective, dataset, parts, preview, config.validation_steps)
+    if is_main and config.push_to_hub and not config.dry_run:
+        repository = config.hub_model_id or Path(config.output_dir).name
+        objective.trained.push_to_hub(repository, token=config.hub_token)
+    return 0
+
+
+def _fit(
+    config: FitConfig,
+    objective: DenoisingObjective,
+    dataset: Any,
+    parts: dict[str, Any],
+    preview: Callable[[], Image.Image] | None,
+    preview_steps: int,
+) -> bool:
+    """Trains as configured. Returns whether this is the main process."""
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    if config.gradient_checkpointing:
+        parts["unet"].enable_gradient_checkpointing()
     accelerator = make_accelerator(
         config.mixed_precision,
         config.gradient_accumulation_steps,
@@ -112,18 +192,12 @@ def _train(
         print_config(config)
         print(
             f"{len(dataset)} samples, {samples_per_step} per step, {max_steps} steps, "
-            f"{sum(p.numel() for p in objective.trained.parameters()) / 1e6:.1f} M trained "
-            "parameters"
+            f"{sum(p.numel() for p in objective.trained.parameters()):,} trained parameters"
         )
     with TemporaryDirectory() as nowhere:
         output_dir = Path(nowhere if config.dry_run else config.output_dir)
         if accelerator.is_main_process:
             save_config(config, output_dir / "config.yaml")
-        validation_steps = 0 if config.dry_run else config.validation_steps
-        preview = None
-        if validation_steps:
-            pairs = PairFolder(config.validation_data_dir)
-            preview = _Preview(config, objective, parts, words, pairs)
         fit(
             objective,
             dataset,
@@ -145,17 +219,14 @@ def _train(
             resume=None if config.dry_run else config.resume_from_checkpoint,
             ema_decay=config.ema_decay if config.ema else None,
             preview=preview,
-            validation_steps=validation_steps,
+            validation_steps=0 if config.dry_run else preview_steps,
             logging_dir=config.logging_dir,
             config=to_dict(config),
         )
-    if accelerator.is_main_process and config.push_to_hub and not config.dry_run:
-        repository = config.hub_model_id or Path(config.output_dir).name
-        objective.trained.push_to_hub(repository, token=config.hub_token)
-    return 0
+    return accelerator.is_main_process
 
 
-class _Preview:
+class _PairPreview:
     """The first validation pairs as the model draws them now: generated | target | views | mask."""
 
     def __init__(
@@ -202,3 +273,25 @@ class _Preview:
             ]
             rows.append([generated, target, *views])
         return tile_rows(rows, ["generated", "target", "view", "object view", "mask"])
+
+
+class _PromptPreview:
+    """Pictures of the new word as it is now, one seed each."""
+
+    def __init__(self, config: TextualInversionConfig, parts: dict[str, Any], words: str) -> None:
+        self.config, self.parts = config, parts
+        self.prompt = config.infer_prompt.replace("{}", words)
+
+    def __call__(self) -> Image.Image:
+        scheduler = make_scheduler("dpm++", self.parts["scheduler"].config)
+        pipe = stock_pipeline({**self.parts, "scheduler": scheduler})
+        pipe.set_progress_bar_config(disable=True)
+        seeds = range(self.config.seed, self.config.seed + self.config.num_infer_images)
+        pictures = draw_prompts(
+            pipe,
+            [self.prompt] * len(seeds),
+            seeds,
+            resolution=self.config.resolution,
+            num_inference_steps=PREVIEW_STEPS,
+        )
+        return tile_rows([pictures], [f"seed {seed}" for seed in seeds], self.prompt)

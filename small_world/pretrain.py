@@ -24,7 +24,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModel
 
 from elite.files import write_atomically
 from elite.images import to_clip_pixels, to_pixels
-from elite.loading import NOISE_SCHEDULE, make_scheduler
+from elite.loading import NOISE_SCHEDULE, make_scheduler, stock_pipeline
 from elite.training import checkpoints, fit, make_accelerator
 from small_world.models import build_clip, build_text_encoder, build_unet, build_vae
 from small_world.objectives import BaseModelObjective, ImageEncoderObjective, VAEObjective
@@ -223,15 +223,14 @@ def base_pipeline(
     unet: UNet2DConditionModel,
 ) -> StableDiffusionPipeline:
     """The stock pipeline over the small parts."""
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=make_scheduler("dpm++", NOISE_SCHEDULE),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+    return stock_pipeline(
+        {
+            "vae": vae,
+            "text_encoder": text_encoder,
+            "tokenizer": tokenizer,
+            "unet": unet,
+            "scheduler": make_scheduler("dpm++", NOISE_SCHEDULE),
+        }
     )
 
 

@@ -50,6 +50,12 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def xl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SDXL. Read only."""
+    return tiny.save_xl_folder(tmp_path_factory.mktemp("xl"))
+
+
+@pytest.fixture(scope="session")
 def release_folder(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
     """`global_mapper.pt` and `local_mapper.pt` for the model folder. Read only."""
     folder = tmp_path_factory.mktemp("release")

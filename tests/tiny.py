@@ -1,6 +1,7 @@
 """A tiny Stable Diffusion with random weights in diffusers layout, mappers, and picture folders,
 for the tests."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,13 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+)
 
 from elite import GlobalMapper, LocalMapper
 from elite.checkpoint import save_official
@@ -72,6 +79,35 @@ def build_models(seed: int = 0) -> dict[str, torch.nn.Module]:
         "image_encoder": CLIPVisionModel(vision),
     }
     return {name: model.eval() for name, model in models.items()}
+
+
+def build_xl_models() -> dict[str, torch.nn.Module]:
+    """The parts in which SDXL differs: a second text encoder, and a UNet that reads both."""
+    torch.manual_seed(3)
+    models = build_models(seed=3)
+    text = models["text_encoder"].config.to_dict()
+    unet = {key: v for key, v in models["unet"].config.items() if not key.startswith("_")}
+    second = CLIPTextConfig(**{**text, "hidden_size": 32, "projection_dim": 16})
+    unet |= {
+        "cross_attention_dim": 24 + 32,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 16 + 6 * 8,
+    }
+    models["text_encoder_2"] = CLIPTextModelWithProjection(second).eval()
+    models["unet"] = UNet2DConditionModel(**unet).eval()
+    del models["image_encoder"]
+    return models
+
+
+def save_xl_folder(folder: Path) -> Path:
+    """A tiny SDXL in diffusers layout."""
+    save_model_folder(folder)
+    shutil.rmtree(folder / "image_encoder")
+    for name, model in build_xl_models().items():
+        model.save_pretrained(folder / name)
+    shutil.copytree(folder / "tokenizer", folder / "tokenizer_2")
+    return folder
 
 
 def save_model_folder(folder: Path, seed: int = 0) -> Path:

@@ -15,8 +15,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 LAYERS = (
     ("augment", "console", "files", "images", "loading", "mappers", "settings", "stream", "text"),
     ("attention", "checkpoint", "concept", "config", "data"),
-    ("objectives", "pipeline", "training"),
-    ("drawing",),
+    ("objectives", "pictures", "pipeline", "training"),
+    ("drawing", "textual_inversion"),
     ("inference", "stages"),
 )
 LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}

@@ -1,0 +1,127 @@
+"""A folder of pictures of one concept, with captions, for textual inversion."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from elite.data import PHOTO_TEMPLATES, is_picture
+from elite.images import read_image, resize, to_pixels
+
+TEMPLATES = {
+    "object": PHOTO_TEMPLATES,
+    "style": tuple(
+        f"{what} in the style of {{}}"
+        for what in (
+            "a painting",
+            "a picture",
+            "a rendering",
+            "a drawing",
+            "a detail of a painting",
+            "a small painting",
+            "a large painting",
+            "a dark painting",
+            "a bright painting",
+        )
+    ),
+    "face": tuple(
+        f"{what} of {{}}"
+        for what in (
+            "a photo",
+            "a portrait",
+            "a close-up photo",
+            "a photo of the face",
+            "a cropped photo of the face",
+            "a bright photo",
+            "a dark photo",
+            "a good photo",
+        )
+    ),
+}
+
+
+def read_templates(path: Path | str) -> tuple[str, ...]:
+    """The captions of a text file, one a line, blank lines left out.
+
+    Raises:
+        ValueError: no readable text, or a line without {}.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not text"
+        raise ValueError(f"{path}: {reason}; expected captions, one a line") from None
+    templates = tuple(line.strip() for line in lines if line.strip())
+    wrong = [template for template in templates if "{}" not in template]
+    if wrong or not templates:
+        line = wrong[0] if wrong else "nothing"
+        raise ValueError(f"{path}: holds {line!r}; expected captions with {{}} for the new word")
+    return templates
+
+
+class PictureFolder:
+    """The pictures of a folder as squares, with a caption drawn for each.
+
+    Args:
+        root: folder of jpg, jpeg, png or webp files; masks NAME_bg.png are left out.
+        resolution: side of the squares in pixels.
+        placeholder: the word that takes the place of {}.
+        templates: captions to draw from.
+        center_crop: the middle of a picture, not a random square of it.
+
+    Raises:
+        ValueError: no such folder, or no picture in it.
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        *,
+        resolution: int,
+        placeholder: str,
+        templates: tuple[str, ...] = PHOTO_TEMPLATES,
+        center_crop: bool = False,
+    ) -> None:
+        folder = Path(root)
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such folder; expected pictures of the concept in it")
+        self.paths = sorted(path for path in folder.iterdir() if is_picture(path))
+        if not self.paths:
+            raise ValueError(f"{folder}: no picture in it; expected jpg, png or webp files")
+        self.resolution, self.placeholder = resolution, placeholder
+        self.templates, self.center_crop = templates, center_crop
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Tensor | str]:
+        """A square, mirrored half of the time, and its caption.
+
+        Returns:
+            pixels: float32 (3, resolution, resolution) in [-1, 1].
+            caption: e.g. "a photo of a <cat>".
+            size_and_crop: float32 (6,), what SDXL is told: height and width of the picture, top
+                and left of the crop, height and width of the square.
+
+        Raises:
+            ValueError: the picture cannot be read; the message names it.
+        """
+        image, side = read_image(self.paths[index]), self.resolution
+        height, width = image.shape[:2]
+        scale = side / min(height, width)
+        image = resize(image, max(side, round(width * scale)), max(side, round(height * scale)))
+        room = (image.shape[0] - side, image.shape[1] - side)
+        if self.center_crop:
+            top, left = (space // 2 for space in room)
+        else:
+            top, left = (int(rng.integers(space + 1)) for space in room)
+        square = image[top : top + side, left : left + side]
+        if rng.random() < 0.5:
+            square = np.ascontiguousarray(square[:, ::-1])
+        caption = self.templates[rng.integers(len(self.templates))]
+        return {
+            "pixels": to_pixels(square),
+            "caption": caption.replace("{}", self.placeholder),
+            "size_and_crop": torch.tensor([height, width, top, left, side, side]).float(),
+        }

@@ -1,0 +1,33 @@
+"""Puts several learned words into one folder, and turns concepts of ELITE into learned words.
+
+    python merge_embeddings.py --embeddings runs/cat runs/mug --output_dir runs/both
+    python merge_embeddings.py --embeddings runs/cat1 runs/cat2 --output_dir runs/both \\
+        --rename "<cat>=<cat2>"
+    python merge_embeddings.py --embeddings corgi.safetensors --output_dir runs/corgi
+
+Of placeholders that clash the first keeps its name; each --rename OLD=NEW names the next one. A
+concept gives its primary word w0, named after its file; without ELITE's own K and V, which no such
+file can hold, a stock pipeline draws it only roughly.
+"""
+
+from elite.config import MergeEmbeddingsConfig, parse_config
+from elite.console import OK, quiet_libraries, run
+
+
+def main() -> int:
+    config = parse_config(MergeEmbeddingsConfig)
+    quiet_libraries()
+    from pathlib import Path
+
+    from elite.textual_inversion import EMBEDDING_FILES, merge_embeddings, save_embeddings
+
+    renames = [(old, new) for old, _, new in (text.partition("=") for text in config.rename)]
+    for encoder, embeddings in merge_embeddings(config.embeddings, renames).items():
+        save_embeddings(Path(config.output_dir) / EMBEDDING_FILES[encoder], embeddings)
+        words = ", ".join(f"{name} ({len(rows)})" for name, rows in embeddings.items())
+        print(f"{encoder}: {words}")
+    return OK
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,241 @@
+"""The scripts of textual inversion, from pictures to drawings with several words."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from elite.loading import load_stable_diffusion, stock_pipeline
+from elite.pictures import PictureFolder, read_templates
+from elite.stages import train_textual_inversion
+from elite.textual_inversion import load_embeddings, load_into
+from tests import tiny
+from tests.conftest import run_script
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(3):
+        Image.fromarray(tiny.picture(i, width=48, height=40)[0]).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(params=["sd", "xl"])
+def family(request, model_folder, xl_folder):
+    return {"sd": model_folder, "xl": xl_folder}[request.param]
+
+
+def train(model, photos, output_dir, *options, steps=2, word="<cat>"):
+    return run_script(
+        "train_textual_inversion.py",
+        *("--pretrained_model_name_or_path", model, "--train_data_dir", photos),
+        *("--output_dir", output_dir, "--placeholder_token", word, "--num_vectors", "2"),
+        *("--max_train_steps", str(steps), "--train_batch_size", "2"),
+        *("--gradient_accumulation_steps", "1", *options),
+    )
+
+
+def infer(model, output_dir, *options):
+    return run_script(
+        "inference_textual_inversion.py",
+        *("--pretrained_model_name_or_path", model, "--output_dir", output_dir),
+        *("--num_inference_steps", "2", "--device", "cpu", *options),
+    )
+
+
+def test_a_word_is_learned_and_drawn(family, photos, tmp_path):
+    """Train, preview, draw; and a stock pipeline of diffusers draws the same picture."""
+    options = ("--infer_during_train", "--infer_interval", "2", "--num_infer_images", "2")
+    assert train(family, photos, tmp_path / "cat", *options, "--initializer_token", "mug") == 0
+    rows = load_embeddings(tmp_path / "cat")
+    assert {len(by_name["<cat>"]) for by_name in rows.values()} == {2}
+    assert (tmp_path / "cat" / "previews" / "000002.png").exists()
+    assert (tmp_path / "cat" / "metrics.jsonl").exists()
+
+    prompt = "a photo of a <cat> in the snow"
+    arguments = ("--embeddings", tmp_path / "cat", "--prompt", prompt, "--num_images", "2")
+    assert infer(family, tmp_path / "drawn", *arguments, "--seed", "5") == 0
+    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == [
+        "00000_00005.png",
+        "00000_00006.png",
+        "grid.png",
+    ]
+    with Image.open(tmp_path / "drawn" / "00000_00006.png") as picture:
+        assert picture.text == {"prompt": prompt, "seed": "6"}
+        drawn = np.asarray(picture)
+    stock = stock_pipeline(load_stable_diffusion(family))
+    load_into(stock, rows)
+    noise = torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(6))
+    expected = stock(
+        prompt,
+        latents=noise[None],
+        num_inference_steps=2,
+        guidance_scale=5.0,
+        height=32,
+        width=32,
+        output_type="np",
+    ).images[0]
+    assert np.abs(expected * 255 - drawn).max() <= 0.51
+
+
+def test_every_other_weight_stays(family, photos, tmp_path, monkeypatch):
+    """Compared with the files, in the very objective that was trained."""
+    trained = []
+    fit = train_textual_inversion.__globals__["fit"]
+    monkeypatch.setitem(
+        train_textual_inversion.__globals__,
+        "fit",
+        lambda objective, *rest, **options: (
+            trained.append(objective),
+            fit(objective, *rest, **options),
+        ),
+    )
+    assert train(family, photos, tmp_path) == 0
+    parts = load_stable_diffusion(family)
+    compared = 0
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        if name not in parts:
+            continue
+        end = dict(getattr(trained[0], name).state_dict())
+        for key, value in parts[name].state_dict().items():
+            assert torch.equal(
+                value,
+                end[
+                    key.replace("embedding.weight", "embedding.known.weight")
+                    if "token_embedding" in key
+                    else key
+                ],
+            ), key
+            compared += 1
+    assert compared > 100
+    start = trained[0].parts["text_encoder"].get_input_embeddings().learned
+    assert torch.equal(load_file(tmp_path / "learned_embeds.safetensors")["<cat>"], start)
+
+
+def test_learning_moves_the_rows_and_resumes_bit_for_bit(model_folder, photos, tmp_path):
+    for name, steps in (("whole", 4), ("parts", 2)):
+        options = ("--save_steps", "2", "--lr_scheduler", "constant")
+        assert train(model_folder, photos, tmp_path / name, *options, steps=steps) == 0
+    half = load_file(tmp_path / "parts" / "learned_embeds.safetensors")["<cat>"]
+    options = ("--resume_from_checkpoint", "latest", "--lr_scheduler", "constant")
+    assert train(model_folder, photos, tmp_path / "parts", *options, steps=4) == 0
+    whole, resumed = (
+        load_file(tmp_path / name / "learned_embeds.safetensors")["<cat>"]
+        for name in ("whole", "parts")
+    )
+    assert torch.equal(whole, resumed) and not torch.equal(whole, half)
+
+
+def test_two_words_in_one_prompt(model_folder, photos, tmp_path):
+    for seed, name in enumerate(("one", "two")):
+        assert train(model_folder, photos, tmp_path / name, "--seed", str(seed), steps=1) == 0
+    clash = ("--embeddings", tmp_path / "one", tmp_path / "two", "--output_dir", tmp_path / "both")
+    assert run_script("merge_embeddings.py", *clash) == 2
+    assert not (tmp_path / "both").exists()
+    assert run_script("merge_embeddings.py", *clash, "--rename", "<cat>=<dog>") == 0
+    merged = ("--embeddings", tmp_path / "both")
+    assert infer(model_folder, tmp_path / "a", *merged, "--prompt", "a <cat> and a <dog>") == 0
+    assert infer(model_folder, tmp_path / "b", *merged, "--prompt", "a <dog> and a <cat>") == 0
+    a, b = (np.asarray(Image.open(tmp_path / n / "00000_00042.png")) for n in "ab")
+    assert not np.array_equal(a, b)
+
+
+def test_concept_starts_a_word_and_becomes_one(model_folder, photos, tmp_path, concept):
+    path = tmp_path / "corgi.safetensors"
+    concept.save(path)
+    start = ("--initializer_concept", path, "--num_vectors", "1", "--learning_rate", "1e-9")
+    assert train(model_folder, photos, tmp_path / "run", *start, steps=1) == 0
+    learned = load_file(tmp_path / "run" / "learned_embeds.safetensors")["<cat>"]
+    assert torch.allclose(learned, concept.words[0, :1], atol=1e-6)
+    exported = ("--embeddings", path, "--output_dir", tmp_path / "export")
+    assert run_script("merge_embeddings.py", *exported) == 0
+    use = ("--embeddings", tmp_path / "export", "--prompt", "a <corgi>")
+    assert infer(model_folder, tmp_path / "drawn", *use) == 0
+
+
+# --- pictures and captions ------------------------------------------------------------------------
+
+
+def sample(folder, **options):
+    dataset = PictureFolder(folder, resolution=8, placeholder="<cat>", **options)
+    return dataset.sample(0, np.random.default_rng(0))
+
+
+def test_rotated_photos_are_read_upright(tmp_path):
+    """Stored lying on its side with the EXIF mark that says so: red belongs to the top."""
+    upright = np.zeros((16, 8, 3), np.uint8)
+    upright[:8, :, 0] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn clockwise to show
+    stored = Image.fromarray(np.ascontiguousarray(np.rot90(upright)))
+    stored.save(tmp_path / "photo.png", exif=exif)
+    square = sample(tmp_path, center_crop=True)
+    assert square["size_and_crop"].tolist() == [16, 8, 4, 0, 8, 8]
+    assert (square["pixels"][0, :4] > 0.9).all() and (square["pixels"][0, 4:] < -0.9).all()
+
+
+def test_squares_are_cut_from_wide_pictures(tmp_path):
+    ramp = np.repeat(np.arange(0, 240, 10, dtype=np.uint8)[None, :, None], 8, 0).repeat(3, 2)
+    Image.fromarray(ramp).save(tmp_path / "photo.png")
+    dataset = PictureFolder(tmp_path, resolution=8, placeholder="<cat>")
+    rng = np.random.default_rng(0)
+    samples = [dataset.sample(0, rng) for _ in range(40)]
+    lefts = {int(s["size_and_crop"][3]) for s in samples}
+    assert len(lefts) > 8 and min(lefts) >= 0 and max(lefts) <= 16
+    mirrored = [bool(s["pixels"][0, 0, 0] > s["pixels"][0, 0, -1]) for s in samples]
+    assert 5 < sum(mirrored) < 35
+    assert len({s["caption"] for s in samples}) > 10
+    assert all("<cat>" in s["caption"] and "{}" not in s["caption"] for s in samples)
+
+
+def test_masks_are_no_pictures_of_the_concept(tmp_path):
+    tiny.save_pairs(tmp_path, 2)
+    dataset = PictureFolder(tmp_path, resolution=8, placeholder="<cat>")
+    assert [path.name for path in dataset.paths] == ["pair0.png", "pair1.png"]
+
+
+def test_captions_of_a_file(tmp_path):
+    path = tmp_path / "captions.txt"
+    path.write_text("a drawing of {}\n\n  {} on a shelf \n")
+    assert read_templates(path) == ("a drawing of {}", "{} on a shelf")
+    path.write_text("a drawing\n")
+    with pytest.raises(ValueError, match=r"holds 'a drawing'; expected captions with \{\}"):
+        read_templates(path)
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--placeholder_token", "mug"), "is a token of this model already"),
+        (("--initializer_token", "red blue mug"), "is 3 tokens for 2 vector(s)"),
+        (("--initializer_concept", "nowhere.safetensors"), "nowhere.safetensors: no such file"),
+        (("--template_file", "nowhere.txt"), "nowhere.txt: No such file"),
+        (("--train_data_dir", "nowhere"), "nowhere: no such folder"),
+        (("--infer_prompt", "a cat"), "infer_prompt: got 'a cat', expected a {} in it"),
+    ],
+)
+def test_mistakes_in_training_are_one_line(
+    model_folder, photos, tmp_path, capsys, options, message
+):
+    assert train(model_folder, photos, tmp_path / "run", *options) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_folder_without_pictures(model_folder, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert train(model_folder, tmp_path / "empty", tmp_path / "run") == 2
+    assert "empty: no picture in it" in capsys.readouterr().err
+
+
+def test_prompt_without_a_learned_word(model_folder, photos, tmp_path, capsys):
+    assert train(model_folder, photos, tmp_path / "cat", steps=1) == 0
+    arguments = ("--embeddings", tmp_path / "cat", "--prompt", "a photo of a cat")
+    assert infer(model_folder, tmp_path / "drawn", *arguments) == 2
+    assert "none of the learned words <cat> is in it" in capsys.readouterr().err

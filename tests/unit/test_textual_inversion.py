@@ -1,0 +1,265 @@
+"""Textual inversion: which rows learn, where they start, their files, and merging."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizer
+
+from elite.loading import load_stable_diffusion, stock_pipeline
+from elite.textual_inversion import (
+    EMBEDDING_FILES,
+    TOKENIZERS,
+    ExtendedEmbedding,
+    TextualInversionObjective,
+    add_tokens,
+    concept_rows,
+    initial_rows,
+    load_embeddings,
+    load_into,
+    merge_embeddings,
+    save_embeddings,
+    spell,
+)
+
+WORD = "<cat>"
+
+
+@pytest.fixture(params=["sd", "xl"])
+def family(request, model_folder, xl_folder):
+    """A folder of Stable Diffusion 1.x, and one of SDXL."""
+    return {"sd": model_folder, "xl": xl_folder}[request.param]
+
+
+@pytest.fixture
+def tokenizer(model_folder) -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(model_folder / "tokenizer")
+
+
+@pytest.fixture
+def embedding() -> torch.nn.Embedding:
+    torch.manual_seed(0)
+    return torch.nn.Embedding(2000, 24)
+
+
+def random_rows(parts, num_vectors=2, seed=0):
+    return {
+        encoder: initial_rows(
+            parts[encoder].get_input_embeddings(), parts[tokenizer], num_vectors, seed=seed
+        )
+        for encoder, tokenizer in TOKENIZERS.items()
+        if encoder in parts
+    }
+
+
+def save_word(folder, name=WORD, num_vectors=1, width=24, encoders=("text_encoder",)):
+    """Files of one word, every value its number of vectors."""
+    for encoder in encoders:
+        rows = torch.full((num_vectors, width), float(num_vectors))
+        save_embeddings(folder / EMBEDDING_FILES[encoder], {name: rows})
+    return folder
+
+
+# --- tokens and rows ------------------------------------------------------------------------------
+
+
+def test_placeholder_of_several_vectors_is_spelled_as_diffusers_does(tokenizer):
+    ids = add_tokens(tokenizer, WORD, 3)
+    assert spell(WORD, 3) == ["<cat>", "<cat>_1", "<cat>_2"]
+    assert ids == list(range(len(tokenizer) - 3, len(tokenizer)))
+    words = tokenizer("a <cat> <cat>_1 <cat>_2 in the snow").input_ids
+    assert [i for i in words if i >= ids[0]] == ids
+
+
+@pytest.mark.parametrize("placeholder", ["mug", "S"])
+def test_word_of_the_model_is_no_placeholder(tokenizer, placeholder):
+    with pytest.raises(ValueError, match=f"{placeholder}.* is a token of this model already"):
+        add_tokens(tokenizer, placeholder, 1)
+
+
+def test_extended_embedding_reads_old_and_new_rows(embedding):
+    rows = torch.randn(2, 24)
+    extended = ExtendedEmbedding(embedding, 2000, rows)
+    ids = torch.tensor([[5, 2000, 2001, 1999]])
+    expected = torch.stack([embedding.weight[5], rows[0], rows[1], embedding.weight[1999]])
+    assert torch.equal(extended(ids)[0], expected)
+
+
+def test_rows_start_from_words_in_turn(embedding, tokenizer):
+    red, mug = tokenizer("red mug", add_special_tokens=False).input_ids
+    rows = initial_rows(embedding, tokenizer, 3, "red mug")
+    assert torch.equal(rows, embedding.weight[[red, mug, red]])
+    with pytest.raises(ValueError, match="'red mug' is 2 tokens for 1 vector"):
+        initial_rows(embedding, tokenizer, 1, "red mug")
+    with pytest.raises(ValueError, match="is 0 tokens"):
+        initial_rows(embedding, tokenizer, 1, "")
+
+
+def test_random_rows_look_like_known_ones(embedding, tokenizer):
+    rows = initial_rows(embedding, tokenizer, 500, seed=1)
+    assert torch.equal(rows, initial_rows(embedding, tokenizer, 500, seed=1))
+    assert not torch.equal(rows, initial_rows(embedding, tokenizer, 500, seed=2))
+    assert rows.std() == pytest.approx(float(embedding.weight.std()), rel=0.05)
+    assert rows.mean() == pytest.approx(float(embedding.weight.mean()), abs=0.05)
+
+
+def test_rows_start_from_a_concept(tmp_path, pipe, concept):
+    path = tmp_path / "thing.safetensors"
+    concept.save(path)
+    assert torch.equal(concept_rows(path, 24, 1), concept.words[0, :1])
+    assert torch.equal(concept_rows(path, 24, 3), concept.words[0])
+    with pytest.raises(ValueError, match="3 words for 2 vectors; choose --num_vectors 1 or 3"):
+        concept_rows(path, 24, 2)
+    with pytest.raises(ValueError, match="words are 24 wide, the text encoder's 768"):
+        concept_rows(path, 768, 1)
+
+
+# --- what the objective reads ---------------------------------------------------------------------
+
+
+def test_text_is_what_the_stock_pipeline_reads(family, tmp_path):
+    """Trained rows, saved and loaded by diffusers, condition its pipeline as they did training."""
+    objective = TextualInversionObjective(
+        parts := load_stable_diffusion(family), WORD, random_rows(parts)
+    )
+    objective.save_pretrained(tmp_path)
+    caption = f"a photo of a {WORD} in the snow"
+    tokens = objective.tokens([caption])
+    with torch.no_grad():
+        context, added = objective.encode_text({**tokens, "size_and_crop": torch.zeros(1, 6)})
+    stock = stock_pipeline(load_stable_diffusion(family))
+    for encoder in objective.rows:
+        stock.load_textual_inversion(
+            tmp_path / EMBEDDING_FILES[encoder],
+            text_encoder=getattr(stock, encoder),
+            tokenizer=getattr(stock, TOKENIZERS[encoder]),
+        )
+    with torch.no_grad():
+        expected = stock.encode_prompt(
+            caption, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+    assert torch.equal(context, expected[0])
+    if added:
+        assert torch.equal(added["text_embeds"], expected[2])
+    plain = stock_pipeline(load_stable_diffusion(family)).encode_prompt(
+        caption, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    assert not torch.allclose(context, plain[0])
+
+
+def test_gradients_exist_for_the_new_rows_alone(family):
+    objective = TextualInversionObjective(
+        parts := load_stable_diffusion(family), WORD, random_rows(parts)
+    )
+    batch = {
+        "pixels": torch.rand(2, 3, 32, 32),
+        "caption": [f"a {WORD}", f"a photo of a {WORD}"],
+        "size_and_crop": torch.tensor([[32.0, 32, 0, 0, 32, 32]] * 2),
+        "seed": torch.tensor([1, 2]),
+    }
+    objective(batch)["loss"].backward()
+    with_gradient = [n for n, p in objective.named_parameters() if p.grad is not None]
+    assert len(with_gradient) == len(objective.rows)
+    assert all(name.endswith("token_embedding.learned") for name in with_gradient)
+    assert all(rows.learned.grad.any() for rows in objective.rows.values())
+
+
+def test_caption_without_room_for_the_word_is_refused(model_folder):
+    objective = TextualInversionObjective(
+        parts := load_stable_diffusion(model_folder), WORD, random_rows(parts, num_vectors=4)
+    )
+    with pytest.raises(ValueError, match=r"is too long: the new word runs past token 77"):
+        objective.tokens(["red " * 72 + WORD])
+    assert objective.tokens(["red " * 71 + WORD])["text_encoder"].shape == (1, 77)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def test_embeddings_of_another_width_are_refused(model_folder, tmp_path):
+    stock = stock_pipeline(load_stable_diffusion(model_folder))
+    embeddings = load_embeddings(save_word(tmp_path, width=48))
+    with pytest.raises(ValueError, match=r"'<cat>' is 48 wide, text_encoder of this model 24"):
+        load_into(stock, embeddings)
+
+
+def test_xl_needs_both_files(xl_folder, tmp_path):
+    stock = stock_pipeline(load_stable_diffusion(xl_folder))
+    with pytest.raises(ValueError, match=r"learned_embeds_2\.safetensors"):
+        load_into(stock, load_embeddings(save_word(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        (b"pickle", "not a safetensors file"),
+        ({}, "not learned embeddings"),
+        ({"w": torch.zeros(1, 2, 3)}, "not learned embeddings"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, content, message):
+    path = tmp_path / "word.safetensors"
+    if isinstance(content, dict):
+        save_file(content, path)
+    elif content:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_embeddings(path)
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+
+def test_empty_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no learned_embeds\.safetensors"):
+        load_embeddings(tmp_path)
+
+
+def test_merging_keeps_every_word(tmp_path):
+    encoders = ("text_encoder", "text_encoder_2")
+    a = save_word(tmp_path / "a", "<cat>", 1, encoders=encoders)
+    b = save_word(tmp_path / "b", "<mug>", 3, encoders=encoders)
+    merged = merge_embeddings([a, b])
+    for encoder in encoders:
+        sizes = {name: len(rows) for name, rows in merged[encoder].items()}
+        assert sizes == {"<cat>": 1, "<mug>": 3}
+    save_embeddings(tmp_path / "both" / EMBEDDING_FILES["text_encoder"], merged["text_encoder"])
+    again = load_embeddings(tmp_path / "both")["text_encoder"]
+    assert torch.equal(again["<mug>"], merged["text_encoder"]["<mug>"])
+
+
+def test_clashing_words_need_a_new_name(tmp_path):
+    folders = [save_word(tmp_path / str(n), "<cat>", n) for n in (1, 2, 3)]
+    with pytest.raises(ValueError, match=r"2: placeholder '<cat>' is also in .*1; .*--rename"):
+        merge_embeddings(folders)
+    merged = merge_embeddings(folders, [("<cat>", "<cat-b>"), ("<cat>", "<cat-c>")])
+    sizes = {name: len(rows) for name, rows in merged["text_encoder"].items()}
+    assert sizes == {"<cat>": 1, "<cat-b>": 2, "<cat-c>": 3}
+    with pytest.raises(ValueError, match="<cat>"):
+        merge_embeddings(folders, [("<cat>", "<cat-b>"), ("<cat>", "<cat-b>")])
+
+
+def test_words_inside_other_words_clash_too(tmp_path):
+    a = save_word(tmp_path / "a", "<cat>", 2)
+    b = save_word(tmp_path / "b", "<cat>_1", 1)
+    with pytest.raises(ValueError, match=r"placeholder '<cat>_1' is also in"):
+        merge_embeddings([a, b])
+
+
+def test_a_single_word_can_be_renamed(tmp_path):
+    folder = save_word(tmp_path / "a")
+    merged = merge_embeddings([folder], [(WORD, "<dog>")])
+    assert list(merged["text_encoder"]) == ["<dog>"]
+    with pytest.raises(ValueError, match=r"--rename <cow>=<dog>: no input has that placeholder"):
+        merge_embeddings([folder], [("<cow>", "<dog>")])
+
+
+def test_concept_becomes_a_word(tmp_path, concept):
+    path = tmp_path / "corgi.safetensors"
+    concept.save(path)
+    merged = merge_embeddings([path])
+    assert torch.equal(merged["text_encoder"]["<corgi>"], concept.words[0, :1])
+
+
+def test_file_of_one_word_is_that_of_diffusers(tmp_path):
+    save_word(tmp_path, num_vectors=2)
+    tensors = load_file(tmp_path / "learned_embeds.safetensors")
+    assert list(tensors) == [WORD] and tensors[WORD].shape == (2, 24)
