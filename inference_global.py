@@ -14,8 +14,8 @@ def main() -> int:
     from elite.inference import build_pipeline, run_inference
 
     pipe = build_pipeline(config, local_mapper=False)
-    words = "all" if config.token_index == "full" else int(config.token_index)
-    return run_inference(config, pipe, f"{config.suffix}_token{config.token_index}", words=words)
+    folder = f"{config.suffix}_token{config.token_index}"
+    return run_inference(config, pipe, folder, words=config.words)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import yaml
 
 from elite.files import write_atomically
 from elite.settings import (
+    EvaluateConfig,
     InferenceGlobalConfig,
     InferenceLocalConfig,
     MergeEmbeddingsConfig,
@@ -29,6 +30,7 @@ from elite.settings import (
 )
 
 __all__ = [
+    "EvaluateConfig",
     "InferenceGlobalConfig",
     "InferenceLocalConfig",
     "MergeEmbeddingsConfig",

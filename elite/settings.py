@@ -4,9 +4,10 @@
 """
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 PRECISIONS = ("no", "fp16", "bf16")
+METRICS = ("clip", "dino", "attributes")
 PROPERTIES = ("object", "style", "face")
 SAMPLERS = ("lms", "dpm++", "unipc", "euler", "ddim", "pndm")
 # Every name of diffusers.optimization but piecewise_constant, which needs rules of its own.
@@ -253,8 +254,8 @@ class DrawConfig:
 
 
 @dataclass(kw_only=True)
-class InferenceConfig(DrawConfig):
-    """What both inference scripts of ELITE share."""
+class EliteConfig(DrawConfig):
+    """What everything that draws with ELITE shares."""
 
     image_encoder_name_or_path: str | None = setting(
         None,
@@ -267,17 +268,14 @@ class InferenceConfig(DrawConfig):
     test_data_dir: str = setting(
         "test_datasets", "Folder of NAME.jpg and NAME_bg.png pairs.", shipped=True
     )
-    suffix: str = setting("object", "First part of the output folder's name.")
     placeholder_token: str = setting(
         "S", "The word that stands for the object.", pattern=r"\S+", expected="one word"
     )
-    template: str = setting("a photo of a {}", "Prompt; {} is replaced by the placeholder.")
-    selected_data: int = setting(-1, "Index of the one pair to draw; -1 means all.", at_least=-1)
 
 
 @dataclass(kw_only=True)
-class InferenceGlobalConfig(InferenceConfig):
-    """Pictures from the words alone."""
+class WordConfig:
+    """Which of the words is injected."""
 
     token_index: str = setting(
         "0",
@@ -286,10 +284,14 @@ class InferenceGlobalConfig(InferenceConfig):
         expected='an index from 0 on, or "full"',
     )
 
+    @property
+    def words(self) -> int | Literal["all"]:
+        return "all" if self.token_index == "full" else int(self.token_index)
+
 
 @dataclass(kw_only=True)
-class InferenceLocalConfig(InferenceConfig):
-    """Pictures from the primary word and the local features."""
+class LocalConfig:
+    """The local branch."""
 
     local_mapper_path: str | None = setting(
         None, "Trained local mapper; None means the model folder's own."
@@ -297,6 +299,25 @@ class InferenceLocalConfig(InferenceConfig):
     llambda: float = setting(
         0.8, "Weight of the local features: 0.8 reproduces the object, 0.6 edits it.", at_least=0
     )
+
+
+@dataclass(kw_only=True)
+class InferenceConfig(EliteConfig):
+    """What both inference scripts of ELITE share."""
+
+    suffix: str = setting("object", "First part of the output folder's name.")
+    template: str = setting("a photo of a {}", "Prompt; {} is replaced by the placeholder.")
+    selected_data: int = setting(-1, "Index of the one pair to draw; -1 means all.", at_least=-1)
+
+
+@dataclass(kw_only=True)
+class InferenceGlobalConfig(WordConfig, InferenceConfig):
+    """Pictures from the words alone."""
+
+
+@dataclass(kw_only=True)
+class InferenceLocalConfig(LocalConfig, InferenceConfig):
+    """Pictures from the primary word and the local features."""
 
 
 @dataclass(kw_only=True)
@@ -316,4 +337,36 @@ class MergeEmbeddingsConfig:
     output_dir: str = required("Folder for the merged files.")
     rename: list[str] = setting(
         [], "OLD=NEW for placeholders.", pattern=r"\S+=\S+", expected="OLD=NEW"
+    )
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(WordConfig, LocalConfig, EliteConfig):
+    """Draws every prompt for every concept of a folder and scores the pictures."""
+
+    test_data_dir: str = setting(
+        "test_datasets", "Folder of NAME.jpg + NAME_bg.png, or of DreamBench's.", shipped=True
+    )
+    output_dir: str = setting("outputs/evaluation", "Folder that receives pictures and scores.")
+    prompts: str = setting(
+        "configs/prompts/small_world.yaml",
+        "Prompts and class words: YAML, or DreamBench's prompts_and_classes.txt.",
+        shipped=True,
+    )
+    class_word: str = setting("object", "Class word of concepts that the prompts file leaves out.")
+    llambda: float = setting(
+        0.6, "Weight of the local features; 0 draws from the words alone.", at_least=0
+    )
+    metrics: list[str] = setting(
+        ["attributes"],
+        "What is measured: CLIP-I and CLIP-T, DINO-I, the small world's attributes.",
+        choices=METRICS,
+    )
+    clip_name_or_path: str = setting("openai/clip-vit-base-patch32", "CLIP that measures.")
+    dino_name_or_path: str = setting("facebook/dino-vits16", "DINO that measures.")
+    judge_path: str = setting(
+        "checkpoints/small_world_judge", "Classifier of the small world's attributes.", shipped=True
+    )
+    crop_references: bool = setting(
+        False, "Compare with the object's box in the concept's picture, not with all of it."
     )

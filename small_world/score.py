@@ -15,14 +15,14 @@ from tqdm import tqdm
 from elite.images import to_pixels
 from elite.loading import load_parts, make_scheduler
 from elite.pipeline import ElitePipeline
+from small_world.attributes import verdicts
 from small_world.classifier import Judge
 from small_world.objectives import ATTRIBUTES
 from small_world.pretrain import base_pipeline
 from small_world.render import draw
-from small_world.samples import SIDE, framed, labels
+from small_world.samples import framed, labels
 from small_world.world import SCENES, Thing, random_thing, things, with_article
 
-INPUT_SIDE = SIDE // 2
 FRESH = 7  # random stream of the judged cases, apart from every training render
 CONCEPT_SIDE = 256  # of the picture a concept is read from
 LAMBDAS = (0.8, 0.6)
@@ -165,24 +165,12 @@ def batches(cases: list[Case], size: int) -> Iterator[list[Case]]:
 
 
 @torch.no_grad()
-def verdicts(judge: Judge, pixels: Tensor, cases: list[Case]) -> dict[str, Tensor]:
-    """Per attribute 1 for right, 0 for wrong, -1 where the thing has none: (B,) each."""
-    device = next(judge.parameters()).device
-    small = F.adaptive_avg_pool2d(pixels.float().to(device), INPUT_SIDE).clamp(-1, 1)
-    wanted = torch.tensor([labels(case.thing, case.scene) for case in cases], device=device)
-    found = {name: logits.argmax(1) for name, logits in judge(small).items()}
-    return {
-        name: torch.where(target < 0, -1, (found[name] == target).long()).cpu()
-        for name, target in zip(ATTRIBUTES, wanted.T, strict=True)
-    }
-
-
-@torch.no_grad()
 def score_row(judge: Judge, row: Row, batch_size: int, progress: tqdm) -> dict[str, dict]:
     """Accuracy of each attribute over the row's cases."""
     parts = []
     for cases in batches(row.cases, batch_size):
-        parts.append(verdicts(judge, row.draw(cases), cases))
+        wanted = torch.tensor([labels(case.thing, case.scene) for case in cases])
+        parts.append(verdicts(judge, row.draw(cases), wanted))
         progress.update(len(cases))
     scores = {}
     for name in ATTRIBUTES:

@@ -294,7 +294,8 @@ def test_rows_count_what_is_right():
     shapes = sum(case.thing.shape == first.thing.shape for case in cases)
     assert (scores["shape"]["right"], scores["shape"]["total"]) == (shapes, 40)
     assert scores["second"]["total"] == sum(case.thing.second is not None for case in cases) < 40
-    one = verdicts(judge, torch.zeros(1, 3, 64, 64), [first])  # any size
+    wanted = torch.tensor([labels(first.thing, first.scene)])
+    one = verdicts(judge, torch.zeros(1, 3, 64, 64), wanted)  # any size
     assert all(int(verdict) == 1 for verdict in one.values())
     assert f"{100 * shapes / 40:.1f} (" in markdown({"blank": scores})
 

@@ -1,0 +1,293 @@
+"""Evaluates an ELITE pipeline on a folder of concepts: draws every prompt, scores the pictures,
+reports with confidence intervals.
+"""
+
+import csv
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Protocol
+
+from accelerate import PartialState
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from elite.concept import Concept
+from elite.drawing import png_text, tile_rows
+from elite.files import write_atomically, write_json
+from elite.images import cut_out
+from elite.metrics import Clip, Dino, bootstrap, mean_cosine
+from elite.pipeline import ElitePipeline, Words
+from elite.subjects import Prompts, Subject
+
+SHEET_SUBJECTS, SHEET_PROMPTS = 12, 8  # of one contact sheet
+
+
+@dataclass(frozen=True)
+class Case:
+    """One picture to draw and score."""
+
+    subject: Subject
+    number: int  # of the prompt
+    template: str
+    seed: int
+
+    @property
+    def path(self) -> str:
+        """'NAME/03_00042.png': prompt number and seed."""
+        return f"{self.subject.name}/{self.number:02d}_{self.seed:05d}.png"
+
+    @property
+    def class_prompt(self) -> str:
+        """The prompt with the class word, which CLIP-T compares with: the placeholder is no word
+        to CLIP."""
+        return self.template.replace("{}", self.subject.class_word)
+
+
+class Metric(Protocol):
+    """Scores pictures: {column: one value per picture, None where it does not apply}."""
+
+    def __call__(
+        self, pictures: Sequence[Image.Image], cases: Sequence[Case]
+    ) -> Mapping[str, Sequence[float | None]]: ...
+
+
+def make_cases(subjects: Sequence[Subject], prompts: Prompts, seeds: Sequence[int]) -> list[Case]:
+    """Every subject with every prompt of its kind and every seed."""
+    return [
+        Case(subject, number, template, seed)
+        for subject in subjects
+        for number, template in enumerate(prompts.of(subject.class_word))
+        for seed in seeds
+    ]
+
+
+# --- metrics --------------------------------------------------------------------------------------
+
+
+class ClipScores:
+    """CLIP-I, the mean cosine with the references, and CLIP-T, the cosine with the class prompt."""
+
+    def __init__(self, clip: Clip, cropped: bool) -> None:
+        self.clip = clip
+        self.references = lru_cache(partial(_embed_references, clip.images, cropped=cropped))
+
+    def __call__(
+        self, pictures: Sequence[Image.Image], cases: Sequence[Case]
+    ) -> dict[str, list[float | None]]:
+        images = self.clip.images(pictures)
+        texts = self.clip.texts([case.class_prompt for case in cases])
+        return {
+            "clip_i": [
+                mean_cosine(image, self.references(case.subject))
+                for image, case in zip(images, cases, strict=True)
+            ],
+            "clip_t": [float(cosine) for cosine in (images * texts).sum(-1)],
+        }
+
+
+class DinoScores:
+    """DINO-I, the mean cosine with the references."""
+
+    def __init__(self, dino: Dino, cropped: bool) -> None:
+        self.dino = dino
+        self.references = lru_cache(partial(_embed_references, dino.images, cropped=cropped))
+
+    def __call__(
+        self, pictures: Sequence[Image.Image], cases: Sequence[Case]
+    ) -> dict[str, list[float | None]]:
+        images = self.dino.images(pictures)
+        pairs = zip(images, cases, strict=True)
+        return {"dino_i": [mean_cosine(x, self.references(case.subject)) for x, case in pairs]}
+
+
+def _embed_references(
+    embed: Callable[[Sequence[Image.Image]], Tensor], subject: Subject, cropped: bool
+) -> Tensor:
+    return embed(subject.references(cropped))
+
+
+# --- drawing --------------------------------------------------------------------------------------
+
+
+def draw_cases(
+    pipe: ElitePipeline,
+    cases: Sequence[Case],
+    output_dir: Path,
+    *,
+    settings: Mapping[str, str],  # of every picture, kept in its PNG; other ones draw it anew
+    batch_size: int = 1,
+    placeholder_token: str = "S",
+    words: Words = 0,
+    lambda_: float = 0.6,
+    resolution: int | None = None,
+    num_inference_steps: int = 100,
+    guidance_scale: float = 5.0,
+) -> list[str]:
+    """Draws what is not there yet. Returns one line per subject that could not be read."""
+    failures: dict[str, str] = {}
+
+    @lru_cache(maxsize=1)  # cases come subject by subject
+    def concept_of(subject: Subject) -> Concept:
+        image, mask = subject.read()
+        return pipe.encode_concept(image, mask)
+
+    missing = [case for case in cases if not _is_drawn(output_dir / case.path, settings)]
+    progress = tqdm(
+        total=len(cases),
+        initial=len(cases) - len(missing),
+        desc="draw",
+        unit="picture",
+        disable=not PartialState().is_main_process,
+    )
+    with progress:
+        for start in range(0, len(missing), batch_size):
+            batch, concepts = [], []
+            for case in missing[start : start + batch_size]:
+                try:
+                    concepts.append(concept_of(case.subject))
+                    batch.append(case)
+                except ValueError as error:
+                    failures[case.subject.name] = str(error)
+            if batch:
+                pictures = pipe(
+                    [case.template.replace("{}", placeholder_token) for case in batch],
+                    concept=concepts,
+                    lambda_=lambda_,
+                    words=words,
+                    placeholder_token=placeholder_token,
+                    seed=[case.seed for case in batch],
+                    height=resolution,
+                    width=resolution,
+                    num_inference_steps=num_inference_steps,
+                    guidance_scale=guidance_scale,
+                ).images
+                for case, picture in zip(batch, pictures, strict=True):
+                    info = png_text({**settings, "prompt": case.template})
+                    write_atomically(output_dir / case.path, partial(picture.save, pnginfo=info))
+            progress.update(len(missing[start : start + batch_size]))
+    return list(failures.values())
+
+
+def _is_drawn(path: Path, settings: Mapping[str, str]) -> bool:
+    """Whether the picture is there, drawn with these settings."""
+    try:
+        with Image.open(path) as picture:
+            found = getattr(picture, "text", {})
+    except (OSError, SyntaxError):
+        return False
+    return all(found.get(key) == value for key, value in settings.items())
+
+
+# --- scoring --------------------------------------------------------------------------------------
+
+
+def score_cases(
+    cases: Sequence[Case], output_dir: Path, metrics: Sequence[Metric], batch_size: int = 16
+) -> list[dict]:
+    """One row per picture that is there: subject, prompt, seed, and the metrics' columns."""
+    rows: list[dict] = []
+    drawn = [case for case in cases if (output_dir / case.path).exists()]
+    disable = not PartialState().is_main_process
+    for start in tqdm(range(0, len(drawn), batch_size), desc="score", disable=disable):
+        batch = drawn[start : start + batch_size]
+        pictures = []
+        for case in batch:
+            with Image.open(output_dir / case.path) as picture:
+                pictures.append(picture.convert("RGB"))
+        columns: dict[str, Sequence[float | None]] = {}
+        for metric in metrics:
+            columns |= metric(pictures, batch)
+        for i, case in enumerate(batch):
+            row = {"subject": case.subject.name, "prompt": case.template, "seed": case.seed}
+            rows.append(row | {name: values[i] for name, values in columns.items()})
+    return rows
+
+
+def summarise(rows: Sequence[Mapping]) -> dict[str, dict]:
+    """Per column mean and 95 % interval (bootstrap over subjects), and how many pictures count."""
+    summary = {}
+    for name in rows[0].keys() - {"subject", "prompt", "seed"} if rows else ():
+        known = [row for row in rows if row[name] is not None]
+        if known:
+            mean, low, high = bootstrap(
+                [row[name] for row in known], [row["subject"] for row in known]
+            )
+            summary[name] = {"mean": mean, "interval": [low, high], "pictures": len(known)}
+    return dict(sorted(summary.items()))
+
+
+# --- the whole ------------------------------------------------------------------------------------
+
+
+def my_share(cases: Sequence[Case]) -> Sequence[Case]:
+    """The cases of this process of `accelerate launch`, in one run so that subjects stay whole."""
+    state = PartialState()
+    size = -(-len(cases) // state.num_processes)
+    return cases[state.process_index * size : (state.process_index + 1) * size]
+
+
+def report(
+    cases: Sequence[Case], rows: Sequence[dict], output_dir: Path, settings: Mapping
+) -> dict[str, dict]:
+    """Writes results.json, results.csv, results.md and contact sheets. Returns the summary."""
+    summary = summarise(rows)
+    write_json(
+        output_dir / "results.json",
+        {
+            "settings": dict(settings),
+            "subjects": len({row["subject"] for row in rows}),
+            "pictures": len(rows),
+            "scores": summary,
+        },
+    )
+    write_atomically(output_dir / "results.csv", partial(_write_csv, rows))
+    text = markdown(summary, len({row["subject"] for row in rows}))
+    write_atomically(output_dir / "results.md", lambda path: path.write_text(text + "\n"))
+    for number, sheet in enumerate(contact_sheets(cases, output_dir)):
+        write_atomically(output_dir / f"grid_{number:02d}.png", sheet.save)
+    return summary
+
+
+def _write_csv(rows: Sequence[dict], path: Path) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def markdown(summary: Mapping[str, Mapping], subjects: int) -> str:
+    """A table: metric, mean, interval, pictures."""
+    lines = ["| metric | mean | 95 % interval | pictures | subjects |", "|---|---|---|---|---|"]
+    for name, score in summary.items():
+        low, high = score["interval"]
+        lines.append(
+            f"| {name} | {score['mean']:.4f} | {low:.4f} to {high:.4f} | {score['pictures']} | "
+            f"{subjects} |"
+        )
+    return "\n".join(lines)
+
+
+def contact_sheets(cases: Sequence[Case], output_dir: Path) -> list[Image.Image]:
+    """Input, object and the first seed of the first prompts, twelve subjects a sheet."""
+    by_subject: dict[str, list[Case]] = {}
+    for case in cases:
+        if (output_dir / case.path).exists():
+            by_subject.setdefault(case.subject.name, []).append(case)
+    rows, columns = [], ["input", "object"]
+    for mine in by_subject.values():
+        image, mask = mine[0].subject.read()
+        row = [Image.fromarray(image), Image.fromarray(cut_out(image, mask))]
+        shown = [case for case in mine if case.seed == mine[0].seed][:SHEET_PROMPTS]
+        for case in shown:
+            with Image.open(output_dir / case.path) as picture:
+                row.append(picture.convert("RGB"))
+        rows.append(row)
+        names = [case.template.replace("{}", "S") for case in shown]
+        columns = max(columns, ["input", "object", *names], key=len)
+    return [
+        tile_rows(rows[start : start + SHEET_SUBJECTS], columns)
+        for start in range(0, len(rows), SHEET_SUBJECTS)
+    ]

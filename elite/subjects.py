@@ -1,0 +1,163 @@
+"""Whom an evaluation is about: concepts with their reference pictures, and the prompts.
+
+Two layouts: a folder of NAME.jpg + NAME_bg.png pairs, each its own subject; and DreamBench's, a
+folder of pictures per subject, of which the first one with a mask beside it is the input and all
+are references.
+"""
+
+import ast
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from elite.config import read_yaml
+from elite.data import PairFolder, is_picture
+from elite.images import fit_mask, read_image, read_mask
+
+KINDS = ("object", "living")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What is drawn of each subject: templates with {} by kind, and the subjects' class words."""
+
+    templates: Mapping[str, tuple[str, ...]]
+    classes: Mapping[str, str] = field(default_factory=dict)
+    living: frozenset[str] = frozenset()  # class words of the second kind
+
+    def of(self, class_word: str) -> tuple[str, ...]:
+        kind = "living" if class_word in self.living else "object"
+        return self.templates[kind]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One concept: the picture and mask it is read from, and the pictures it is compared with."""
+
+    name: str
+    class_word: str
+    image_path: Path
+    mask_path: Path
+    reference_paths: tuple[Path, ...]
+
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        """Image uint8 (H, W, 3), mask bool (H, W). Raises ValueError naming the file."""
+        image = read_image(self.image_path)
+        return image, fit_mask(read_mask(self.mask_path), image, str(self.mask_path))
+
+    def references(self, cropped: bool) -> list[Image.Image]:
+        """The pictures to compare with; cropped to the object's box where there is a mask."""
+        pictures = []
+        for path in self.reference_paths:
+            image, mask_path = read_image(path), _mask_path(path)
+            if cropped and mask_path.exists():
+                rows, columns = np.nonzero(fit_mask(read_mask(mask_path), image, str(mask_path)))
+                image = image[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+            pictures.append(Image.fromarray(image))
+        return pictures
+
+
+def read_subjects(root: Path | str, classes: Mapping[str, str], default: str) -> list[Subject]:
+    """The subjects of a folder of pairs or of DreamBench's layout, by name.
+
+    Args:
+        classes: class word by subject name.
+        default: class word of the others.
+
+    Raises:
+        ValueError: no such folder, nothing in it, or a subject without a mask.
+    """
+    root = Path(root)
+    folders = sorted(path for path in root.glob("*/") if any(map(is_picture, path.iterdir())))
+    if folders:
+        return [_read_folder(folder, classes.get(folder.name, default)) for folder in folders]
+    return [
+        Subject(
+            pair.name,
+            classes.get(pair.name, default),
+            pair.image_path,
+            pair.mask_path,
+            (pair.image_path,),
+        )
+        for pair in PairFolder(root).pairs
+    ]
+
+
+def _read_folder(folder: Path, class_word: str) -> Subject:
+    pictures = sorted(path for path in folder.iterdir() if is_picture(path))
+    with_mask = [path for path in pictures if _mask_path(path).exists()]
+    if not with_mask:
+        raise ValueError(
+            f"{folder}: no picture has a mask; draw the object of one in white on black and save "
+            f"it as {_mask_path(pictures[0]).name}"
+        )
+    first = with_mask[0]
+    return Subject(folder.name, class_word, first, _mask_path(first), tuple(pictures))
+
+
+def _mask_path(path: Path) -> Path:
+    return path.with_name(f"{path.stem}_bg.png")
+
+
+# --- prompts --------------------------------------------------------------------------------------
+
+
+def read_prompts(path: Path | str) -> Prompts:
+    """Prompts from our YAML, or from DreamBench's own `prompts_and_classes.txt`.
+
+    Raises:
+        ValueError: neither, or a prompt without {}.
+    """
+    if Path(path).suffix == ".txt":
+        return _read_dreambench(Path(path))
+    content = read_yaml(path)
+    if unknown := content.keys() - {"prompts", "classes", "living"}:
+        raise ValueError(f"{path}: unknown {sorted(unknown)[0]}; expected prompts, classes, living")
+    templates = content.get("prompts")
+    if not isinstance(templates, dict) or not templates.keys() <= set(KINDS):
+        raise ValueError(f"{path}: prompts: expected lists under {' and '.join(KINDS)}")
+    classes, living = content.get("classes") or {}, content.get("living") or []
+    if not isinstance(classes, dict) or not isinstance(living, list):
+        raise ValueError(f"{path}: expected classes as NAME: WORD, and living as a list of words")
+    return _checked(path, templates, classes, living)
+
+
+def _read_dreambench(path: Path) -> Prompts:
+    """The text file of DreamBench: a table of subjects, and two Python lists of prompts.
+
+    Its prompts name a token and a class word, '{0} {1}'; ELITE's word stands for both.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not text"
+        raise ValueError(f"{path}: {reason}; expected prompts_and_classes.txt") from None
+    table, _, lists = text.partition("Prompts")
+    rows = re.findall(r"^\s*([\w-]+)\s*,\s*([\w ]+?)\s*$", table, re.MULTILINE)
+    classes = {name: word for name, word in rows if name != "subject_name"}
+    halves = re.split(r"Live Subject", lists, maxsplit=1)
+    templates = {kind: _quoted(half) for kind, half in zip(KINDS, halves, strict=False)}
+    return _checked(path, templates, classes, ["dog", "cat"])
+
+
+def _quoted(text: str) -> list[str]:
+    """The string literals of a Python list that is never executed, with one {} in each."""
+    literals = re.findall(r"""('(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*")\.format""", text)
+    return [ast.literal_eval(literal).replace("{0} {1}", "{}") for literal in literals]
+
+
+def _checked(path: Path | str, templates: Mapping, classes: dict, living: list) -> Prompts:
+    """Raises ValueError where a list of prompts is missing or a prompt lacks its {}."""
+    for kind in KINDS if living else KINDS[:1]:
+        texts = templates.get(kind)
+        if not isinstance(texts, list) or not texts:
+            raise ValueError(f"{path}: no prompts for {kind}; expected a list of texts with {{}}")
+        for text in texts:
+            if str(text).count("{}") != 1:
+                raise ValueError(f"{path}: prompt {text!r}: expected {{}} in it once")
+    kinds = {kind: tuple(texts) for kind, texts in templates.items()}
+    return Prompts(kinds, classes, frozenset(living))

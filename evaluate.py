@@ -1,0 +1,97 @@
+"""Scores ELITE on a folder of concepts: draws every prompt for each, measures, reports.
+
+    python evaluate.py                           the small world, judged by attributes, no download
+    python evaluate.py --pretrained_model_name_or_path CompVis/stable-diffusion-v1-4 \\
+        --global_mapper_path global_mapper.pt --local_mapper_path local_mapper.pt \\
+        --test_data_dir DREAMBENCH --prompts prompts_and_classes.txt --metrics clip dino
+    accelerate launch evaluate.py ...            the work shared among processes
+
+OUTPUT_DIR receives the pictures, results.json, results.csv, results.md and contact sheets. A second
+run draws only what is missing. Exit code 3: some concepts could not be read, the rest is scored.
+"""
+
+import sys
+from pathlib import Path
+
+from elite.config import EvaluateConfig, parse_config, to_dict
+from elite.console import BAD_INPUT, OK, PARTLY_FAILED, quiet_libraries, run
+
+
+def main() -> int:
+    config = parse_config(EvaluateConfig)
+    quiet_libraries()
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    from elite.evaluation import draw_cases, make_cases, markdown, my_share, report, score_cases
+    from elite.inference import build_pipeline
+    from elite.subjects import read_prompts, read_subjects
+
+    prompts = read_prompts(config.prompts)
+    subjects = read_subjects(config.test_data_dir, prompts.classes, config.class_word)
+    seeds = range(config.seed, config.seed + config.num_images)
+    cases = make_cases(subjects, prompts, seeds)
+    pipe = build_pipeline(config, local_mapper=config.local_mapper_path)
+    metrics = build_metrics(config, cases, pipe.device)
+    output_dir, mine = Path(config.output_dir), my_share(cases)
+    failures = draw_cases(
+        pipe,
+        mine,
+        output_dir,
+        settings=drawing_settings(config, pipe),
+        batch_size=config.batch_size,
+        placeholder_token=config.placeholder_token,
+        words=config.words,
+        lambda_=config.llambda,
+        resolution=config.resolution,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+    )
+    rows = gather_object(score_cases(mine, output_dir, metrics))
+    failures = gather_object(failures)
+    if not PartialState().is_main_process:
+        return OK  # the main process speaks for all
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    if not rows:
+        return BAD_INPUT
+    summary = report(cases, rows, output_dir, to_dict(config))
+    print(markdown(summary, len({row["subject"] for row in rows})))
+    print(f"more in {output_dir}; look at {output_dir / 'grid_00.png'} first")
+    return PARTLY_FAILED if failures else OK
+
+
+def drawing_settings(config: EvaluateConfig, pipe) -> dict[str, str]:
+    """What a picture depends on besides its prompt and seed."""
+    return {
+        "model": config.pretrained_model_name_or_path,
+        "fingerprint": pipe.fingerprint,
+        "words": config.token_index,
+        "lambda": str(config.llambda),
+        "scheduler": config.scheduler,
+        "num_inference_steps": str(config.num_inference_steps),
+        "guidance_scale": str(config.guidance_scale),
+        "resolution": str(config.resolution or pipe.resolution),
+        "dtype": str(pipe.unet.dtype),
+    }
+
+
+def build_metrics(config: EvaluateConfig, cases: list, device) -> list:
+    """The metrics that were asked for."""
+    from elite.evaluation import ClipScores, DinoScores
+    from elite.metrics import Clip, Dino
+    from small_world.attributes import AttributeScores
+    from small_world.classifier import load_judge
+
+    makers = {
+        "clip": lambda: ClipScores(Clip(config.clip_name_or_path, device), config.crop_references),
+        "dino": lambda: DinoScores(Dino(config.dino_name_or_path, device), config.crop_references),
+        "attributes": lambda: AttributeScores(
+            load_judge(Path(config.judge_path)).to(device), cases
+        ),
+    }
+    return [makers[name]() for name in config.metrics]
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,156 @@
+"""evaluate.py: pictures, scores, reports; what is there is kept, what fails is told."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from elite.subjects import read_prompts, read_subjects
+from tests import tiny
+from tests.conftest import run_script
+
+REPOSITORY = Path(__file__).parents[2]
+PROMPTS = "prompts: {object: ['a {} on the grass', 'a {} in the snow']}\n"
+
+
+@pytest.fixture
+def subjects(tmp_path):
+    """Two things of the small world by name (the pictures do not matter to a tiny model)."""
+    folder = tiny.save_pairs(tmp_path / "subjects", 2)
+    for number, name in enumerate(("solid_star_orange", "striped_mug_yellow_blue")):
+        for suffix in ("", "_bg"):
+            (folder / f"pair{number}{suffix}.png").rename(folder / f"{name}{suffix}.png")
+    return folder
+
+
+@pytest.fixture
+def evaluate(model_folder, mapper_folder, subjects, tmp_path):
+    prompts = tmp_path / "prompts.yaml"
+    prompts.write_text(PROMPTS)
+    return [
+        "evaluate.py",
+        *("--pretrained_model_name_or_path", model_folder),
+        *("--global_mapper_path", mapper_folder / "global_mapper"),
+        *("--local_mapper_path", mapper_folder / "local_mapper"),
+        *("--test_data_dir", subjects, "--prompts", prompts),
+        *("--num_inference_steps", "2", "--num_images", "2", "--device", "cpu"),
+    ]
+
+
+def pictures(folder: Path) -> dict[str, bytes]:
+    paths = sorted(folder.glob("*/*.png"))
+    return {str(path.relative_to(folder)): Image.open(path).tobytes() for path in paths}
+
+
+def test_everything_is_drawn_scored_and_reported(evaluate, tmp_path):
+    out = tmp_path / "out"
+    assert run_script(*evaluate, "--output_dir", out) == 0
+    stems = [f"{prompt}_{seed}.png" for prompt in ("00", "01") for seed in ("00042", "00043")]
+    names = ("solid_star_orange", "striped_mug_yellow_blue")
+    assert list(pictures(out)) == [f"{name}/{stem}" for name in names for stem in stems]
+    with open(out / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8
+    assert {row["second"] for row in rows if row["subject"] == names[0]} == {""}
+    results = json.loads((out / "results.json").read_text())
+    for name in ("shape", "pattern", "colour", "scene"):
+        right = [float(row[name]) for row in rows]
+        assert set(right) <= {0.0, 1.0}
+        assert results["scores"][name]["mean"] == pytest.approx(np.mean(right))
+        assert f"| {name} | {np.mean(right):.4f} |" in (out / "results.md").read_text()
+    assert results["scores"]["second"]["pictures"] == 4
+    assert results["settings"]["llambda"] == 0.6
+    with Image.open(out / "grid_00.png") as sheet:
+        assert sheet.width == 4 * 160  # input, object, two prompts
+
+
+def test_pictures_are_those_of_the_inference_script(evaluate, tmp_path):
+    """Same prompt, seed and lambda, drawn by inference_local.py."""
+    out = tmp_path / "out"
+    assert run_script(*evaluate, "--output_dir", out) == 0
+    flags = [f for f in evaluate[1:] if f != "--prompts"]
+    flags.remove(tmp_path / "prompts.yaml")
+    flags += ["--output_dir", tmp_path / "drawn", "--llambda", "0.6"]
+    assert run_script("inference_local.py", *flags, "--template", "a {} in the snow") == 0
+    ours = Image.open(out / "striped_mug_yellow_blue" / "01_00043.png")
+    theirs = Image.open(tmp_path / "drawn" / "object_l0p6" / "00001_00043.png")
+    assert ours.tobytes() == theirs.tobytes()
+
+
+def test_a_second_run_draws_what_is_missing(evaluate, tmp_path):
+    out = tmp_path / "out"
+    assert run_script(*evaluate, "--output_dir", out) == 0
+    before, results = pictures(out), (out / "results.json").read_text()
+    kept, lost = (out / "solid_star_orange" / f"0{i}_00042.png" for i in (0, 1))
+    stamp = kept.stat().st_mtime_ns
+    lost.unlink()
+    assert run_script(*evaluate, "--output_dir", out, "--batch_size", "3") == 0
+    assert kept.stat().st_mtime_ns == stamp and lost.exists()
+    assert list(pictures(out)) == list(before)
+    assert json.loads(results)["scores"] == json.loads((out / "results.json").read_text())["scores"]
+    assert run_script(*evaluate, "--output_dir", out, "--llambda", "0") == 0
+    assert kept.stat().st_mtime_ns != stamp, "another lambda is another picture"
+
+
+def test_processes_share_the_work(evaluate, tmp_path):
+    run_script(*evaluate, "--output_dir", tmp_path / "one")
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--config_file", "configs/cpu_2.json", *map(str, evaluate)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [*launch, "--output_dir", str(tmp_path / "two")],
+        cwd=REPOSITORY,
+        env=env,
+        check=True,
+        timeout=300,
+        capture_output=True,
+    )
+    assert pictures(tmp_path / "one") == pictures(tmp_path / "two")
+    one, two = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two"))
+    assert one["scores"] == two["scores"] and two["pictures"] == 8
+
+
+def test_an_unreadable_concept_leaves_the_rest(evaluate, subjects, tmp_path, capsys):
+    (subjects / "solid_star_orange.png").write_bytes(b"no picture")
+    assert run_script(*evaluate, "--output_dir", tmp_path / "out") == 3
+    assert "solid_star_orange.png: not a readable image" in capsys.readouterr().err
+    assert len(pictures(tmp_path / "out")) == 4
+    (subjects / "striped_mug_yellow_blue_bg.png").unlink()
+    shutil.rmtree(tmp_path / "out")
+    assert run_script(*evaluate, "--output_dir", tmp_path / "out") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--metrics", "fid"), "metrics: got 'fid', expected one of clip, dino, attributes"),
+        (("--metrics", "clip", "--clip_name_or_path", "nowhere"), "nowhere: cannot load CLIPModel"),
+        (("--judge_path", "nowhere"), "nowhere: no judge"),
+        (("--prompts", "nowhere.yaml"), "nowhere.yaml"),
+        (("--test_data_dir", "nowhere"), "nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(evaluate, tmp_path, capsys, options, message):
+    assert run_script(*evaluate, "--output_dir", tmp_path / "out", *options) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_attributes_need_things_of_the_small_world(evaluate, subjects, tmp_path, capsys):
+    (subjects / "solid_star_orange.png").rename(subjects / "corgi.png")
+    (subjects / "solid_star_orange_bg.png").rename(subjects / "corgi_bg.png")
+    assert run_script(*evaluate, "--output_dir", tmp_path / "out") == 2
+    assert "corgi: not a thing of the small world" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_shipped_prompts_fit_the_shipped_objects():
+    prompts = read_prompts(REPOSITORY / "configs/prompts/small_world.yaml")
+    assert len(read_subjects(REPOSITORY / "test_datasets", prompts.classes, "object")) == 12

@@ -1,0 +1,214 @@
+"""CLIP-I, CLIP-T, DINO-I on cases small enough to reckon by hand, and the intervals."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
+
+from elite.evaluation import Case, ClipScores, DinoScores, markdown, summarise
+from elite.images import CLIP_MEAN, CLIP_STD
+from elite.metrics import Clip, Dino, bootstrap, centre_square, mean_cosine
+from elite.subjects import Subject
+from small_world.tokenizer import build_tokenizer
+
+
+class ByColour:
+    """Stands in for CLIP or DINO: a vector for each colour, and one for each text."""
+
+    VECTORS = {"red": (1.0, 0.0), "green": (0.6, 0.8), "blue": (0.0, 1.0)}  # noqa: RUF012
+    COLOURS = {(255, 0, 0): "red", (0, 128, 0): "green", (0, 0, 255): "blue"}  # noqa: RUF012
+
+    def images(self, pictures):
+        names = [self.COLOURS[picture.getpixel((0, 0))] for picture in pictures]
+        return torch.tensor([self.VECTORS[name] for name in names])
+
+    def texts(self, texts):
+        return torch.tensor([self.VECTORS[text.split()[1]] for text in texts])
+
+
+def plain(colour, size=(4, 4)):
+    return Image.new("RGB", size, colour)
+
+
+@pytest.fixture
+def subject(tmp_path):
+    """Two references, red and blue; the first has a mask over its right half, which is green."""
+    first = Image.new("RGB", (4, 4), "red")
+    first.paste("green", (2, 0, 4, 4))
+    first.save(tmp_path / "0.png")
+    plain("blue").save(tmp_path / "1.png")
+    mask = Image.new("L", (4, 4), 0)
+    mask.paste(255, (2, 0, 4, 4))
+    mask.save(tmp_path / "0_bg.png")
+    paths = (tmp_path / "0.png", tmp_path / "1.png")
+    return Subject("thing", "green", paths[0], tmp_path / "0_bg.png", paths)
+
+
+# --- cosines by hand ------------------------------------------------------------------------------
+
+
+def test_image_scores_are_mean_cosines_with_all_references(subject):
+    case = Case(subject, 0, "a {} in the snow", 1)
+    pictures = [plain("red"), plain("green")]
+    # references red (1, 0) and blue (0, 1)
+    expected = [(1 + 0) / 2, (0.6 + 0.8) / 2]
+    scores = ClipScores(ByColour(), cropped=False)(pictures, [case, case])
+    assert scores["clip_i"] == pytest.approx(expected, abs=1e-7)
+    assert DinoScores(ByColour(), cropped=False)(pictures, [case, case])["dino_i"] == (
+        pytest.approx(expected, abs=1e-7)
+    )
+
+
+def test_text_score_is_the_cosine_with_the_class_prompt(subject):
+    """The placeholder is replaced by the class word, which is 'green' here: (0.6, 0.8)."""
+    case = Case(subject, 0, "a {} in the snow", 1)
+    assert case.class_prompt == "a green in the snow"
+    scores = ClipScores(ByColour(), cropped=False)([plain("red"), plain("blue")], [case, case])
+    assert scores["clip_t"] == pytest.approx([0.6, 0.8], abs=1e-7)
+
+
+def test_references_may_be_cropped_by_their_mask(subject):
+    """The box of the mask is green alone; the reference without a mask stays whole."""
+    case = Case(subject, 0, "a {}", 1)
+    (score,) = ClipScores(ByColour(), cropped=True)([plain("green")], [case])["clip_i"]
+    assert score == pytest.approx((1 + 0.8) / 2, abs=1e-7)
+
+
+def test_mean_cosine():
+    assert mean_cosine(torch.tensor([1.0, 0]), torch.tensor([[1.0, 0], [0, 1], [-1, 0]])) == 0
+    assert mean_cosine(torch.tensor([0.6, 0.8]), torch.tensor([[1.0, 0]])) == pytest.approx(0.6)
+
+
+# --- the models -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    size |= {"num_attention_heads": 2, "projection_dim": 8}
+    config = CLIPConfig(
+        text_config={
+            **size,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 20,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+        vision_config={**size, "image_size": 32, "patch_size": 16},
+        projection_dim=8,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dino_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dino")
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    ViTModel(config).save_pretrained(folder)
+    return folder
+
+
+def noise(width, height, seed=0):
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+@torch.no_grad()
+def test_clip_cosines_are_those_of_the_model_itself(clip_folder):
+    """logits_per_image of transformers' CLIPModel are the cosines times its temperature."""
+    clip, picture, text = Clip(clip_folder), noise(32, 32), "a red mug on the grass"
+    model = CLIPModel.from_pretrained(clip_folder).eval()
+    pixels = torch.tensor(np.asarray(picture) / 255, dtype=torch.float32).permute(2, 0, 1)
+    pixels = (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[
+        :, None, None
+    ]
+    tokens = build_tokenizer()(text, return_tensors="pt")
+    out = model(pixel_values=pixels[None], **tokens)
+    expected = float(out.logits_per_image / model.logit_scale.exp())
+    found = float((clip.images([picture]) * clip.texts([text])).sum())
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_texts_of_a_batch_are_those_of_single_calls(clip_folder):
+    clip, texts = Clip(clip_folder), ["a mug", "a blue and yellow striped mug on the grass"]
+    alone = torch.cat([clip.texts([text]) for text in texts])
+    assert torch.allclose(clip.texts(texts), alone, atol=1e-6)
+    assert clip.texts(["a mug " * 40]).shape == (1, 8)  # longer texts are cut
+
+
+@torch.no_grad()
+def test_dino_is_the_cls_token(dino_folder):
+    picture = noise(50, 40)
+    square = centre_square(picture, 28, 32)
+    pixels = torch.tensor(square / 255, dtype=torch.float32).permute(2, 0, 1)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    pixels = (pixels - mean[:, None, None]) / std[:, None, None]
+    hidden = ViTModel.from_pretrained(dino_folder).eval()(pixels[None]).last_hidden_state[0, 0]
+    found = Dino(dino_folder).images([picture])[0]
+    assert torch.allclose(found, hidden / hidden.norm(), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(60, 40), (40, 60), (40, 40), (10, 500)])
+def test_the_middle_is_taken(size):
+    picture = Image.new("RGB", size, "red")
+    picture.paste("blue", (0, 0, size[0], size[1] // 2))
+    square = centre_square(picture, 28, 32)
+    assert square.shape == (28, 28, 3)
+    assert tuple(square[0, 0]) == (0, 0, 255) and tuple(square[-1, -1]) == (255, 0, 0)
+    assert tuple(square[10, 14]) == (0, 0, 255) and tuple(square[17, 14]) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("kind", [Clip, Dino])
+def test_missing_models_are_one_line(kind, tmp_path):
+    with pytest.raises(ValueError, match="cannot load") as caught:
+        kind(tmp_path / "nowhere")
+    assert "\n" not in str(caught.value)
+
+
+# --- intervals ------------------------------------------------------------------------------------
+
+
+def test_interval_of_one_value_is_the_value():
+    assert bootstrap([0.5] * 6, list("aabbcc")) == (0.5, 0.5, 0.5)
+
+
+def test_interval_knows_that_pictures_of_a_subject_are_alike():
+    """Ten subjects, each with ten equal values: as uncertain as ten values, not as a hundred."""
+    means = np.random.default_rng(0).normal(size=10)
+    values = np.repeat(means, 10)
+    groups = [str(i // 10) for i in range(100)]
+    mean, low, high = bootstrap(list(values), groups)
+    assert mean == pytest.approx(means.mean())
+    spread = 1.96 * means.std() / 10**0.5
+    assert high - low == pytest.approx(2 * spread, rel=0.1)
+    _, low, high = bootstrap(list(values), [str(i) for i in range(100)])
+    assert high - low == pytest.approx(2 * spread / 10**0.5, rel=0.15)
+
+
+def test_subjects_with_more_pictures_weigh_more():
+    assert bootstrap([0.0, 1.0, 1.0, 1.0], list("abbb"))[0] == 0.75
+
+
+def test_summary_leaves_out_what_does_not_apply():
+    rows = [
+        {"subject": "a", "prompt": "a {}", "seed": 1, "shape": 1.0, "second": None},
+        {"subject": "b", "prompt": "a {}", "seed": 1, "shape": 0.0, "second": 1.0},
+    ]
+    summary = summarise(rows)
+    assert summary["shape"]["mean"] == 0.5 and summary["shape"]["pictures"] == 2
+    assert summary["second"] == {"mean": 1.0, "interval": [1.0, 1.0], "pictures": 1}
+    assert "| second | 1.0000 | 1.0000 to 1.0000 | 1 | 2 |" in markdown(summary, 2)
+    assert summarise([]) == {}

@@ -1,0 +1,127 @@
+"""Subjects of an evaluation: pairs, DreamBench's layout, and the files of prompts."""
+
+import pytest
+from PIL import Image
+
+from elite.config import REPOSITORY
+from elite.subjects import read_prompts, read_subjects
+from small_world.attributes import scene_of, thing_of
+from small_world.world import SCENES, things
+from tests import tiny
+
+DREAMBENCH = """Classes
+
+subject_name,class
+backpack,backpack
+dog2,dog
+grey_sloth,stuffed animal
+
+Prompts
+
+Object Prompts
+
+prompt_list = [
+	'a {0} {1} in the jungle'.format(unique_token, class_token),
+	"a {0} {1} on someone's table".format(unique_token, class_token)
+]
+
+Live Subject Prompts
+prompt_list = [
+	'a {0} {1} wearing a hat'.format(unique_token, class_token),
+]
+"""
+
+
+def test_prompts_of_dreambenchs_own_file(tmp_path):
+    path = tmp_path / "prompts_and_classes.txt"
+    path.write_text(DREAMBENCH)
+    prompts = read_prompts(path)
+    assert prompts.classes == {
+        "backpack": "backpack",
+        "dog2": "dog",
+        "grey_sloth": "stuffed animal",
+    }
+    assert prompts.of("backpack") == ("a {} in the jungle", "a {} on someone's table")
+    assert prompts.of("dog") == ("a {} wearing a hat",)
+
+
+@pytest.mark.parametrize("name", ["dreambench", "small_world"])
+def test_bundled_prompts(name):
+    prompts = read_prompts(REPOSITORY / "configs" / "prompts" / f"{name}.yaml")
+    if name == "dreambench":
+        assert len(set(prompts.of("clock"))) == len(set(prompts.of("dog"))) == 25
+        assert prompts.of("clock") != prompts.of("cat")
+    else:
+        subjects = read_subjects(REPOSITORY / "test_datasets", prompts.classes, "object")
+        assert {s.class_word for s in subjects} == {thing_of(s.name).shape for s in subjects}
+        assert [scene_of(text) for text in prompts.of("mug")] == list(SCENES)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prompts: {object: [a mug]}", r"prompt 'a mug': expected \{\} in it once"),
+        ("prompts: {object: []}", "no prompts for object"),
+        ("prompts: ['a {}']", "expected lists under object and living"),
+        ("prompts: {object: ['a {}']}\nliving: [dog]", "no prompts for living"),
+        ("prompts: {object: ['a {}']}\nclasses: [dog]", "expected classes as NAME: WORD"),
+        ("prompt: {}", "unknown prompt"),
+    ],
+)
+def test_wrong_prompt_files_are_refused(tmp_path, text, message):
+    path = tmp_path / "prompts.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_prompts(path)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_missing_prompt_files_are_refused(tmp_path):
+    for name in ("prompts.txt", "prompts.yaml"):
+        with pytest.raises(ValueError, match=name):
+            read_prompts(tmp_path / name)
+
+
+def test_pairs_are_their_own_references(tmp_path):
+    subjects = read_subjects(tiny.save_pairs(tmp_path, 2), {"pair1": "mug"}, "thing")
+    assert [(s.name, s.class_word) for s in subjects] == [("pair0", "thing"), ("pair1", "mug")]
+    assert subjects[0].reference_paths == (subjects[0].image_path,)
+    image, mask = subjects[0].read()
+    assert image.shape == (40, 40, 3) and mask.sum() == 400
+    assert [picture.size for picture in subjects[0].references(cropped=True)] == [(20, 20)]
+
+
+def test_folders_of_pictures_are_subjects(tmp_path):
+    """The input is the first picture with a mask; all are references."""
+    folder = tiny.save_pairs(tmp_path / "vase", 2)
+    (folder / "pair0_bg.png").unlink()
+    Image.new("RGB", (10, 10)).save(folder / "00.jpg")
+    (subject,) = read_subjects(tmp_path, {"vase": "vase"}, "thing")
+    assert subject.class_word == "vase" and subject.image_path.name == "pair1.png"
+    assert [path.name for path in subject.reference_paths] == ["00.jpg", "pair0.png", "pair1.png"]
+    sizes = [picture.size for picture in subject.references(cropped=True)]
+    assert sizes == [(10, 10), (40, 40), (20, 20)]
+
+
+def test_subject_without_any_mask_is_named(tmp_path):
+    folder = tiny.save_pairs(tmp_path / "vase", 1)
+    (folder / "pair0_bg.png").unlink()
+    with pytest.raises(ValueError, match=r"vase: no picture has a mask; .*pair0_bg\.png"):
+        read_subjects(tmp_path, {}, "thing")
+
+
+def test_things_by_name():
+    for thing in things(True):
+        words = [thing.pattern, thing.shape, thing.colour, thing.second]
+        assert thing_of("_".join(filter(None, words))) == thing
+
+
+@pytest.mark.parametrize("name", ["corgi", "striped_mug_red", "solid_mug_red_blue", "dotted_mug"])
+def test_other_names_are_no_things(name):
+    with pytest.raises(ValueError, match=f"{name}: not a thing of the small world"):
+        thing_of(name)
+
+
+def test_other_prompts_are_no_scenes():
+    with pytest.raises(ValueError, match="names no scene of the small world"):
+        scene_of("a {} in a teapot")
