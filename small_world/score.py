@@ -60,6 +60,11 @@ class Case:
     def rng(self) -> np.random.Generator:
         return np.random.default_rng((FRESH, self.seed))
 
+    @property
+    def source(self) -> tuple[np.ndarray, np.ndarray]:
+        """The picture and mask that a concept is read from."""
+        return draw(self.thing, self.source_scene, self.rng, CONCEPT_SIDE)
+
 
 def make_cases(count: int, held_out_only: bool, seed: int) -> list[Case]:
     """Random things of one kind, each in a scene other than that of its source picture."""
@@ -100,10 +105,9 @@ def draw_prompts(
 
 def draw_concepts(pipe: ElitePipeline, lambda_: float, cases: list[Case], **options) -> Tensor:
     """ELITE, with each concept read from one render in another scene."""
-    sources = [draw(case.thing, case.source_scene, case.rng, CONCEPT_SIDE) for case in cases]
     out = pipe(
         [case.concept_prompt for case in cases],
-        concept=[pipe.encode_concept(image, mask) for image, mask in sources],
+        concept=[pipe.encode_concept(*case.source) for case in cases],
         lambda_=lambda_,
         seed=[case.seed for case in cases],
         output_type="pt",

@@ -1,0 +1,109 @@
+"""What the numbers say of the paper's claims: paired differences, intervals, verdicts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from elite.metrics import bootstrap
+
+FIDELITY = ("shape", "pattern", "colour")
+MARGIN = 0.05  # a loss of no more than this counts as none
+
+Interval = tuple[float, float, float]  # mean, low, high of 95 %
+Verdicts = Mapping[str, np.ndarray]  # attribute to 1, 0 or -1 per case
+
+
+def fidelity(verdicts: Verdicts) -> np.ndarray:
+    """Share of shape, pattern and main colour that is right, per case."""
+    return np.mean([verdicts[name] for name in FIDELITY], axis=0)
+
+
+def editability(verdicts: Verdicts) -> np.ndarray:
+    """1 where the prompt's scene is there, per case."""
+    return np.asarray(verdicts["scene"], dtype=np.float64)
+
+
+def interval(values: np.ndarray) -> Interval:
+    """Mean with its bootstrap interval; every case is a concept of its own."""
+    return bootstrap(list(values), [str(i) for i in range(len(values))])
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A difference that has to be above a bound."""
+
+    text: str
+    difference: Interval
+    bound: float = 0.0
+
+    @property
+    def verdict(self) -> str:
+        _, low, high = self.difference
+        if low > self.bound:
+            return "reproduced"
+        return "not reproduced" if high < self.bound else "undecided"
+
+    def __str__(self) -> str:
+        mean, low, high = (100 * value for value in self.difference)
+        above = f", bound {100 * self.bound:+.0f}" if self.bound else ""
+        return f"{self.text} {mean:+.1f} ({low:+.1f} to {high:+.1f}{above})"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One of the paper's claims; it holds where all its conditions do."""
+
+    text: str
+    conditions: Sequence[Condition]
+
+    @property
+    def verdict(self) -> str:
+        found = {condition.verdict for condition in self.conditions}
+        for verdict in ("not reproduced", "undecided"):
+            if verdict in found:
+                return verdict
+        return "reproduced"
+
+
+def judge_claims(rows: Mapping[str, Verdicts], lambdas: Sequence[float]) -> list[Claim]:
+    """The four claims, from rows named as in `reproduce`.
+
+    Differences are paired: the same things, scenes and seeds in both rows.
+    """
+    low, high = (f"w0 + local, {x}" for x in (min(lambdas), max(lambdas)))
+
+    def more(measure, name: str, a: str, b: str, bound: float = 0.0) -> Condition:
+        x, y = measure(rows[a]), measure(rows[b])
+        count = min(len(x), len(y))  # textual inversion has the first cases only
+        return Condition(f"{name}, {a} minus {b}:", interval(x[:count] - y[:count]), bound)
+
+    claims = [
+        Claim(
+            "w0 is more editable than all words",
+            [more(editability, "editability", "w0", "all words")],
+        ),
+        Claim(
+            "the local branch adds fidelity without costing editability",
+            [
+                more(fidelity, "fidelity", "w0 + local, 0.6", "w0"),
+                more(editability, "editability", "w0 + local, 0.6", "w0", -MARGIN),
+            ],
+        ),
+        Claim(
+            "lambda trades editability for fidelity",
+            [
+                more(fidelity, "fidelity", high, low),
+                more(editability, "editability", low, high),
+            ],
+        ),
+    ]
+    inverted = [name for name in rows if name.startswith("textual inversion")]
+    if inverted:
+        claims.append(
+            Claim(
+                "one forward pass reaches what textual inversion needs its steps for",
+                [more(fidelity, "fidelity", "w0 + local, 0.8", inverted[-1], -MARGIN)],
+            )
+        )
+    return claims

@@ -1,0 +1,112 @@
+"""Textual inversion of single pictures of the small world, the baseline of `reproduce`."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from elite.files import write_atomically, write_json
+from elite.loading import load_stable_diffusion, side_in_pixels
+from elite.pictures import PictureFolder
+from elite.textual_inversion import (
+    TextualInversionObjective,
+    initial_rows,
+    load_embeddings,
+    load_into,
+)
+from elite.training import fit, make_accelerator
+from small_world.pretrain import base_pipeline
+from small_world.score import Case, draw_prompts
+
+LEARNING_RATE, BATCH_SIZE = 5e-3, 4
+
+
+def placeholder(case: Case) -> str:
+    return f"<thing-{case.seed}>"
+
+
+def invert(model: Path, case: Case, folder: Path, step_counts: Sequence[int]) -> dict[int, float]:
+    """Learns one vector for the case's one picture, from its class word on, as its user would.
+
+    Leaves the embedding after each number of steps in `folder/STEPS`; does nothing where they are.
+
+    Returns:
+        Seconds of training by number of steps.
+    """
+    times = folder / "seconds.json"
+    seconds = json.loads(times.read_text()) if times.exists() else {}
+    if seconds.keys() != {str(steps) for steps in step_counts}:
+        write_atomically(
+            folder / "picture" / "0.png", lambda path: Image.fromarray(case.source[0]).save(path)
+        )
+        seconds, spent = {}, 0.0
+        for steps in step_counts:
+            spent += _train(model, case, folder, steps, resume=bool(seconds))
+            seconds[str(steps)] = spent
+        write_json(times, seconds)
+    return {int(steps): value for steps, value in seconds.items()}
+
+
+def _train(model: Path, case: Case, folder: Path, steps: int, resume: bool) -> float:
+    """Trains up to `steps`, goes on where the last call ended. Returns its seconds."""
+    parts = load_stable_diffusion(model)
+    embedding = parts["text_encoder"].get_input_embeddings()
+    start = initial_rows(embedding, parts["tokenizer"], 1, initializer=case.thing.shape)
+    pictures = PictureFolder(
+        folder / "picture",
+        resolution=side_in_pixels(parts["unet"], parts["vae"]),
+        placeholder=placeholder(case),
+    )
+    objective = TextualInversionObjective(parts, placeholder(case), {"text_encoder": start})
+    started = time.monotonic()
+    fit(
+        objective,
+        pictures,
+        make_accelerator(cpu=not torch.cuda.is_available()),
+        output_dir=folder,
+        max_steps=steps,
+        batch_size=BATCH_SIZE,
+        seed=case.seed,
+        learning_rate=LEARNING_RATE,
+        save_steps=0,
+        checkpoints_total_limit=1,
+        resume="latest" if resume else None,
+    )
+    objective.save_pretrained(folder / str(steps))
+    return time.monotonic() - started
+
+
+def invert_all(
+    model: Path, cases: Sequence[Case], folder: Path, step_counts: Sequence[int]
+) -> dict[int, float]:
+    """Inverts each case. Returns the mean seconds by number of steps."""
+    found = [
+        invert(model, case, folder / str(case.seed), step_counts)
+        for case in tqdm(cases, "textual inversion", unit="concept")
+    ]
+    return {steps: sum(times[steps] for times in found) / len(found) for steps in step_counts}
+
+
+def draw_inverted(model: Path, folder: Path, steps: int, cases: list[Case], **options) -> Tensor:
+    """The stock pipeline with the words of these cases after so many steps."""
+    pipe = _pipeline(model)
+    words: dict[str, Tensor] = {}
+    for case in cases:
+        words |= load_embeddings(folder / str(case.seed) / str(steps))["text_encoder"]
+    load_into(pipe, {"text_encoder": words})
+    return draw_prompts(
+        pipe, lambda case: case.concept_prompt.replace("S", placeholder(case), 1), cases, **options
+    )
+
+
+def _pipeline(model: Path) -> StableDiffusionPipeline:
+    parts = load_stable_diffusion(model)
+    pipe = base_pipeline(parts["vae"], parts["text_encoder"], parts["tokenizer"], parts["unet"])
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

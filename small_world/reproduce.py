@@ -1,0 +1,71 @@
+"""The paper's claims on the small world, as one table:
+
+    python -m small_world.reproduce [--output_dir runs/reproduce] [--samples 500] [--inversions 24]
+
+Held-out things, each read from one picture and drawn in another scene, by every method: class word,
+full description, all words, w0, w0 with the local branch over lambda, textual inversion after some
+numbers of steps. The judge says what is seen. OUTPUT_DIR receives results.md, results.json,
+curve.png and grid.png. What is drawn already is kept, so an interrupted run goes on where it
+stopped. Exit code 2: bad input.
+"""
+
+import argparse
+from pathlib import Path
+
+from elite.console import OK, quiet_libraries, run
+
+CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=CHECKPOINTS / "small_world")
+    parser.add_argument("--judge", type=Path, default=CHECKPOINTS / "small_world_judge")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/reproduce"))
+    parser.add_argument("--samples", type=int, default=500, help="pictures a method")
+    parser.add_argument(
+        "--inversions", type=int, default=24, help="concepts for textual inversion; 0 leaves it out"
+    )
+    parser.add_argument("--inversion_steps", type=int, nargs="+", default=[100, 500, 2000])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--guidance_scale", type=float, default=5.0)
+    parser.add_argument("--num_inference_steps", type=int, default=20)
+    parser.add_argument("--batch_size", type=int, default=25)
+    args = parser.parse_args(arguments)
+    for name in ("samples", "batch_size", "num_inference_steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: expected 1 or more")
+    if not 0 <= args.inversions <= args.samples:
+        raise ValueError(f"--inversions {args.inversions}: expected 0 to --samples {args.samples}")
+    if args.inversion_steps != sorted(set(args.inversion_steps)) or args.inversion_steps[0] < 1:
+        raise ValueError("--inversion_steps: expected numbers from 1 on, each above the last")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_args(arguments)
+    quiet_libraries()
+    from small_world.classifier import load_judge
+    from small_world.table import Table
+
+    table = Table(
+        args.model,
+        args.output_dir,
+        samples=args.samples,
+        inversions=args.inversions,
+        inversion_steps=args.inversion_steps,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+    )
+    table.draw()
+    print(table.report(load_judge(args.judge)))
+    print(f"\nmore in {args.output_dir}; look at {args.output_dir / 'grid.png'} first")
+    return OK
+
+
+if __name__ == "__main__":
+    run(main)

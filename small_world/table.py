@@ -1,0 +1,274 @@
+"""The table of `reproduce`: draws every method's pictures once, scores and reports them."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from elite.drawing import tile_rows
+from elite.files import write_atomically, write_json
+from elite.images import to_pixels
+from small_world.attributes import verdicts
+from small_world.claims import Claim, Verdicts, editability, fidelity, interval, judge_claims
+from small_world.classifier import Judge
+from small_world.inversion import draw_inverted, invert_all
+from small_world.objectives import ATTRIBUTES
+from small_world.samples import labels
+from small_world.score import Case, batches, draw_concepts, draw_prompts, load_pipelines, make_cases
+
+LAMBDAS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
+SHEET_CASES = 12
+TIMED = 20  # concepts encoded for the mean time
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table."""
+
+    name: str
+    cases: list[Case]
+    draw: Callable[[list[Case]], Tensor]  # to pixels (B, 3, H, W) in [-1, 1]
+
+    @property
+    def file(self) -> str:
+        """'w0 + local, 0.8' as 'w0_local_0.8.npz'."""
+        return "_".join(self.name.replace("+", "").replace(",", "").split()) + ".npz"
+
+
+class Table:
+    """All methods on the same held-out cases.
+
+    Args:
+        model: the small world's folder, mappers included.
+        folder: receives pictures, embeddings and reports.
+        samples: pictures a method.
+        inversions: the first so many cases are learned by textual inversion.
+        inversion_steps: ascending numbers of steps.
+
+    Raises:
+        ValueError: the model has no mappers.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        folder: Path,
+        *,
+        samples: int,
+        inversions: int,
+        inversion_steps: Sequence[int],
+        seed: int,
+        batch_size: int,
+        **drawing,  # num_inference_steps, guidance_scale
+    ) -> None:
+        self.model, self.folder, self.batch_size = model, folder, batch_size
+        self.base, self.elite = load_pipelines(model)
+        if self.elite is None:
+            raise ValueError(f"{model}: has no global_mapper/; train ELITE first")
+        self.drawing, self.inversion_steps = drawing, inversion_steps
+        self.cases = make_cases(samples, held_out_only=True, seed=seed)
+        self.inverted = self.cases[:inversions]
+        self.settings = {
+            "fingerprint": self.elite.fingerprint,
+            "samples": samples,
+            "seed": seed,
+            **drawing,
+        }
+        self.methods = [*self._text_methods(), *self._elite_methods(), *self._inversion_methods()]
+
+    def _text_methods(self) -> list[Method]:
+        text = partial(draw_prompts, self.base, **self.drawing)
+        return [
+            Method("class word", self.cases, partial(text, lambda case: case.class_prompt)),
+            Method("full description", self.cases, partial(text, lambda case: case.prompt)),
+        ]
+
+    def _elite_methods(self) -> list[Method]:
+        concepts = partial(draw_concepts, self.elite, **self.drawing)
+        return [
+            Method("all words", self.cases, partial(concepts, 0.0, words="all")),
+            Method("w0", self.cases, partial(concepts, 0.0)),
+            *(Method(f"w0 + local, {x}", self.cases, partial(concepts, x)) for x in LAMBDAS),
+        ]
+
+    def _inversion_methods(self) -> list[Method]:
+        folder = self.folder / "inversion"
+        return [
+            Method(
+                f"textual inversion, {steps} steps",
+                self.inverted,
+                partial(draw_inverted, self.model, folder, steps, **self.drawing),
+            )
+            for steps in (self.inversion_steps if self.inverted else ())
+        ]
+
+    # --- pictures ---------------------------------------------------------------------------------
+
+    def draw(self) -> None:
+        """Learns and draws what is not there yet."""
+        self.seconds = {"encode": self._encoding_seconds()}
+        if self.inverted:
+            folder = self.folder / "inversion"
+            found = invert_all(self.model, self.inverted, folder, self.inversion_steps)
+            self.seconds |= {f"textual inversion, {k} steps": s for k, s in found.items()}
+        missing = [method for method in self.methods if self._load(method) is None]
+        with tqdm(total=sum(len(method.cases) for method in missing), unit="picture") as progress:
+            for method in missing:
+                progress.set_description(method.name)
+                self._save(method, self._draw(method, progress))
+
+    def _draw(self, method: Method, progress: tqdm) -> np.ndarray:
+        """uint8 (N, H, W, 3)."""
+        parts = []
+        for cases in batches(method.cases, self.batch_size):
+            pixels = method.draw(cases).clamp(-1, 1).permute(0, 2, 3, 1)
+            parts.append(((pixels + 1) * 127.5).round().byte().cpu().numpy())
+            progress.update(len(cases))
+        return np.concatenate(parts)
+
+    def _encoding_seconds(self) -> float:
+        """Mean seconds from picture and mask to concept, the first one not counted."""
+        sources = [case.source for case in self.cases[: TIMED + 1]]
+        self.elite.encode_concept(*sources[0])
+        started = time.monotonic()
+        for image, mask in sources:
+            self.elite.encode_concept(image, mask)
+        return (time.monotonic() - started) / len(sources)
+
+    def _save(self, method: Method, pictures: np.ndarray) -> None:
+        path = self.folder / "drawn" / method.file
+        key = np.array(json.dumps(self.settings))
+        write_atomically(path, lambda temporary: np.savez(temporary, pictures=pictures, key=key))
+
+    def _load(self, method: Method) -> np.ndarray | None:
+        """The method's pictures, None where they are not drawn with these settings."""
+        path = self.folder / "drawn" / method.file
+        if not path.exists():
+            return None
+        with np.load(path, allow_pickle=False) as file:
+            same = str(file["key"]) == json.dumps(self.settings)
+            pictures = file["pictures"]
+        return pictures if same and len(pictures) == len(method.cases) else None
+
+    # --- report -----------------------------------------------------------------------------------
+
+    def report(self, judge: Judge) -> str:
+        """Scores all pictures and writes every file. Returns results.md."""
+        rows = {method.name: self._verdicts(judge, method) for method in self.methods}
+        claims = judge_claims(rows, LAMBDAS)
+        text = f"{self._table(rows)}\n\n{_claims_table(claims)}"
+        write_atomically(self.folder / "results.md", lambda path: path.write_text(text + "\n"))
+        write_json(self.folder / "results.json", self._results(rows, claims))
+        plot_curve(rows, self.folder / "curve.png")
+        write_atomically(self.folder / "grid.png", self._grid().save)
+        return text
+
+    def _verdicts(self, judge: Judge, method: Method) -> Verdicts:
+        pictures = self._load(method)
+        assert pictures is not None  # `draw` comes first
+        pixels = torch.stack([to_pixels(picture) for picture in pictures])
+        wanted = torch.tensor([labels(case.thing, case.scene) for case in method.cases])
+        return {name: found.numpy() for name, found in verdicts(judge, pixels, wanted).items()}
+
+    def _table(self, rows: dict[str, Verdicts]) -> str:
+        head = ["% (95 % interval)", *ATTRIBUTES, "fidelity", "editability", "seconds", "concepts"]
+        lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+        for name, found in rows.items():
+            cells = [_percent(found[a][found[a] >= 0]) for a in ATTRIBUTES]
+            cells += [_percent(fidelity(found)), _percent(editability(found))]
+            cells += [self._seconds(name), str(len(found["shape"]))]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
+    def _seconds(self, name: str) -> str:
+        """What one new concept costs before it can be drawn."""
+        encode = self.seconds["encode"]
+        if name in self.seconds:
+            return f"{self.seconds[name]:.1f} ({self.seconds[name] / encode:.0f} x)"
+        return f"{encode:.3f}" if name[0] == "w" or name == "all words" else "-"
+
+    def _results(self, rows: dict[str, Verdicts], claims: Sequence[Claim]) -> dict:
+        scores = {}
+        for name, found in rows.items():
+            values = {a: found[a][found[a] >= 0] for a in ATTRIBUTES}
+            values |= {"fidelity": fidelity(found), "editability": editability(found)}
+            scores[name] = {key: interval(value) for key, value in values.items() if len(value)}
+        return {
+            "settings": {**self.settings, "inversions": len(self.inverted)},
+            "seconds": self.seconds,
+            "scores": scores,
+            "claims": [
+                {"claim": c.text, "verdict": c.verdict, "evidence": [str(x) for x in c.conditions]}
+                for c in claims
+            ],
+        }
+
+    def _grid(self) -> Image.Image:
+        """Input, then each method's picture of the first cases."""
+        columns, shown = ["input"], []
+        for method in self.methods:
+            columns.append(method.name)
+            shown.append(self._load(method))
+        rows = []
+        for i, case in enumerate((self.inverted or self.cases)[:SHEET_CASES]):
+            drawn = [Image.fromarray(pictures[i]) for pictures in shown if pictures is not None]
+            rows.append([Image.fromarray(case.source[0]), *drawn])
+        return tile_rows(rows, columns, "held-out things, each in another scene")
+
+
+def _percent(values: np.ndarray) -> str:
+    if not len(values):
+        return "-"
+    mean, low, high = (100 * value for value in interval(np.asarray(values, dtype=np.float64)))
+    return f"{mean:.1f} ({low:.1f}-{high:.1f})"
+
+
+def _claims_table(claims: Sequence[Claim]) -> str:
+    lines = ["| the paper says | here | evidence (points, 95 % interval) |", "|---|---|---|"]
+    for claim in claims:
+        evidence = "; ".join(str(condition) for condition in claim.conditions)
+        lines.append(f"| {claim.text} | {claim.verdict} | {evidence} |")
+    return "\n".join(lines)
+
+
+def plot_curve(rows: dict[str, Verdicts], path: Path) -> None:
+    """Fidelity over editability: a curve over lambda from w0 on, the other methods as points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 5), dpi=110)
+    curve = [name for name in rows if name == "w0" or name.startswith("w0 +")]
+    for group in (curve, *([name] for name in rows if name not in curve)):
+        points = [(interval(editability(rows[n])), interval(fidelity(rows[n]))) for n in group]
+        x, y = ([100 * axis[0] for axis in column] for column in zip(*points, strict=True))
+        errors = [
+            [
+                [100 * (axis[0] - axis[1]) for axis in column],
+                [100 * (axis[2] - axis[0]) for axis in column],
+            ]
+            for column in zip(*points, strict=True)
+        ]
+        label = "w0 + local over lambda" if group is curve else group[0]
+        style = {"fmt": "o-" if group is curve else "s", "capsize": 2, "elinewidth": 0.6}
+        axes.errorbar(x, y, xerr=errors[0], yerr=errors[1], label=label, **style)
+        if group is curve:
+            for name, a, b in zip(group, x, y, strict=True):
+                text = name.rsplit(" ", 1)[-1]
+                axes.annotate(text, (a, b), textcoords="offset points", xytext=(5, 5), fontsize=8)
+    axes.set_xlabel("editability: prompt's scene there, %")
+    axes.set_ylabel("fidelity: shape, pattern, colour right, %")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+    pyplot.close(figure)

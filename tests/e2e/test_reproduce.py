@@ -1,0 +1,97 @@
+"""The table of the paper's claims at a reduced size, on the shipped small world."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from small_world import reproduce
+from small_world.table import LAMBDAS, Table
+
+SMALL = ["--samples", "3", "--inversions", "2", "--inversion_steps", "1", "3"]
+SMALL += ["--num_inference_steps", "2", "--batch_size", "2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reproduce")
+    assert reproduce.main([*SMALL, "--output_dir", str(folder)]) == 0
+    return folder
+
+
+def test_every_method_has_its_row(folder):
+    table, claims = (folder / "results.md").read_text().strip().split("\n\n")
+    names = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[2:]]
+    assert names == [
+        "class word",
+        "full description",
+        "all words",
+        "w0",
+        *(f"w0 + local, {x}" for x in LAMBDAS),
+        "textual inversion, 1 steps",
+        "textual inversion, 3 steps",
+    ]
+    assert len(claims.splitlines()) == 2 + 4
+    results = json.loads((folder / "results.json").read_text())
+    assert results["scores"].keys() == set(names)
+    assert results["settings"]["samples"] == 3 and results["settings"]["inversions"] == 2
+    ratio = results["seconds"]["textual inversion, 3 steps"] / results["seconds"]["encode"]
+    assert f"({ratio:.0f} x)" in table
+    for picture in ("grid.png", "curve.png"):
+        with Image.open(folder / picture) as sheet:
+            assert sheet.width > 600
+
+
+def test_words_were_learned_further(folder):
+    words = sorted((folder / "inversion").glob("*/*/learned_embeds.safetensors"))
+    assert [path.parent.name for path in words] == ["1", "3"] * 2
+    assert len({path.read_bytes() for path in words}) == 4
+
+
+def test_a_second_run_draws_nothing_anew(folder, monkeypatch):
+    results = (folder / "results.md").read_text()
+    monkeypatch.setattr(Table, "_draw", lambda *_: pytest.fail("drawn again"))
+    assert reproduce.main([*SMALL, "--output_dir", str(folder)]) == 0
+    again = (folder / "results.md").read_text()
+    assert [line.split("|")[1:9] for line in again.splitlines()] == [
+        line.split("|")[1:9] for line in results.splitlines()
+    ]
+
+
+def test_other_settings_draw_anew(folder, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        Table, "_draw", lambda self, method, _: drawn.append(method.name) or self._load(method)
+    )
+    monkeypatch.setattr(Table, "_save", lambda *_: None)
+    monkeypatch.setattr(Table, "report", lambda *_: "")
+    arguments = [*SMALL, "--output_dir", str(folder)]
+    reproduce.main([*arguments, "--guidance_scale", "4"])
+    assert len(drawn) == 12
+    drawn.clear()
+    lost = folder / "drawn" / "w0.npz"
+    content = lost.read_bytes()
+    lost.unlink()
+    reproduce.main(arguments)
+    lost.write_bytes(content)
+    assert drawn == ["w0"]
+
+
+def test_every_lambda_draws_another_picture(folder):
+    pictures = {path.stem: np.load(path)["pictures"] for path in (folder / "drawn").glob("w0*.npz")}
+    assert len(pictures) == 1 + len(LAMBDAS)
+    assert len({values.tobytes() for values in pictures.values()}) == len(pictures)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--samples", "0"], "--samples 0: expected 1 or more"),
+        (["--inversions", "9", "--samples", "3"], "--inversions 9: expected 0 to --samples 3"),
+        (["--inversion_steps", "5", "2"], "each above the last"),
+    ],
+)
+def test_mistakes(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        reproduce.main(arguments)

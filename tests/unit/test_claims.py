@@ -1,0 +1,95 @@
+"""Claims of the paper from verdicts: paired differences, bounds, and what they decide."""
+
+import numpy as np
+import pytest
+
+from small_world.claims import Condition, editability, fidelity, interval, judge_claims
+
+LAMBDAS = (0.2, 0.6, 0.8, 1.2)
+
+
+def row(shape, scene, count=200):
+    """So many of the cases right, the same ones first; pattern and colour follow the shape."""
+    right = (np.arange(count) < shape * count).astype(int)
+    return {
+        "shape": right,
+        "pattern": right,
+        "colour": right,
+        "second": np.full(count, -1),
+        "scene": (np.arange(count) < scene * count).astype(int),
+    }
+
+
+def rows(**changed):
+    """Numbers under which every claim holds."""
+    found = {
+        "class word": row(0.4, 1.0),
+        "all words": row(0.8, 0.5),
+        "w0": row(0.5, 0.9),
+        "w0 + local, 0.2": row(0.6, 0.9),
+        "w0 + local, 0.6": row(0.8, 0.9),
+        "w0 + local, 0.8": row(0.85, 0.85),
+        "w0 + local, 1.2": row(0.9, 0.6),
+        "textual inversion, 10 steps": row(0.5, 0.9, 40),
+        "textual inversion, 50 steps": row(0.85, 0.9, 40),
+    }
+    return found | {name.replace("_", " "): value for name, value in changed.items()}
+
+
+def verdicts(**changed):
+    return [claim.verdict for claim in judge_claims(rows(**changed), LAMBDAS)]
+
+
+def test_fidelity_and_editability_of_a_case():
+    found = {"shape": np.array([1, 0]), "pattern": np.array([1, 1]), "colour": np.array([1, 0])}
+    assert fidelity(found) == pytest.approx([1, 1 / 3])
+    assert editability({"scene": np.array([0, 1])}).tolist() == [0.0, 1.0]
+
+
+def test_claims_that_hold():
+    assert verdicts() == ["reproduced"] * 4
+
+
+def test_claims_that_fail():
+    assert verdicts(w0=row(0.5, 0.3))[0] == "not reproduced"
+    assert verdicts(**{"w0 + local, 0.6": row(0.8, 0.7)})[1] == "not reproduced"  # costs scenes
+    assert verdicts(**{"w0 + local, 0.6": row(0.3, 0.9)})[1] == "not reproduced"  # adds nothing
+    assert verdicts(**{"w0 + local, 1.2": row(0.9, 1.0)})[2] == "not reproduced"
+    better = row(1.0, 0.9)
+    assert verdicts(**{"textual inversion, 50 steps": better, "w0 + local, 0.8": row(0.5, 0.9)})[
+        3
+    ] == ("not reproduced")
+
+
+def test_no_difference_decides_nothing():
+    assert verdicts(w0=row(0.5, 0.5))[0] == "undecided"
+    small = {name: row(0.5, 0.5, 4) for name in rows()}
+    small["w0"] = row(0.5, 0.75, 4)
+    assert judge_claims(small, LAMBDAS)[0].verdict == "undecided"
+
+
+def test_a_small_loss_is_none():
+    """Non-inferiority: 2 points less editable, but surely less than 5."""
+    losing = row(0.8, 0.9)
+    losing["scene"] = losing["scene"].copy()
+    losing["scene"][:2] = 0
+    assert verdicts(**{"w0 + local, 0.6": losing})[1] == "reproduced"
+
+
+def test_without_textual_inversion_there_are_three():
+    found = {name: value for name, value in rows().items() if "inversion" not in name}
+    assert len(judge_claims(found, LAMBDAS)) == 3
+
+
+def test_differences_are_paired():
+    """The same cases differ by exactly one in ten: no spread from the cases themselves."""
+    a, b = np.tile([1.0, 0.0], 50), np.tile([1.0, 0.0], 50)
+    a[1::20] = 1
+    mean, low, high = interval(a - b)
+    assert mean == pytest.approx(0.05) and 0 < low < high < 0.12
+
+
+def test_condition_is_told_in_points():
+    condition = Condition("editability:", (0.1, 0.05, 0.2), -0.05)
+    assert str(condition) == "editability: +10.0 (+5.0 to +20.0, bound -5)"
+    assert condition.verdict == "reproduced"
