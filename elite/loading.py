@@ -88,7 +88,7 @@ def load_parts(
     parts = load_stable_diffusion(model, tokenizer, revision)
     if not isinstance(image_encoder, CLIPVisionModel):
         source = image_encoder or inside(model, "image_encoder") or HUB_IMAGE_ENCODER
-        image_encoder = _load_part(CLIPVisionModel, source)
+        image_encoder = load_part(CLIPVisionModel, source)
     return {**parts, "image_encoder": image_encoder}
 
 
@@ -102,7 +102,7 @@ def load_stable_diffusion(
     """
     hub = {"revision": revision} if revision else {}
     parts = {
-        name: _load_part(cls, model, name, **hub)
+        name: load_part(cls, model, name, **hub)
         for name, cls in (
             ("text_encoder", CLIPTextModel),
             ("vae", AutoencoderKL),
@@ -114,7 +114,7 @@ def load_stable_diffusion(
     else:
         parts["tokenizer"] = _load_tokenizer(parts["text_encoder"], tokenizer)
     if is_xl(parts["unet"]):
-        second = _load_part(CLIPTextModelWithProjection, model, "text_encoder_2", **hub)
+        second = load_part(CLIPTextModelWithProjection, model, "text_encoder_2", **hub)
         parts["text_encoder_2"] = second
         parts["tokenizer_2"] = _load_tokenizer(second, model, "tokenizer_2", **hub)
     return {**parts, "scheduler": _load_scheduler(model, hub)}
@@ -141,7 +141,7 @@ def _load_tokenizer(
     **hub: str,
 ) -> CLIPTokenizer:
     """A tokenizer that gives no more tokens than its text encoder reads."""
-    tokenizer = _load_part(CLIPTokenizer, source, subfolder, **hub)
+    tokenizer = load_part(CLIPTokenizer, source, subfolder, **hub)
     limit = text_encoder.config.max_position_embeddings
     tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
     return tokenizer
@@ -152,11 +152,11 @@ def _load_scheduler(model: str | Path, hub: dict) -> KarrasDiffusionSchedulers:
     Diffusion's."""
     if Path(model).is_dir() and not (Path(model) / "scheduler").is_dir():
         return make_scheduler("lms")
-    config = _load_part(LMSDiscreteScheduler, model, "scheduler", loader="load_config", **hub)
+    config = load_part(LMSDiscreteScheduler, model, "scheduler", loader="load_config", **hub)
     return make_scheduler("lms", config)
 
 
-def _load_part(
+def load_part(
     cls: type,
     source: str | Path,
     subfolder: str = "",

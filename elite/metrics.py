@@ -4,7 +4,6 @@ measures them (Ruiz et al. 2023), and confidence intervals.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModel, CLIPModel, CLIPTokenizer
 
 from elite.images import CLIP_MEAN, CLIP_STD, normalise
+from elite.loading import load_part
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -40,8 +40,8 @@ class Clip:
     """
 
     def __init__(self, source: str | Path, device: torch.device | str = "cpu") -> None:
-        self.model = _load(CLIPModel, source).to(device)
-        self.tokenizer = _load(CLIPTokenizer, source)
+        self.model = load_part(CLIPModel, source).to(device)
+        self.tokenizer = load_part(CLIPTokenizer, source)
         self.side = self.model.config.vision_config.image_size
 
     @torch.no_grad()
@@ -77,7 +77,7 @@ class Dino:
     """
 
     def __init__(self, source: str | Path, device: torch.device | str = "cpu") -> None:
-        self.model = _load(AutoModel, source).to(device)
+        self.model = load_part(AutoModel, source).to(device)
         self.side = self.model.config.image_size
 
     @torch.no_grad()
@@ -114,15 +114,3 @@ def bootstrap(
     means = sums[drawn].sum(1) / counts[drawn].sum(1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(sums.sum() / counts.sum()), float(low), float(high)
-
-
-def _load(kind: Any, source: str | Path) -> Any:
-    try:
-        part = kind.from_pretrained(source)
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-        raise ValueError(
-            f"{source}: cannot load {kind.__name__} ({reason}); expected a local folder or a hub "
-            "name"
-        ) from None
-    return part.float().eval() if isinstance(part, torch.nn.Module) else part

@@ -14,8 +14,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # A module imports only from lines above its own.
 LAYERS = (
     ("augment", "console", "files", "images", "loading", "mappers", "settings", "stream", "text"),
-    ("attention", "checkpoint", "concept", "config", "data", "metrics"),
-    ("objectives", "pictures", "pipeline", "subjects", "training"),
+    ("attention", "checkpoint", "concept", "config", "data"),
+    ("metrics", "objectives", "pictures", "pipeline", "subjects", "training"),
     ("drawing", "textual_inversion"),
     ("evaluation", "inference", "stages"),
 )
