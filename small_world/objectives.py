@@ -64,7 +64,8 @@ class ImageEncoderObjective(nn.Module):
             name: F.cross_entropy(head(cls), batch["labels"][:, i], ignore_index=-1)
             for i, (name, head) in enumerate(self.heads.items())
         }
-        contrastive = self._contrastive(cls, batch["input_ids"])
+        named = batch["labels"][:, 2] >= 0  # recoloured pictures no longer fit their caption
+        contrastive = self._contrastive(cls[named], batch["input_ids"][named])
         patches = self.patch_head(vision.last_hidden_state[:, 1:])  # (B, 64, 12)
         side = round(patches.shape[1] ** 0.5)
         colours = F.pixel_unshuffle(F.adaptive_avg_pool2d(clip_pixels, 2 * side), 2)

@@ -14,7 +14,9 @@ from data_scripts import make_small_world as writer
 from elite.data import OpenImagesBoxes, OpenImagesMasks, PairFolder, load_mask_boxes
 from elite.images import read_image, read_mask
 from small_world.classifier import Judge, JudgeObjective, disturbed, load_judge
-from small_world.objectives import ATTRIBUTES
+from small_world.models import build_clip
+from small_world.objectives import ATTRIBUTES, ImageEncoderObjective
+from small_world.pretrain import recoloured, token_ids
 from small_world.render import Pose, draw, draw_scene
 from small_world.samples import labels
 from small_world.score import (
@@ -361,3 +363,31 @@ def test_shipped_judge_is_right_on_fresh_renders_and_small():
     scores = score_rows(judge, [row], batch_size=100)["renders"]
     assert all(scores[name]["accuracy"] > 0.95 for name in ("shape", "pattern", "colour", "scene"))
     assert sum(path.stat().st_size for path in SHIPPED_JUDGE.iterdir()) < 3_000_000
+
+
+def test_recoloured_pictures_keep_shape_and_pattern_alone():
+    image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    labels = torch.tensor([3, 1, 5, 2, 7])
+    found = [recoloured(image, labels, np.random.default_rng(i)) for i in range(40)]
+    assert all(kept.tolist() == [3, 1, -1, -1, -1] for _, kept in found)
+    channels = {x[..., i].tobytes() for x, _ in found for i in range(3)}
+    assert channels == {
+        picture[..., i].tobytes() for picture in (image, 255 - image) for i in range(3)
+    }
+
+
+def test_captions_of_recoloured_pictures_play_no_part():
+    """The contrastive loss sees only pictures that still have their colour."""
+    torch.manual_seed(0)
+    objective = ImageEncoderObjective(build_clip(build_tokenizer())).eval()
+    batch = {
+        "clip_pixels": torch.randn(3, 3, 64, 64),
+        "labels": torch.tensor([[0, 1, 2, 3, 4], [1, 0, 3, -1, 2], [2, 2, -1, -1, -1]]),
+        "input_ids": token_ids(build_tokenizer(), ["a red mug", "a car", "a fish"]),
+    }
+    with torch.no_grad():
+        first = objective(batch)["contrastive"]
+        batch["input_ids"][2] = batch["input_ids"][0]
+        assert objective(batch)["contrastive"] == first
+        batch["input_ids"][1] = batch["input_ids"][0]
+        assert objective(batch)["contrastive"] != first
