@@ -36,6 +36,7 @@ class Method:
     name: str
     cases: list[Case]
     draw: Callable[[list[Case]], Tensor]  # to pixels (B, 3, H, W) in [-1, 1]
+    cost: str | None = None  # which of the table's seconds a new concept takes; None: nothing
 
     @property
     def file(self) -> str:
@@ -94,9 +95,12 @@ class Table:
     def _elite_methods(self) -> list[Method]:
         concepts = partial(draw_concepts, self.elite, **self.drawing)
         return [
-            Method("all words", self.cases, partial(concepts, 0.0, words="all")),
-            Method("w0", self.cases, partial(concepts, 0.0)),
-            *(Method(f"w0 + local, {x}", self.cases, partial(concepts, x)) for x in LAMBDAS),
+            Method("all words", self.cases, partial(concepts, 0.0, words="all"), "encode"),
+            Method("w0", self.cases, partial(concepts, 0.0), "encode"),
+            *(
+                Method(f"w0 + local, {x}", self.cases, partial(concepts, x), "encode")
+                for x in LAMBDAS
+            ),
         ]
 
     def _inversion_methods(self) -> list[Method]:
@@ -106,6 +110,7 @@ class Table:
                 f"textual inversion, {steps} steps",
                 self.inverted,
                 partial(draw_inverted, self.model, folder, steps, **self.drawing),
+                str(steps),
             )
             for steps in (self.inversion_steps if self.inverted else ())
         ]
@@ -118,7 +123,7 @@ class Table:
         if self.inverted:
             folder = self.folder / "inversion"
             found = invert_all(self.model, self.inverted, folder, self.inversion_steps)
-            self.seconds |= {f"textual inversion, {k} steps": s for k, s in found.items()}
+            self.seconds |= {str(steps): seconds for steps, seconds in found.items()}
         missing = [method for method in self.methods if self._load(method) is None]
         with tqdm(total=sum(len(method.cases) for method in missing), unit="picture") as progress:
             for method in missing:
@@ -181,19 +186,21 @@ class Table:
     def _table(self, rows: dict[str, Verdicts]) -> str:
         head = ["% (95 % interval)", *ATTRIBUTES, "fidelity", "editability", "seconds", "concepts"]
         lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+        costs = {method.name: self._seconds(method) for method in self.methods}
         for name, found in rows.items():
             cells = [_percent(found[a][found[a] >= 0]) for a in ATTRIBUTES]
             cells += [_percent(fidelity(found)), _percent(editability(found))]
-            cells += [self._seconds(name), str(len(found["shape"]))]
+            cells += [costs[name], str(len(found["shape"]))]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         return "\n".join(lines)
 
-    def _seconds(self, name: str) -> str:
-        """What one new concept costs before it can be drawn."""
-        encode = self.seconds["encode"]
-        if name in self.seconds:
-            return f"{self.seconds[name]:.1f} ({self.seconds[name] / encode:.0f} x)"
-        return f"{encode:.3f}" if name[0] == "w" or name == "all words" else "-"
+    def _seconds(self, method: Method) -> str:
+        """What one new concept costs before it can be drawn; how many encodings that is."""
+        if method.cost is None:
+            return "-"
+        seconds, encode = self.seconds[method.cost], self.seconds["encode"]
+        ratio = f" ({seconds / encode:.0f} x)" if method.cost != "encode" else ""
+        return f"{seconds:.3g}{ratio}"
 
     def _results(self, rows: dict[str, Verdicts], claims: Sequence[Claim]) -> dict:
         scores = {}
