@@ -18,9 +18,13 @@ from elite.files import write_atomically
 from elite.images import to_pixels
 from elite.training import checkpoints, fit, make_accelerator
 from small_world.objectives import ATTRIBUTES
-from small_world.samples import load_samples
+from small_world.samples import load_samples, render_samples
+from small_world.world import ALL_SHAPES, unseen_things
 
-# Images seen; 9 minutes of one CPU core.
+# What it names: the silhouettes that no model has seen, too.
+JUDGED = {**ATTRIBUTES, "shape": len(ALL_SHAPES)}
+NUM_UNSEEN = 30_000  # renders of those, beside the pretraining renders
+# Images seen.
 RECIPE = {"images": 120_000, "batch_size": 64, "learning_rate": 2e-3, "ema_decay": 0.999}
 
 
@@ -56,7 +60,7 @@ class Judge(ModelMixin, ConfigMixin):
             layers.append(ResidualBlock(wide))
         self.features = nn.Sequential(*layers, nn.GroupNorm(8, widths[-1]), nn.SiLU())
         self.heads = nn.ModuleDict(
-            {name: nn.Linear(2 * widths[-1], count) for name, count in ATTRIBUTES.items()}
+            {name: nn.Linear(2 * widths[-1], count) for name, count in JUDGED.items()}
         )
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
@@ -88,20 +92,23 @@ class JudgeObjective(nn.Module):
 
 
 class JudgeSamples:
-    """The pretraining renders that show more than a cut-out, each time disturbed anew."""
+    """The renders of some folders that show more than a cut-out, each time disturbed anew."""
 
-    def __init__(self, folder: Path) -> None:
-        self.images, records = load_samples(folder)
-        self.kept = [i for i, record in enumerate(records) if record["framing"] != "cutout"]
-        self.labels = torch.tensor([record["labels"] for record in records])
+    def __init__(self, *folders: Path) -> None:
+        self.shown = [
+            (images, i, torch.tensor(record["labels"]))
+            for images, records in map(load_samples, folders)
+            for i, record in enumerate(records)
+            if record["framing"] != "cutout"
+        ]
 
     def __len__(self) -> int:
-        return len(self.kept)
+        return len(self.shown)
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        i = self.kept[index]
-        pixels = F.avg_pool2d(to_pixels(np.array(self.images[i])), 2)
-        return {"pixels": disturbed(pixels, rng), "labels": self.labels[i]}
+        images, i, labels = self.shown[index]
+        pixels = F.avg_pool2d(to_pixels(np.array(images[i])), 2)
+        return {"pixels": disturbed(pixels, rng), "labels": labels}
 
 
 def disturbed(pixels: Tensor, rng: np.random.Generator) -> Tensor:
@@ -120,12 +127,14 @@ def disturbed(pixels: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def train_judge(work_dir: Path, target: Path) -> None:
-    """Trains the judge on `WORK_DIR/samples`, from its last checkpoint where there is one."""
+    """Trains the judge on `WORK_DIR/samples` and on renders of silhouettes that nothing else is
+    trained on, from its last checkpoint where there is one."""
     folder = work_dir / "judge"
+    render_samples(work_dir / "unseen_samples", NUM_UNSEEN, unseen_things(), seed=1)
     objective = JudgeObjective(Judge())
     fit(
         objective,
-        JudgeSamples(work_dir / "samples"),
+        JudgeSamples(work_dir / "samples", work_dir / "unseen_samples"),
         make_accelerator(cpu=not torch.cuda.is_available()),
         output_dir=folder,
         max_steps=RECIPE["images"] // RECIPE["batch_size"],

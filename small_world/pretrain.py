@@ -30,6 +30,7 @@ from small_world.models import build_clip, build_text_encoder, build_unet, build
 from small_world.objectives import BaseModelObjective, ImageEncoderObjective, VAEObjective
 from small_world.samples import load_samples, render_samples
 from small_world.tokenizer import MAX_LENGTH, build_tokenizer
+from small_world.world import things
 
 REPOSITORY = Path(__file__).parents[1]
 NUM_SAMPLES = 60_000
@@ -280,7 +281,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.part == "samples":
-        render_samples(args.work_dir / "samples", NUM_SAMPLES)
+        render_samples(args.work_dir / "samples", NUM_SAMPLES, things(held_out_only=False))
     elif args.part == "assemble":
         assemble(args.work_dir, args.target)
     else:

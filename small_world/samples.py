@@ -7,6 +7,7 @@ black, zoomed in; `cutout` (object alone on black) is for the image encoder only
 
 import json
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -17,13 +18,12 @@ from tqdm import tqdm
 from elite.data import PHOTO_TEMPLATES
 from small_world.render import draw
 from small_world.world import (
+    ALL_SHAPES,
     COLOURS,
     PATTERNS,
     SCENES,
-    SHAPES,
     Thing,
     random_thing,
-    things,
     with_article,
 )
 
@@ -90,10 +90,9 @@ def framed(
     return _resize(image[rows, columns], SIDE), _phrase(noun, rng), True
 
 
-def _render_chunk(seed: int) -> tuple[np.ndarray, list[dict]]:
+def _render_chunk(pool: list[Thing], seed: int) -> tuple[np.ndarray, list[dict]]:
     cv2.setNumThreads(1)
     rng = np.random.default_rng(seed)
-    pool = things(held_out_only=False)
     images, records = [], []
     for _ in range(CHUNK):
         thing = random_thing(rng, pool)
@@ -115,7 +114,7 @@ def labels(thing: Thing, scene: str | None) -> list[int]:
     """[shape, pattern, main colour, second colour, scene] as indices; -1 where there is none."""
     colours = list(COLOURS)
     return [
-        SHAPES.index(thing.shape),
+        ALL_SHAPES.index(thing.shape),
         PATTERNS.index(thing.pattern),
         colours.index(thing.colour),
         -1 if thing.second is None else colours.index(thing.second),
@@ -123,9 +122,11 @@ def labels(thing: Thing, scene: str | None) -> list[int]:
     ]
 
 
-def render_samples(folder: Path, count: int, seed: int = 0, workers: int = 2) -> None:
-    """Writes `images.npy` (count, SIDE, SIDE, 3) and `records.json`; does nothing where they
-    exist."""
+def render_samples(
+    folder: Path, count: int, pool: list[Thing], seed: int = 0, workers: int = 2
+) -> None:
+    """Writes `images.npy` (count, SIDE, SIDE, 3) and `records.json` of things of the pool; does
+    nothing where they exist."""
     if (folder / "records.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -135,7 +136,8 @@ def render_samples(folder: Path, count: int, seed: int = 0, workers: int = 2) ->
     records: list[dict] = []
     chunks = range(seed * 1_000_000, seed * 1_000_000 + count // CHUNK)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as executor:
-        rendered = tqdm(executor.map(_render_chunk, chunks), "render", len(chunks), unit="chunk")
+        work = executor.map(partial(_render_chunk, pool), chunks)
+        rendered = tqdm(work, "render", len(chunks), unit="chunk")
         for i, (pictures, described) in enumerate(rendered):
             images[i * CHUNK : (i + 1) * CHUNK] = pictures
             records += described

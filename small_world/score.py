@@ -21,12 +21,14 @@ from small_world.objectives import ATTRIBUTES
 from small_world.pretrain import base_pipeline
 from small_world.render import draw
 from small_world.samples import framed, labels
-from small_world.world import SCENES, Thing, random_thing, things, with_article
+from small_world.world import SCENES, Thing, random_thing, things, unseen_things, with_article
 
 FRESH = 7  # random stream of the judged cases, apart from every training render
 CONCEPT_SIDE = 256  # of the picture a concept is read from
 LAMBDAS = (0.8, 0.6)
+KINDS = ("trained", "held out", "unseen")  # the last: of unseen silhouettes
 RENDERS = "renders of held-out things"
+UNSEEN_RENDERS = "renders of unseen silhouettes"
 Z = 1.959964  # of a 95 % interval
 
 
@@ -66,10 +68,11 @@ class Case:
         return draw(self.thing, self.source_scene, self.rng, CONCEPT_SIDE)
 
 
-def make_cases(count: int, held_out_only: bool, seed: int) -> list[Case]:
-    """Random things of one kind, each in a scene other than that of its source picture."""
-    rng = np.random.default_rng((FRESH, seed, int(held_out_only)))
-    pool, cases = things(held_out_only), []
+def make_cases(count: int, kind: str, seed: int) -> list[Case]:
+    """Random things of one of KINDS, each in a scene other than that of its source picture."""
+    rng = np.random.default_rng((FRESH, seed, KINDS.index(kind)))
+    pool = unseen_things() if kind == "unseen" else things(held_out_only=kind == "held out")
+    cases = []
     for _ in range(count):
         thing = random_thing(rng, pool)
         scene, source = (str(name) for name in rng.choice(list(SCENES), size=2, replace=False))
@@ -139,14 +142,20 @@ def base_rows(
     ]
 
 
-def elite_rows(pipe: ElitePipeline, held_out: list[Case], **options) -> list[Row]:
+def elite_rows(
+    pipe: ElitePipeline, held_out: list[Case], unseen: list[Case], **options
+) -> list[Row]:
+    """Held-out things over lambda, and silhouettes that the whole model has never seen."""
     return [
         Row(
-            f"ELITE, held-out things, lambda {lambda_}",
-            held_out,
+            f"ELITE, {kind}, lambda {lambda_}",
+            cases,
             partial(draw_concepts, pipe, lambda_, **options),
         )
-        for lambda_ in LAMBDAS
+        for kind, cases, lambda_ in (
+            *(("held-out things", held_out, x) for x in LAMBDAS),
+            ("unseen silhouettes", unseen, LAMBDAS[0]),
+        )
     ]
 
 
@@ -246,14 +255,18 @@ def score_model(
     **options,  # of every drawing call
 ) -> dict[str, dict]:
     """Every row of the report."""
-    known, held_out = (make_cases(samples, flag, seed) for flag in (False, True))
+    known, held_out, unseen = (make_cases(samples, kind, seed) for kind in KINDS)
     rows = base_rows(base, known, held_out, **options)
+    rows.append(Row(UNSEEN_RENDERS, unseen, draw_renders))
     if elite is not None:
-        rows += elite_rows(elite, held_out, **options)
+        rows += elite_rows(elite, held_out, unseen, **options)
     return score_rows(judge.to(base.device), rows, batch_size)
 
 
 def score_judge(judge: Judge, samples: int = 2000) -> dict[str, dict]:
     """The judge alone, on fresh renders."""
-    cases = make_cases(samples, held_out_only=True, seed=0)
-    return score_rows(judge, [Row(RENDERS, cases, draw_renders)], batch_size=100)
+    rows = [
+        Row(name, make_cases(samples, kind, seed=0), draw_renders)
+        for name, kind in ((RENDERS, "held out"), (UNSEEN_RENDERS, "unseen"))
+    ]
+    return score_rows(judge, rows, batch_size=100)

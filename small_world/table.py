@@ -22,9 +22,18 @@ from small_world.classifier import Judge
 from small_world.inversion import draw_inverted, invert_all
 from small_world.objectives import ATTRIBUTES
 from small_world.samples import labels
-from small_world.score import Case, batches, draw_concepts, draw_prompts, load_pipelines, make_cases
+from small_world.score import (
+    KINDS,
+    Case,
+    batches,
+    draw_concepts,
+    draw_prompts,
+    load_pipelines,
+    make_cases,
+)
 
 LAMBDAS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
+UNSEEN = "unseen silhouettes, w0 + local, 0.8"
 SHEET_CASES = 12
 TIMED = 20  # concepts encoded for the mean time
 
@@ -75,7 +84,7 @@ class Table:
         if self.elite is None:
             raise ValueError(f"{model}: has no global_mapper/; train ELITE first")
         self.drawing, self.inversion_steps = drawing, inversion_steps
-        self.cases = make_cases(samples, held_out_only=True, seed=seed)
+        self.cases, self.unseen = (make_cases(samples, kind, seed) for kind in KINDS[1:])
         self.inverted = self.cases[:inversions]
         self.settings = {
             "fingerprint": self.elite.fingerprint,
@@ -101,6 +110,7 @@ class Table:
                 Method(f"w0 + local, {x}", self.cases, partial(concepts, x), "encode")
                 for x in LAMBDAS
             ),
+            Method(UNSEEN, self.unseen, partial(concepts, 0.8), "encode"),
         ]
 
     def _inversion_methods(self) -> list[Method]:
@@ -173,7 +183,10 @@ class Table:
         write_atomically(self.folder / "results.md", lambda path: path.write_text(text + "\n"))
         write_json(self.folder / "results.json", self._results(rows, claims))
         plot_curve(rows, self.folder / "curve.png")
-        write_atomically(self.folder / "grid.png", self._grid().save)
+        known = [method for method in self.methods if method.name != UNSEEN]
+        unseen = [method for method in self.methods if method.name == UNSEEN]
+        for name, methods in (("grid", known), ("grid_unseen", unseen)):
+            write_atomically(self.folder / f"{name}.png", self._grid(methods).save)
         return text
 
     def _verdicts(self, judge: Judge, method: Method) -> Verdicts:
@@ -218,17 +231,16 @@ class Table:
             ],
         }
 
-    def _grid(self) -> Image.Image:
-        """Input, then each method's picture of the first cases."""
-        columns, shown = ["input"], []
-        for method in self.methods:
-            columns.append(method.name)
-            shown.append(self._load(method))
+    def _grid(self, methods: list[Method]) -> Image.Image:
+        """Input, then each method's picture of the first cases that all have."""
+        shown = [self._load(method) for method in methods]
+        cases = min((method.cases for method in methods), key=len)[:SHEET_CASES]
         rows = []
-        for i, case in enumerate((self.inverted or self.cases)[:SHEET_CASES]):
+        for i, case in enumerate(cases):
             drawn = [Image.fromarray(pictures[i]) for pictures in shown if pictures is not None]
             rows.append([Image.fromarray(case.source[0]), *drawn])
-        return tile_rows(rows, columns, "held-out things, each in another scene")
+        names = [method.name for method in methods]
+        return tile_rows(rows, ["input", *names], "each thing in another scene than its input's")
 
 
 def _percent(values: np.ndarray) -> str:

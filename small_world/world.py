@@ -11,6 +11,8 @@ from itertools import product
 import numpy as np
 
 SHAPES = ("mug", "star", "fish", "house", "car", "heart", "umbrella", "tree")
+UNSEEN_SHAPES = ("boat", "bottle", "moon", "arrow")  # only the judge is ever trained on them
+ALL_SHAPES = SHAPES + UNSEEN_SHAPES
 PATTERNS = ("solid", "striped", "dotted")
 COLOURS = {
     "red": (214, 40, 40),
@@ -64,12 +66,20 @@ def held_out(thing: Thing) -> bool:
 
 def things(held_out_only: bool) -> list[Thing]:
     """Every thing of the world that is held out (True) or may be trained on (False)."""
-    everything = [
+    return [thing for thing in _things(SHAPES) if held_out(thing) == held_out_only]
+
+
+def unseen_things() -> list[Thing]:
+    """Every thing of a silhouette that no part of the model has ever seen."""
+    return _things(UNSEEN_SHAPES)
+
+
+def _things(shapes: tuple[str, ...]) -> list[Thing]:
+    return [
         Thing(shape, pattern, colour, second)
-        for shape, pattern, colour in product(SHAPES, PATTERNS, COLOURS)
+        for shape, pattern, colour in product(shapes, PATTERNS, COLOURS)
         for second in ([None] if pattern == "solid" else [c for c in COLOURS if c != colour])
     ]
-    return [thing for thing in everything if held_out(thing) == held_out_only]
 
 
 def random_thing(rng: np.random.Generator, pool: list[Thing]) -> Thing:

@@ -13,13 +13,14 @@ import torch
 from data_scripts import make_small_world as writer
 from elite.data import OpenImagesBoxes, OpenImagesMasks, PairFolder, load_mask_boxes
 from elite.images import read_image, read_mask
-from small_world.classifier import Judge, JudgeObjective, disturbed, load_judge
+from small_world.classifier import JUDGED, Judge, JudgeObjective, disturbed, load_judge
 from small_world.models import build_clip
-from small_world.objectives import ATTRIBUTES, ImageEncoderObjective
+from small_world.objectives import ImageEncoderObjective
 from small_world.pretrain import recoloured, token_ids
 from small_world.render import Pose, draw, draw_scene
 from small_world.samples import labels
 from small_world.score import (
+    KINDS,
     Row,
     draw_concepts,
     draw_prompts,
@@ -33,7 +34,17 @@ from small_world.score import (
     wilson,
 )
 from small_world.tokenizer import build_tokenizer, world_words
-from small_world.world import COLOURS, SCENES, SHAPES, Thing, held_out, things
+from small_world.world import (
+    ALL_SHAPES,
+    COLOURS,
+    SCENES,
+    SHAPES,
+    UNSEEN_SHAPES,
+    Thing,
+    held_out,
+    things,
+    unseen_things,
+)
 from tests.tiny import save_mappers, save_model_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,6 +69,13 @@ def test_each_shape_and_colour_is_in_both_halves(held_out_only):
     assert {thing.colour for thing in pool} == set(COLOURS)
 
 
+def test_nothing_is_trained_on_unseen_silhouettes():
+    pool = unseen_things()
+    assert {thing.shape for thing in pool} == set(UNSEEN_SHAPES)
+    assert not {*pool} & {*things(False), *things(True)}
+    assert not set(UNSEEN_SHAPES) & set(world_words())
+
+
 def test_words_name_both_colours():
     assert Thing("mug", "solid", "red").words == "red mug"
     assert Thing("mug", "striped", "blue", "yellow").words == "blue and yellow striped mug"
@@ -74,7 +92,7 @@ def test_every_word_of_the_world_is_one_token():
 POSE = Pose(0.5, 0.5, 0.4, 5, mirrored=True)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ALL_SHAPES)
 def test_mask_covers_all_that_differs_from_the_scene(shape):
     image, mask = draw(Thing(shape, "solid", "red"), "grass", np.random.default_rng(3), 64, POSE)
     scene = draw_scene("grass", np.random.default_rng(3), 64)
@@ -257,15 +275,18 @@ def test_disturbing_keeps_range_and_shape_and_follows_the_seed():
 
 
 def test_cases_change_the_scene_and_keep_to_their_kind():
-    for held_out_only in (True, False):
-        cases = make_cases(50, held_out_only, seed=0)
-        assert all(held_out(case.thing) == held_out_only for case in cases)
+    for kind in KINDS:
+        cases = make_cases(50, kind, seed=0)
+        shapes = UNSEEN_SHAPES if kind == "unseen" else SHAPES
+        assert all(case.thing.shape in shapes for case in cases)
+        if kind != "unseen":
+            assert all(held_out(case.thing) == (kind == "held out") for case in cases)
         assert all(case.scene != case.source_scene for case in cases)
-        assert cases == make_cases(50, held_out_only, seed=0) != make_cases(50, held_out_only, 1)
+        assert cases == make_cases(50, kind, seed=0) != make_cases(50, kind, 1)
 
 
 def test_prompts_of_a_case():
-    case = make_cases(1, True, 0)[0].__class__(
+    case = make_cases(1, "held out", 0)[0].__class__(
         Thing("car", "striped", "orange", "blue"), "snow", "grass", 0
     )
     assert case.prompt == "an orange and blue striped car in the snow"
@@ -283,12 +304,12 @@ class Oracle(torch.nn.Module):
     def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         return {
             name: torch.eye(count)[int(value)].expand(len(pixels), count)
-            for (name, count), value in zip(ATTRIBUTES.items(), self.answer, strict=True)
+            for (name, count), value in zip(JUDGED.items(), self.answer, strict=True)
         }
 
 
 def test_rows_count_what_is_right():
-    cases = make_cases(40, True, 0)
+    cases = make_cases(40, "held out", 0)
     first = next(case for case in cases if case.thing.second is not None)
     judge = Oracle(labels(first.thing, first.scene))
     blank = Row("blank", cases, lambda some: torch.zeros(len(some), 3, 32, 32))
@@ -303,7 +324,7 @@ def test_rows_count_what_is_right():
 
 
 def test_renders_that_are_judged_are_repeatable():
-    cases = make_cases(3, True, 0)
+    cases = make_cases(3, "held out", 0)
     assert torch.equal(draw_renders(cases), draw_renders(cases))
     assert draw_renders(cases).shape == (3, 3, 32, 32)
 
@@ -321,14 +342,14 @@ def test_score_of_a_tiny_model_has_every_row(tiny_model):
     scores = score_model(
         judge, *load_pipelines(tiny_model), samples=2, seed=0, batch_size=2, **options
     )
-    assert len(scores) == 6
+    assert len(scores) == 8
     assert all(row["shape"]["total"] == 2 for row in scores.values())
     assert json.loads(json.dumps(scores)) == scores
 
 
 def test_pictures_do_not_depend_on_the_batch(tiny_model):
     base, elite = load_pipelines(tiny_model)
-    cases = make_cases(2, True, 0)
+    cases = make_cases(2, "held out", 0)
     for draw_cases in (
         partial(draw_prompts, base, lambda case: case.prompt, num_inference_steps=1),
         partial(draw_concepts, elite, 0.8, num_inference_steps=1),
@@ -357,9 +378,10 @@ def test_judge_keeps_its_verdicts_through_its_file(tmp_path):
         load_judge(tmp_path / "nothing")
 
 
-def test_shipped_judge_is_right_on_fresh_renders_and_small():
+@pytest.mark.parametrize("kind", ["held out", "unseen"])
+def test_shipped_judge_is_right_on_fresh_renders_and_small(kind):
     judge = load_judge(SHIPPED_JUDGE)
-    row = Row("renders", make_cases(300, True, seed=5), draw_renders)
+    row = Row("renders", make_cases(300, kind, seed=5), draw_renders)
     scores = score_rows(judge, [row], batch_size=100)["renders"]
     assert all(scores[name]["accuracy"] > 0.95 for name in ("shape", "pattern", "colour", "scene"))
     assert sum(path.stat().st_size for path in SHIPPED_JUDGE.iterdir()) < 3_000_000
