@@ -23,7 +23,7 @@ def main() -> int:
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    from elite.evaluation import draw_cases, make_cases, markdown, my_share, report, score_cases
+    from elite.evaluation import draw_cases, make_cases, my_share, report, score_cases
     from elite.inference import build_pipeline
     from elite.subjects import read_prompts, read_subjects
 
@@ -55,8 +55,7 @@ def main() -> int:
         print(f"error: {failure}", file=sys.stderr)
     if not rows:
         return BAD_INPUT
-    summary = report(cases, rows, output_dir, to_dict(config))
-    print(markdown(summary, len({row["subject"] for row in rows})))
+    print(report(cases, rows, output_dir, to_dict(config)))
     print(f"more in {output_dir}; look at {output_dir / 'grid_00.png'} first")
     return PARTLY_FAILED if failures else OK
 

@@ -372,6 +372,26 @@ class Pair:
     image_path: Path
     mask_path: Path
 
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        """Image uint8 (H, W, 3) and mask bool (H, W).
+
+        Raises:
+            ValueError: either is missing or unreadable, or they do not fit; the message names the
+                file.
+        """
+        image = read_image(self.image_path)
+        if not self.mask_path.exists():
+            raise ValueError(
+                f"{self.mask_path}: no such file; expected the mask of {self.image_path.name}"
+            )
+        return image, fit_mask(read_mask(self.mask_path), image, str(self.mask_path))
+
+
+def pair_of(image_path: Path) -> Pair:
+    """The pair that a picture makes with the file of its mask, NAME_bg.png."""
+    name = image_path.stem
+    return Pair(name, image_path, image_path.with_name(f"{name}_bg.png"))
+
 
 class PairFolder:
     """The pairs NAME.jpg (jpeg, png, webp) and NAME_bg.png of a folder, by name.
@@ -385,7 +405,7 @@ class PairFolder:
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder; expected NAME.jpg with NAME_bg.png in it")
         self.pairs = [
-            Pair(path.stem, path, path.with_name(f"{path.stem}_bg.png"))
+            pair_of(path)
             for path in sorted(folder.iterdir(), key=lambda path: (path.stem, path.suffix))
             if is_picture(path)
         ]
@@ -398,19 +418,8 @@ class PairFolder:
         return len(self.pairs)
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image uint8 (H, W, 3) and mask bool (H, W) of a pair.
-
-        Raises:
-            ValueError: either is missing or unreadable, or they do not fit; the message names the
-                file.
-        """
-        pair = self.pairs[index]
-        image = read_image(pair.image_path)
-        if not pair.mask_path.exists():
-            raise ValueError(
-                f"{pair.mask_path}: no such file; expected the mask of {pair.image_path.name}"
-            )
-        return image, fit_mask(read_mask(pair.mask_path), image, str(pair.mask_path))
+        """Image and mask of a pair; see `Pair.read`."""
+        return self.pairs[index].read()
 
 
 def is_picture(path: Path) -> bool:

@@ -1,5 +1,5 @@
-"""Draws a folder of image and mask pairs: the release's files, lossless PNGs with metadata, and one
-contact sheet."""
+"""Draws to files: a folder of image and mask pairs (the release's files, lossless PNGs with
+metadata) or prompts, and one contact sheet of each."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence

@@ -80,10 +80,7 @@ class ClipScores:
         images = self.clip.images(pictures)
         texts = self.clip.texts([case.class_prompt for case in cases])
         return {
-            "clip_i": [
-                mean_cosine(image, self.references(case.subject))
-                for image, case in zip(images, cases, strict=True)
-            ],
+            "clip_i": _mean_cosines(images, cases, self.references),
             "clip_t": [float(cosine) for cosine in (images * texts).sum(-1)],
         }
 
@@ -98,9 +95,14 @@ class DinoScores:
     def __call__(
         self, pictures: Sequence[Image.Image], cases: Sequence[Case]
     ) -> dict[str, list[float | None]]:
-        images = self.dino.images(pictures)
-        pairs = zip(images, cases, strict=True)
-        return {"dino_i": [mean_cosine(x, self.references(case.subject)) for x, case in pairs]}
+        return {"dino_i": _mean_cosines(self.dino.images(pictures), cases, self.references)}
+
+
+def _mean_cosines(
+    images: Tensor, cases: Sequence[Case], references: Callable[[Subject], Tensor]
+) -> list[float | None]:
+    pairs = zip(images, cases, strict=True)
+    return [mean_cosine(image, references(case.subject)) for image, case in pairs]
 
 
 def _embed_references(
@@ -131,7 +133,7 @@ def draw_cases(
 
     @lru_cache(maxsize=1)  # cases come subject by subject
     def concept_of(subject: Subject) -> Concept:
-        image, mask = subject.read()
+        image, mask = subject.pair.read()
         return pipe.encode_concept(image, mask)
 
     missing = [case for case in cases if not _is_drawn(output_dir / case.path, settings)]
@@ -146,6 +148,8 @@ def draw_cases(
         for start in range(0, len(missing), batch_size):
             batch, concepts = [], []
             for case in missing[start : start + batch_size]:
+                if case.subject.name in failures:
+                    continue
                 try:
                     concepts.append(concept_of(case.subject))
                     batch.append(case)
@@ -229,26 +233,24 @@ def my_share(cases: Sequence[Case]) -> Sequence[Case]:
     return cases[state.process_index * size : (state.process_index + 1) * size]
 
 
-def report(
-    cases: Sequence[Case], rows: Sequence[dict], output_dir: Path, settings: Mapping
-) -> dict[str, dict]:
-    """Writes results.json, results.csv, results.md and contact sheets. Returns the summary."""
-    summary = summarise(rows)
+def report(cases: Sequence[Case], rows: Sequence[dict], output_dir: Path, settings: Mapping) -> str:
+    """Writes results.json, results.csv, results.md and contact sheets. Returns results.md."""
+    summary, subjects = summarise(rows), len({row["subject"] for row in rows})
     write_json(
         output_dir / "results.json",
         {
             "settings": dict(settings),
-            "subjects": len({row["subject"] for row in rows}),
+            "subjects": subjects,
             "pictures": len(rows),
             "scores": summary,
         },
     )
     write_atomically(output_dir / "results.csv", partial(_write_csv, rows))
-    text = markdown(summary, len({row["subject"] for row in rows}))
+    text = markdown(summary, subjects)
     write_atomically(output_dir / "results.md", lambda path: path.write_text(text + "\n"))
     for number, sheet in enumerate(contact_sheets(cases, output_dir)):
         write_atomically(output_dir / f"grid_{number:02d}.png", sheet.save)
-    return summary
+    return text
 
 
 def _write_csv(rows: Sequence[dict], path: Path) -> None:
@@ -278,7 +280,7 @@ def contact_sheets(cases: Sequence[Case], output_dir: Path) -> list[Image.Image]
             by_subject.setdefault(case.subject.name, []).append(case)
     rows, columns = [], ["input", "object"]
     for mine in by_subject.values():
-        image, mask = mine[0].subject.read()
+        image, mask = mine[0].subject.pair.read()
         row = [Image.fromarray(image), Image.fromarray(cut_out(image, mask))]
         shown = [case for case in mine if case.seed == mine[0].seed][:SHEET_PROMPTS]
         for case in shown:

@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from elite.config import read_yaml
-from elite.data import PairFolder, is_picture
-from elite.images import fit_mask, read_image, read_mask
+from elite.data import Pair, PairFolder, is_picture, pair_of
+from elite.images import read_image
 
 KINDS = ("object", "living")
 
@@ -40,23 +40,20 @@ class Subject:
 
     name: str
     class_word: str
-    image_path: Path
-    mask_path: Path
+    pair: Pair
     reference_paths: tuple[Path, ...]
-
-    def read(self) -> tuple[np.ndarray, np.ndarray]:
-        """Image uint8 (H, W, 3), mask bool (H, W). Raises ValueError naming the file."""
-        image = read_image(self.image_path)
-        return image, fit_mask(read_mask(self.mask_path), image, str(self.mask_path))
 
     def references(self, cropped: bool) -> list[Image.Image]:
         """The pictures to compare with; cropped to the object's box where there is a mask."""
         pictures = []
         for path in self.reference_paths:
-            image, mask_path = read_image(path), _mask_path(path)
-            if cropped and mask_path.exists():
-                rows, columns = np.nonzero(fit_mask(read_mask(mask_path), image, str(mask_path)))
+            pair = pair_of(path)
+            if cropped and pair.mask_path.exists():
+                image, mask = pair.read()
+                rows, columns = np.nonzero(mask)
                 image = image[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+            else:
+                image = read_image(path)
             pictures.append(Image.fromarray(image))
         return pictures
 
@@ -76,31 +73,21 @@ def read_subjects(root: Path | str, classes: Mapping[str, str], default: str) ->
     if folders:
         return [_read_folder(folder, classes.get(folder.name, default)) for folder in folders]
     return [
-        Subject(
-            pair.name,
-            classes.get(pair.name, default),
-            pair.image_path,
-            pair.mask_path,
-            (pair.image_path,),
-        )
+        Subject(pair.name, classes.get(pair.name, default), pair, (pair.image_path,))
         for pair in PairFolder(root).pairs
     ]
 
 
 def _read_folder(folder: Path, class_word: str) -> Subject:
     pictures = sorted(path for path in folder.iterdir() if is_picture(path))
-    with_mask = [path for path in pictures if _mask_path(path).exists()]
+    pairs = [pair_of(path) for path in pictures]
+    with_mask = [pair for pair in pairs if pair.mask_path.exists()]
     if not with_mask:
         raise ValueError(
             f"{folder}: no picture has a mask; draw the object of one in white on black and save "
-            f"it as {_mask_path(pictures[0]).name}"
+            f"it as {pairs[0].mask_path.name}"
         )
-    first = with_mask[0]
-    return Subject(folder.name, class_word, first, _mask_path(first), tuple(pictures))
-
-
-def _mask_path(path: Path) -> Path:
-    return path.with_name(f"{path.stem}_bg.png")
+    return Subject(folder.name, class_word, with_mask[0], tuple(pictures))
 
 
 # --- prompts --------------------------------------------------------------------------------------

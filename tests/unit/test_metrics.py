@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
+from elite.data import pair_of
 from elite.evaluation import Case, ClipScores, DinoScores, markdown, summarise
 from elite.images import CLIP_MEAN, CLIP_STD
 from elite.metrics import Clip, Dino, bootstrap, centre_square, mean_cosine
@@ -42,7 +43,7 @@ def subject(tmp_path):
     mask.paste(255, (2, 0, 4, 4))
     mask.save(tmp_path / "0_bg.png")
     paths = (tmp_path / "0.png", tmp_path / "1.png")
-    return Subject("thing", "green", paths[0], tmp_path / "0_bg.png", paths)
+    return Subject("thing", "green", pair_of(paths[0]), paths)
 
 
 # --- cosines by hand ------------------------------------------------------------------------------

@@ -85,8 +85,8 @@ def test_missing_prompt_files_are_refused(tmp_path):
 def test_pairs_are_their_own_references(tmp_path):
     subjects = read_subjects(tiny.save_pairs(tmp_path, 2), {"pair1": "mug"}, "thing")
     assert [(s.name, s.class_word) for s in subjects] == [("pair0", "thing"), ("pair1", "mug")]
-    assert subjects[0].reference_paths == (subjects[0].image_path,)
-    image, mask = subjects[0].read()
+    assert subjects[0].reference_paths == (subjects[0].pair.image_path,)
+    image, mask = subjects[0].pair.read()
     assert image.shape == (40, 40, 3) and mask.sum() == 400
     assert [picture.size for picture in subjects[0].references(cropped=True)] == [(20, 20)]
 
@@ -97,7 +97,7 @@ def test_folders_of_pictures_are_subjects(tmp_path):
     (folder / "pair0_bg.png").unlink()
     Image.new("RGB", (10, 10)).save(folder / "00.jpg")
     (subject,) = read_subjects(tmp_path, {"vase": "vase"}, "thing")
-    assert subject.class_word == "vase" and subject.image_path.name == "pair1.png"
+    assert subject.class_word == "vase" and subject.pair.image_path.name == "pair1.png"
     assert [path.name for path in subject.reference_paths] == ["00.jpg", "pair0.png", "pair1.png"]
     sizes = [picture.size for picture in subject.references(cropped=True)]
     assert sizes == [(10, 10), (40, 40), (20, 20)]
