@@ -1,12 +1,13 @@
 """ELITE's cross-attention (paper eq. 6) as a per-instance processor of diffusers, and its
 installation in a UNet.
 
-The local tokens, the placeholder's position and lambda reach the processors beside the text, by the
-road that diffusers has for image prompts: `encoder_hidden_states` arrives as `(text, [tokens,
-placeholder, lambda])`. So no state hides in the UNet and two pipelines cannot disturb each other.
+What goes with the text reaches the processors by the road that diffusers has for image prompts:
+`encoder_hidden_states` arrives as `(text, X)`. X is either `[tokens, placeholder, lambda]` (see
+`local_inputs`), or the `KeysValues` of every layer, computed once for all steps of a generation. So
+no state hides in the UNet and two pipelines cannot disturb each other.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,21 @@ from torch import Tensor, nn
 from elite.mappers import GlobalMapper, LocalMapper, Mapper, cross_attention_layers
 
 AttentionNorm = Literal["sample", "batch"]
+COLUMNS = 8  # channels beside V, of which the first is used: fused kernels want multiples of 8
+
+
+class KeysValues(NamedTuple):
+    """All that one cross-attention reads beside its queries. Nothing here depends on the timestep.
+
+    The feature tokens belong to the last R of the B rows, the others have no local branch; c is the
+    width of a head.
+    """
+
+    K: Tensor  # K_g text, (B, heads, 77, c)
+    V: Tensor  # V_g text, (B, heads, 77, c), with a local branch c + COLUMNS
+    K_f: Tensor | None = None  # K_l f, (R, heads, patches, c)
+    V_f: Tensor | None = None  # V_l f, (R, heads, patches, c)
+    lambda_: Tensor | None = None  # (R, 1, 1, 1)
 
 
 class EliteAttnProcessor:
@@ -37,72 +53,116 @@ class EliteAttnProcessor:
         K_l: nn.Linear | None = None,
         V_l: nn.Linear | None = None,
         attention_norm: AttentionNorm = "sample",
+        layer: str = "",
     ) -> None:
         self.K_g, self.V_g, self.K_l, self.V_l = K_g, V_g, K_l, V_l
-        self.attention_norm = attention_norm
+        self.attention_norm, self.layer = attention_norm, layer
 
     def __call__(
         self,
         attn: Attention,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | tuple[Tensor, list[Tensor]],
+        encoder_hidden_states: Tensor | tuple[Tensor, list[Tensor] | dict[str, KeysValues]],
         attention_mask: Tensor | None = None,
         *args: object,
         **kwargs: object,
     ) -> Tensor:
-        """hidden_states (B, queries, C); text (B, 77, D), alone or with the list of the module's
-        docstring."""
+        """hidden_states (B, queries, C); text (B, 77, D), alone or with what the module's docstring
+        calls X."""
         if not isinstance(encoder_hidden_states, tuple):
             encoder_hidden_states = encoder_hidden_states, []
-        text, local = encoder_hidden_states
+        text, given = encoder_hidden_states
         if attention_mask is not None:
             attention_mask = attn.prepare_attention_mask(attention_mask, text.shape[1], len(text))
             attention_mask = attention_mask.view(len(text), attn.heads, -1, text.shape[1])
-
-        def heads(x: Tensor) -> Tensor:  # (B, n, C) -> (B, heads, n, C / heads)
-            return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-
-        Q, K, V = heads(attn.to_q(hidden_states)), heads(self.K_g(text)), heads(self.V_g(text))
-        if local and self.K_l is not None and self.V_l is not None:
-            f, placeholder, lambda_ = local
-            K_f, V_f = heads(self.K_l(f)), heads(self.V_l(f))
-            out, column = _attend_with_column(Q, K, V, placeholder, attention_mask, attn.scale)
-            a = column / self._maximum(column, lambda_)
-            branch = F.scaled_dot_product_attention(Q, K_f, V_f, scale=attn.scale)
-            out = out + lambda_[:, None].to(out) * a * branch
+        if isinstance(given, dict):
+            K, V, K_f, V_f, lambda_ = given[self.layer]
         else:
-            out = F.scaled_dot_product_attention(Q, K, V, attention_mask, scale=attn.scale)
+            K, V, K_f, V_f, lambda_ = self.keys_values(attn.heads, text, given)
+
+        Q = _heads(attn.to_q(hidden_states), attn.heads)
+        out = _attend(Q, K, V, attention_mask, attn.scale)
+        if K_f is not None:
+            out, column = out[..., :-COLUMNS], out[-len(K_f) :, ..., -COLUMNS, None]
+            a = column / self._maximum(column, lambda_)
+            branch = F.scaled_dot_product_attention(Q[-len(K_f) :], K_f, V_f, scale=attn.scale)
+            out = _add_to_last_rows(out, lambda_ * a * branch)
         out = out.transpose(1, 2).flatten(2).to(hidden_states.dtype)  # (B, queries, C)
         return attn.to_out[1](attn.to_out[0](out))
 
+    def keys_values(self, heads: int, text: Tensor, local: list[Tensor]) -> KeysValues:
+        """K and V of these inputs: text (B, 77, D), and nothing or `local_inputs` of R rows."""
+        K, V = _heads(self.K_g(text), heads), _heads(self.V_g(text), heads)
+        if not local or self.K_l is None or self.V_l is None:
+            return KeysValues(K, V)
+        f, placeholder, lambda_ = local
+        # The placeholder's one-hot rides along as one more channel of V: what comes out there is
+        # the attention paid to it.
+        one_hot = placeholder.transpose(1, 2)[:, None].to(V)  # (R, 1, 77, 1)
+        rows_without = len(text) - len(f)
+        one_hot = F.pad(one_hot, (0, COLUMNS - 1, 0, 0, 0, 0, rows_without, 0))
+        return KeysValues(
+            K,
+            torch.cat([V, one_hot.expand(-1, heads, -1, -1)], dim=-1),
+            _heads(self.K_l(f), heads),
+            _heads(self.V_l(f), heads),
+            lambda_[:, None].to(V),
+        )
+
     def _maximum(self, column: Tensor, lambda_: Tensor) -> Tensor:
-        """The divisor of a, (B, 1, 1, 1): over heads and queries, and in "batch" over all rows with
+        """The divisor of a, (R, 1, 1, 1): over heads and queries, and in "batch" over all rows with
         a lambda."""
         maximum = column.amax(dim=(1, 2, 3), keepdim=True)
         if self.attention_norm == "batch":
-            maximum = maximum.where(lambda_[:, None] != 0, maximum.min()).max()
+            maximum = maximum.where(lambda_ != 0, maximum.min()).max()
         return maximum.clamp(min=torch.finfo(column.dtype).tiny)
 
 
-def _attend_with_column(
-    Q: Tensor, K: Tensor, V: Tensor, placeholder: Tensor, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attention and one column of its softmax, (B, heads, queries, 1), from a single fused call.
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """(B, n, C) to (B, heads, n, C / heads)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
-    The placeholder's one-hot (B, 1, 77) rides along as one more channel of V: what comes out there
-    is the attention paid to it.
+
+def _attend(Q: Tensor, K: Tensor, V: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(Q K^T s + mask) V, where V may be wider than K.
+
+    In float32 on a CPU the fused kernel takes longer for so few keys, and a wider V not at all.
     """
-    one_hot = placeholder[:, None].transpose(2, 3).to(V)  # (B, 1, 77, 1)
-    out = F.scaled_dot_product_attention(
-        Q, K, torch.cat([V, one_hot.expand(-1, V.shape[1], -1, -1)], dim=-1), mask, scale=scale
-    )
-    return out[..., :-1], out[..., -1:]
+    if Q.device.type != "cpu" or Q.dtype != torch.float32:
+        return F.scaled_dot_product_attention(Q, K, V, mask, scale=scale)
+    scores = Q @ K.transpose(2, 3) * scale  # (B, heads, queries, 77)
+    if mask is not None:
+        scores = scores + mask
+    return scores.softmax(dim=-1) @ V
+
+
+def _add_to_last_rows(x: Tensor, added: Tensor) -> Tensor:
+    rows = len(x) - len(added)
+    return torch.cat([x[:rows], x[rows:] + added]) if rows else x + added
+
+
+def keys_values(
+    unet: UNet2DConditionModel, text: Tensor, local: list[Tensor]
+) -> dict[str, KeysValues]:
+    """What every attn2 of a UNet with ELITE installed reads, to be passed to it as `image_embeds`
+    for as long as text and local inputs stay the same.
+
+    Args:
+        text: (B, 77, D), all rows of the denoising batch.
+        local: `local_inputs` of the last R of these rows, or empty.
+    """
+    return {
+        layer: attn.processor.keys_values(attn.heads, text, local)
+        for layer, attn in cross_attention_layers(unet).items()
+    }
 
 
 class LocalInputs(nn.Module):
     """Hands `image_embeds` to the attention processors as they are."""
 
-    def forward(self, image_embeds: list[Tensor]) -> list[Tensor]:
+    def forward(
+        self, image_embeds: list[Tensor] | dict[str, KeysValues]
+    ) -> list[Tensor] | dict[str, KeysValues]:
         return image_embeds
 
 
@@ -121,7 +181,7 @@ def install(
     processors = {}
     for layer, attn in layers.items():
         K_g, V_g = (_projection(global_mapper, layer, name, attn) for name in ("to_k", "to_v"))
-        processor = EliteAttnProcessor(K_g, V_g, attention_norm=attention_norm)
+        processor = EliteAttnProcessor(K_g, V_g, attention_norm=attention_norm, layer=layer)
         if local_mapper is not None:
             processor.K_l = _projection(local_mapper, layer, "to_k", attn)
             processor.V_l = _projection(local_mapper, layer, "to_v", attn)
@@ -151,13 +211,13 @@ def uninstall(unet: UNet2DConditionModel) -> None:
 
 
 def is_installed(unet: UNet2DConditionModel) -> bool:
-    return "_elite_restore" in vars(unet)
+    return hasattr(unet, "_elite_restore")
 
 
 def local_inputs(
     f: Tensor, index: Tensor, lambda_: Tensor | float, text_length: int
 ) -> list[Tensor]:
-    """The list that travels beside the text.
+    """The list that may travel beside the text.
 
     Args:
         f: feature tokens (B, patches, D), after the mask.

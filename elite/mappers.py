@@ -52,9 +52,9 @@ def check_levels(image_encoder: CLIPVisionModel, hidden_layers: Sequence[int]) -
 
 def cross_attention_layers(unet: UNet2DConditionModel) -> dict[str, Attention]:
     """Every attn2 of the UNet in module order, keyed as in the released checkpoints (dots turned to
-    underscores)."""
+    underscores); of a compiled UNet too."""
     return {
-        path.replace(".", "_"): module
+        path.removeprefix("_orig_mod.").replace(".", "_"): module
         for path, module in unet.named_modules()
         if path.endswith("attn2")
     }

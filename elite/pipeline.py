@@ -3,6 +3,7 @@ many times."""
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,15 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModel
 
-from elite.attention import AttentionNorm, install, is_installed, local_inputs, uninstall
+from elite.attention import (
+    AttentionNorm,
+    KeysValues,
+    install,
+    is_installed,
+    keys_values,
+    local_inputs,
+    uninstall,
+)
 from elite.checkpoint import load_mapper
 from elite.concept import Concept
 from elite.images import fit_mask, object_views, to_mask, to_rgb
@@ -223,23 +232,55 @@ class ElitePipeline(StableDiffusionPipeline):
             ValueError: placeholder absent, twice or too late; concept of other mappers; wrong
                 counts.
         """
-        if concept is None or prompt is None:
-            kwargs.setdefault("ip_adapter_image_embeds", [self._no_local_inputs()])
-        else:
+        local = kwargs.pop("ip_adapter_image_embeds", None) or []
+        if concept is not None and prompt is not None:
             prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-            kwargs |= self._condition(prompts, concept, lambda_, words, placeholder_token)
+            kwargs["prompt_embeds"], local = self._condition(
+                prompts, concept, lambda_, words, placeholder_token
+            )
             if isinstance(kwargs.get("negative_prompt"), str):
                 kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(prompts)
             prompt = None
         if seed is not None:
             kwargs["latents"] = self._initial_noise(seed, prompt, kwargs)
+        text: list[Tensor] = []
+        if not _may_change_text(kwargs):
+            text = self._encode_text(prompt, guidance_scale, kwargs)
+            prompt = None
         return super().__call__(
             prompt,
             *args,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            ip_adapter_image=_Conditioning(text, local),
             **kwargs,
         )
+
+    def _encode_text(
+        self, prompt: str | Sequence[str] | None, guidance_scale: float, kwargs: dict
+    ) -> list[Tensor]:
+        """Text contexts (prompts, 77, D), of the negative prompts (if guided) and of the prompts.
+
+        In `kwargs` they take the place of the prompts.
+        """
+        given = {
+            key: kwargs.pop(key, None)
+            for key in ("negative_prompt", "prompt_embeds", "negative_prompt_embeds")
+        }
+        side = self.resolution
+        self.check_inputs(prompt, side, side, None, **given)
+        self._clip_skip = kwargs.get("clip_skip")
+        context, negative = self.encode_prompt(
+            prompt,
+            self._execution_device,
+            1,
+            guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None,
+            lora_scale=(kwargs.get("cross_attention_kwargs") or {}).get("scale"),
+            clip_skip=kwargs.get("clip_skip"),
+            **given,
+        )
+        kwargs |= {"prompt_embeds": context, "negative_prompt_embeds": negative}
+        return [context] if negative is None else [negative, context]
 
     def _condition(
         self,
@@ -248,8 +289,8 @@ class ElitePipeline(StableDiffusionPipeline):
         lambda_: float | Sequence[float],
         words: Words,
         placeholder_token: str,
-    ) -> dict:
-        """`prompt_embeds` (B, 77, D) and the local inputs for these prompts."""
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Text context (B, 77, D) and the local inputs for these prompts."""
         concepts = [concept] if isinstance(concept, Concept) else list(concept)
         concept = Concept.stack(concepts)
         if concept.fingerprint != self.fingerprint:
@@ -270,7 +311,7 @@ class ElitePipeline(StableDiffusionPipeline):
         chosen = pick_words(concept.words, words)[rows].to(device)  # (B, L, D)
         input_ids, index = tokenize(self.tokenizer, prompts, placeholder_token, chosen.shape[1])
         context = encode_text(self.text_encoder, input_ids.to(device), chosen, index.to(device))
-        local = [self._no_local_inputs()]
+        local: list[Tensor] = []
         if concept.feature_tokens is not None:
             f = concept.feature_tokens[rows].to(device, self.unet.dtype)
             weights = torch.as_tensor(lambda_, dtype=torch.float32)
@@ -280,41 +321,32 @@ class ElitePipeline(StableDiffusionPipeline):
                     "prompt"
                 )
             local = local_inputs(f, index.to(device), weights.to(device), context.shape[1])
-        return {"prompt_embeds": context, "ip_adapter_image_embeds": local}
-
-    def _no_local_inputs(self) -> Tensor:
-        """Says to `prepare_ip_adapter_image_embeds` that there is no concept."""
-        return torch.zeros(0, 0, 0)
+        return context, local
 
     def prepare_ip_adapter_image_embeds(
         self,
-        ip_adapter_image: None,
-        ip_adapter_image_embeds: list[Tensor] | None,
+        ip_adapter_image: "_Conditioning",
+        ip_adapter_image_embeds: None,
         device: torch.device,
         num_images_per_prompt: int,
         do_classifier_free_guidance: bool,
-    ) -> list[Tensor]:
-        """Rows for the denoising batch: prompts repeated, guidance rows first with zero tokens and
-        zero lambda.
+    ) -> dict[str, KeysValues] | list[Tensor]:
+        """K and V of every cross-attention for all steps; the local inputs alone where a callback
+        may change the text.
 
         `num_images_per_prompt` is the whole batch (prompts x pictures), as the stock pipelines pass
-        it.
+        it. The guidance rows come first and have no local inputs.
         """
-        if not ip_adapter_image_embeds or ip_adapter_image_embeds[0].numel() == 0:
-            return []
-        batch_size = num_images_per_prompt
-        rows = [
-            x.repeat_interleave(batch_size // len(x), dim=0).to(device)
-            for x in ip_adapter_image_embeds
-        ]
-        if not do_classifier_free_guidance:
-            return rows
-        f, placeholder, lambda_ = rows
-        return [
-            torch.cat([torch.zeros_like(f), f]),
-            torch.cat([placeholder, placeholder]),
-            torch.cat([torch.zeros_like(lambda_), lambda_]),
-        ]
+
+        def repeated(x: Tensor) -> Tensor:
+            return x.repeat_interleave(num_images_per_prompt // len(x), dim=0).to(device)
+
+        local = [repeated(x) for x in ip_adapter_image.local]
+        if not ip_adapter_image.text or not is_installed(self.unet):
+            return local
+        return keys_values(
+            self.unet, torch.cat([repeated(x) for x in ip_adapter_image.text]), local
+        )
 
     def _initial_noise(
         self, seed: int | Sequence[int], prompt: str | Sequence[str] | None, kwargs: dict
@@ -336,6 +368,19 @@ class ElitePipeline(StableDiffusionPipeline):
             )
         height, width = (kwargs.get(side) or self.resolution for side in ("height", "width"))
         return initial_noise(self, seeds, height, width)
+
+
+@dataclass(frozen=True)
+class _Conditioning:
+    """What one call shows to the cross-attentions, one row per prompt."""
+
+    text: list[Tensor]  # as `_encode_text` gives them; empty where a callback may change them
+    local: list[Tensor]  # `local_inputs`, or empty
+
+
+def _may_change_text(kwargs: dict) -> bool:
+    inputs = kwargs.get("callback_on_step_end_tensor_inputs") or ()
+    return any("prompt_embeds" in name for name in inputs)
 
 
 def initial_noise(pipe: DiffusionPipeline, seeds: Sequence[int], height: int, width: int) -> Tensor:

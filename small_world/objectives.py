@@ -24,11 +24,18 @@ ATTRIBUTES = {
 
 
 class VAEObjective(nn.Module):
-    """Reconstruction (L1 and squared error) with a light KL pull towards unit latents."""
+    """Reconstruction (L1 and squared error) with a light KL pull towards unit latents.
 
-    def __init__(self, vae: AutoencoderKL, kl_weight: float = 1e-4) -> None:
+    With `decoder_only` the encoder stays as it is, and with it the latents that others have learned.
+    """
+
+    def __init__(
+        self, vae: AutoencoderKL, kl_weight: float = 1e-4, decoder_only: bool = False
+    ) -> None:
         super().__init__()
         self.vae, self.kl_weight = vae, kl_weight
+        for part in (vae.encoder, vae.quant_conv):
+            part.requires_grad_(not decoder_only)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         pixels = batch["pixels"]  # (B, 3, 32, 32) in [-1, 1]

@@ -1,11 +1,11 @@
 """Trains the small Stable Diffusion from nothing, part by part, each resumable:
 
-    python -m small_world.pretrain samples | vae | image_encoder | base | assemble   [--work_dir
-    runs/small_world]
+    python -m small_world.pretrain samples | vae | vae_decoder | image_encoder | base | assemble
+    [--work_dir runs/small_world]
 
-`samples` renders the pretraining set; `vae`, `image_encoder` and `base` (text encoder and UNet
-together) train with the project's own loop and leave metrics, previews and checkpoints in
-WORK_DIR/<part>; `assemble` writes the parts as fp16 safetensors in diffusers layout to
+`samples` renders the pretraining set; `vae`, `vae_decoder` (trains on without touching the latents,
+so before or after `base`), `image_encoder` and `base` (text encoder and UNet together) train with
+the project's own loop and leave metrics, previews and checkpoints in WORK_DIR/<part>; `assemble` writes the parts as fp16 safetensors in diffusers layout to
 checkpoints/small_world. Interrupted parts go on from their last checkpoint.
 """
 
@@ -39,6 +39,12 @@ RECOLOURED = 0.4  # share of the image encoder's pictures
 # the image encoder sees 230 pictures a second.
 RECIPES = {
     "vae": {"images": 40_000, "batch_size": 32, "learning_rate": 2e-3, "ema_decay": 0.9995},
+    "vae_decoder": {
+        "images": 224_000,
+        "batch_size": 32,
+        "learning_rate": 1e-3,
+        "ema_decay": 0.9995,
+    },
     "image_encoder": {
         "images": 435_200,
         "batch_size": 64,
@@ -184,14 +190,24 @@ def train(
 def train_vae(work_dir: Path, tokenizer: CLIPTokenizer) -> None:
     dataset = Pictures(work_dir / "samples", tokenizer, for_clip=False)
     objective = VAEObjective(build_vae())
+    fit_vae("vae", objective, dataset, work_dir)
+    scale_latents(objective.vae, dataset, work_dir / "vae" / "vae")
+
+
+def train_vae_decoder(work_dir: Path, tokenizer: CLIPTokenizer) -> None:
+    dataset = Pictures(work_dir / "samples", tokenizer, for_clip=False)
+    vae = AutoencoderKL.from_pretrained(work_dir / "vae" / "vae")
+    fit_vae("vae_decoder", VAEObjective(vae, decoder_only=True), dataset, work_dir)
+
+
+def fit_vae(part: str, objective: VAEObjective, dataset: Pictures, work_dir: Path) -> None:
     pixels = torch.stack([dataset.sample(i, np.random.default_rng(0))["pixels"] for i in range(16)])
 
     def preview() -> Image.Image:
         decoded = objective.vae.decode(objective.vae.encode(pixels).latent_dist.mean).sample
         return grid([_to_image(x) for x in torch.cat([pixels, decoded])], columns=16)
 
-    train("vae", objective, dataset, work_dir, preview)
-    scale_latents(objective.vae, dataset, work_dir / "vae" / "vae")
+    train(part, objective, dataset, work_dir, preview)
 
 
 @torch.no_grad()
@@ -261,7 +277,7 @@ def assemble(work_dir: Path, target: Path) -> None:
     """The trained parts in diffusers layout, fp16 safetensors, ready for
     `ElitePipeline.from_stable_diffusion`."""
     pipe = base_pipeline(
-        AutoencoderKL.from_pretrained(work_dir / "vae" / "vae"),
+        AutoencoderKL.from_pretrained(work_dir / "vae_decoder" / "vae"),
         CLIPTextModel.from_pretrained(work_dir / "base" / "text_encoder"),
         build_tokenizer(),
         UNet2DConditionModel.from_pretrained(work_dir / "base" / "unet"),
@@ -275,7 +291,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("part", choices=["samples", "vae", "image_encoder", "base", "assemble"])
+    trainers = {
+        "vae": train_vae,
+        "vae_decoder": train_vae_decoder,
+        "image_encoder": train_image_encoder,
+        "base": train_base,
+    }
+    parser.add_argument("part", choices=["samples", *trainers, "assemble"])
     parser.add_argument("--work_dir", type=Path, default=Path("runs/small_world"))
     parser.add_argument("--target", type=Path, default=REPOSITORY / "checkpoints" / "small_world")
     args = parser.parse_args()
@@ -285,7 +307,6 @@ def main() -> None:
     elif args.part == "assemble":
         assemble(args.work_dir, args.target)
     else:
-        trainers = {"vae": train_vae, "image_encoder": train_image_encoder, "base": train_base}
         trainers[args.part](args.work_dir, build_tokenizer())
 
 

@@ -244,7 +244,7 @@ def sampling(words: int | str, lambda_: float | None) -> dict[str, Tensor]:
     index = torch.tensor(validation["index"])
     chosen = pick_words(concept.words, words)
     context = encode_text(pipe.text_encoder, golden.input("text_ids")[:batch], chosen, index)
-    local = [pipe._no_local_inputs()]
+    local = []
     if lambda_ is not None:
         local = local_inputs(concept.feature_tokens, index, lambda_, context.shape[1])
     latents = pipe(

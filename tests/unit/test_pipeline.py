@@ -115,7 +115,8 @@ def untouched(model_folder) -> ElitePipeline:
 
 def test_untouched_projections_without_concept_are_stock(parts, untouched):
     expected = draw_stock(stock_pipeline(parts), "a photo of a dog")
-    assert torch.equal(draw(untouched, "a photo of a dog"), expected)
+    # Fused and unfused attention add in another order.
+    assert relative(draw(untouched, "a photo of a dog"), expected) < BATCH_TOLERANCE
 
 
 def test_untouched_projections_at_lambda_0_are_stock(parts, untouched):
