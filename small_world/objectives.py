@@ -26,7 +26,7 @@ ATTRIBUTES = {
 class VAEObjective(nn.Module):
     """Reconstruction (L1 and squared error) with a light KL pull towards unit latents.
 
-    With `decoder_only` the encoder stays as it is, and with it the latents that others have learned.
+    With `decoder_only` the encoder stays as it is, and so do the latents that others have learned.
     """
 
     def __init__(

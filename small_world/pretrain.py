@@ -3,10 +3,11 @@
     python -m small_world.pretrain samples | vae | vae_decoder | image_encoder | base | assemble
     [--work_dir runs/small_world]
 
-`samples` renders the pretraining set; `vae`, `vae_decoder` (trains on without touching the latents,
-so before or after `base`), `image_encoder` and `base` (text encoder and UNet together) train with
-the project's own loop and leave metrics, previews and checkpoints in WORK_DIR/<part>; `assemble` writes the parts as fp16 safetensors in diffusers layout to
-checkpoints/small_world. Interrupted parts go on from their last checkpoint.
+`samples` renders the pretraining set; `vae`, `vae_decoder` (the VAE trained on, its latents as they
+are, so before or after `base`), `image_encoder` and `base` (text encoder and UNet together) train
+with the project's own loop and leave metrics, previews and checkpoints in WORK_DIR/<part>;
+`assemble` writes the parts as fp16 safetensors in diffusers layout to checkpoints/small_world.
+Interrupted parts go on from their last checkpoint.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The table of `reproduce`: draws every method's pictures once, scores and reports them."""
+"""The table of `reproduce`: draws every method's pictures once and scores them."""
 
 import json
 import time
@@ -9,18 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from elite.drawing import tile_rows
 from elite.files import write_atomically, write_json
 from elite.images import to_pixels
 from small_world.attributes import verdicts
-from small_world.claims import Claim, Verdicts, editability, fidelity, interval, judge_claims
+from small_world.claims import Verdicts, judge_claims
 from small_world.classifier import Judge
 from small_world.inversion import draw_inverted, invert_all
-from small_world.objectives import ATTRIBUTES
+from small_world.report import claims_table, contact_sheet, plot_curve, score_table, summary
 from small_world.samples import labels
 from small_world.score import (
     KINDS,
@@ -177,37 +175,38 @@ class Table:
 
     def report(self, judge: Judge) -> str:
         """Scores all pictures and writes every file. Returns results.md."""
-        rows = {method.name: self._verdicts(judge, method) for method in self.methods}
+        pictures = {method.name: self._drawn(method) for method in self.methods}
+        rows = {
+            method.name: _verdicts(judge, method.cases, pictures[method.name])
+            for method in self.methods
+        }
         claims = judge_claims(rows, LAMBDAS)
-        text = f"{self._table(rows)}\n\n{_claims_table(claims)}"
+        costs = {method.name: self._cost(method) for method in self.methods}
+        text = f"{score_table(rows, costs)}\n\n{claims_table(claims)}"
         write_atomically(self.folder / "results.md", lambda path: path.write_text(text + "\n"))
-        write_json(self.folder / "results.json", self._results(rows, claims))
+        results = {
+            "settings": {**self.settings, "inversions": len(self.inverted)},
+            "seconds": self.seconds,
+            **summary(rows, claims),
+        }
+        write_json(self.folder / "results.json", results)
         plot_curve(rows, self.folder / "curve.png")
-        known = [method for method in self.methods if method.name != UNSEEN]
-        unseen = [method for method in self.methods if method.name == UNSEEN]
-        for name, methods in (("grid", known), ("grid_unseen", unseen)):
-            write_atomically(self.folder / f"{name}.png", self._grid(methods).save)
+        for name, cases, shown in (
+            ("grid", self.inverted or self.cases, pictures.keys() - {UNSEEN}),
+            ("grid_unseen", self.unseen, {UNSEEN}),
+        ):
+            sheet = contact_sheet(
+                cases[:SHEET_CASES], {key: pictures[key] for key in pictures if key in shown}
+            )
+            write_atomically(self.folder / f"{name}.png", sheet.save)
         return text
 
-    def _verdicts(self, judge: Judge, method: Method) -> Verdicts:
+    def _drawn(self, method: Method) -> np.ndarray:
         pictures = self._load(method)
         assert pictures is not None  # `draw` comes first
-        pixels = torch.stack([to_pixels(picture) for picture in pictures])
-        wanted = torch.tensor([labels(case.thing, case.scene) for case in method.cases])
-        return {name: found.numpy() for name, found in verdicts(judge, pixels, wanted).items()}
+        return pictures
 
-    def _table(self, rows: dict[str, Verdicts]) -> str:
-        head = ["% (95 % interval)", *ATTRIBUTES, "fidelity", "editability", "seconds", "concepts"]
-        lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-        costs = {method.name: self._seconds(method) for method in self.methods}
-        for name, found in rows.items():
-            cells = [_percent(found[a][found[a] >= 0]) for a in ATTRIBUTES]
-            cells += [_percent(fidelity(found)), _percent(editability(found))]
-            cells += [costs[name], str(len(found["shape"]))]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        return "\n".join(lines)
-
-    def _seconds(self, method: Method) -> str:
+    def _cost(self, method: Method) -> str:
         """What one new concept costs before it can be drawn; how many encodings that is."""
         if method.cost is None:
             return "-"
@@ -215,79 +214,8 @@ class Table:
         ratio = f" ({seconds / encode:.0f} x)" if method.cost != "encode" else ""
         return f"{seconds:.3g}{ratio}"
 
-    def _results(self, rows: dict[str, Verdicts], claims: Sequence[Claim]) -> dict:
-        scores = {}
-        for name, found in rows.items():
-            values = {a: found[a][found[a] >= 0] for a in ATTRIBUTES}
-            values |= {"fidelity": fidelity(found), "editability": editability(found)}
-            scores[name] = {key: interval(value) for key, value in values.items() if len(value)}
-        return {
-            "settings": {**self.settings, "inversions": len(self.inverted)},
-            "seconds": self.seconds,
-            "scores": scores,
-            "claims": [
-                {"claim": c.text, "verdict": c.verdict, "evidence": [str(x) for x in c.conditions]}
-                for c in claims
-            ],
-        }
 
-    def _grid(self, methods: list[Method]) -> Image.Image:
-        """Input, then each method's picture of the first cases that all have."""
-        shown = [self._load(method) for method in methods]
-        cases = min((method.cases for method in methods), key=len)[:SHEET_CASES]
-        rows = []
-        for i, case in enumerate(cases):
-            drawn = [Image.fromarray(pictures[i]) for pictures in shown if pictures is not None]
-            rows.append([Image.fromarray(case.source[0]), *drawn])
-        names = [method.name for method in methods]
-        return tile_rows(rows, ["input", *names], "each thing in another scene than its input's")
-
-
-def _percent(values: np.ndarray) -> str:
-    if not len(values):
-        return "-"
-    mean, low, high = (100 * value for value in interval(np.asarray(values, dtype=np.float64)))
-    return f"{mean:.1f} ({low:.1f}-{high:.1f})"
-
-
-def _claims_table(claims: Sequence[Claim]) -> str:
-    lines = ["| the paper says | here | evidence (points, 95 % interval) |", "|---|---|---|"]
-    for claim in claims:
-        evidence = "; ".join(str(condition) for condition in claim.conditions)
-        lines.append(f"| {claim.text} | {claim.verdict} | {evidence} |")
-    return "\n".join(lines)
-
-
-def plot_curve(rows: dict[str, Verdicts], path: Path) -> None:
-    """Fidelity over editability: a curve over lambda from w0 on, the other methods as points."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 5), dpi=110)
-    curve = [name for name in rows if name == "w0" or name.startswith("w0 +")]
-    for group in (curve, *([name] for name in rows if name not in curve)):
-        points = [(interval(editability(rows[n])), interval(fidelity(rows[n]))) for n in group]
-        x, y = ([100 * axis[0] for axis in column] for column in zip(*points, strict=True))
-        errors = [
-            [
-                [100 * (axis[0] - axis[1]) for axis in column],
-                [100 * (axis[2] - axis[0]) for axis in column],
-            ]
-            for column in zip(*points, strict=True)
-        ]
-        label = "w0 + local over lambda" if group is curve else group[0]
-        style = {"fmt": "o-" if group is curve else "s", "capsize": 2, "elinewidth": 0.6}
-        axes.errorbar(x, y, xerr=errors[0], yerr=errors[1], label=label, **style)
-        if group is curve:
-            for name, a, b in zip(group, x, y, strict=True):
-                text = name.rsplit(" ", 1)[-1]
-                axes.annotate(text, (a, b), textcoords="offset points", xytext=(5, 5), fontsize=8)
-    axes.set_xlabel("editability: prompt's scene there, %")
-    axes.set_ylabel("fidelity: shape, pattern, colour right, %")
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
-    pyplot.close(figure)
+def _verdicts(judge: Judge, cases: list[Case], pictures: np.ndarray) -> Verdicts:
+    pixels = torch.stack([to_pixels(picture) for picture in pictures])
+    wanted = torch.tensor([labels(case.thing, case.scene) for case in cases])
+    return {name: found.numpy() for name, found in verdicts(judge, pixels, wanted).items()}

@@ -1,0 +1,102 @@
+"""How `reproduce` shows its verdicts: tables, curve, contact sheets."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from elite.files import write_atomically
+from elite.sheets import tile_rows
+from small_world.claims import Claim, Verdicts, editability, fidelity, interval
+from small_world.objectives import ATTRIBUTES
+from small_world.score import Case
+
+
+def score_table(rows: Mapping[str, Verdicts], costs: Mapping[str, str]) -> str:
+    """A line per method: every attribute, fidelity, editability, what a concept costs."""
+    head = ["% (95 % interval)", *ATTRIBUTES, "fidelity", "editability", "seconds", "concepts"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, found in rows.items():
+        cells = [_percent(values) for values in _columns(found).values()]
+        cells += [costs[name], str(len(found["shape"]))]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _columns(found: Verdicts) -> dict[str, np.ndarray]:
+    """The values that count of each column."""
+    values = {a: found[a][found[a] >= 0] for a in ATTRIBUTES}
+    return {**values, "fidelity": fidelity(found), "editability": editability(found)}
+
+
+def _percent(values: np.ndarray) -> str:
+    if not len(values):
+        return "-"
+    mean, low, high = (100 * value for value in interval(np.asarray(values, dtype=np.float64)))
+    return f"{mean:.1f} ({low:.1f}-{high:.1f})"
+
+
+def claims_table(claims: Sequence[Claim]) -> str:
+    lines = ["| the paper says | here | evidence (points, 95 % interval) |", "|---|---|---|"]
+    for claim in claims:
+        evidence = "; ".join(str(condition) for condition in claim.conditions)
+        lines.append(f"| {claim.text} | {claim.verdict} | {evidence} |")
+    return "\n".join(lines)
+
+
+def plot_curve(rows: dict[str, Verdicts], path: Path) -> None:
+    """Fidelity over editability: a curve over lambda from w0 on, the other methods as points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 5), dpi=110)
+    curve = [name for name in rows if name == "w0" or name.startswith("w0 +")]
+    for group in (curve, *([name] for name in rows if name not in curve)):
+        points = [(interval(editability(rows[n])), interval(fidelity(rows[n]))) for n in group]
+        x, y = ([100 * axis[0] for axis in column] for column in zip(*points, strict=True))
+        errors = [
+            [
+                [100 * (axis[0] - axis[1]) for axis in column],
+                [100 * (axis[2] - axis[0]) for axis in column],
+            ]
+            for column in zip(*points, strict=True)
+        ]
+        label = "w0 + local over lambda" if group is curve else group[0]
+        style = {"fmt": "o-" if group is curve else "s", "capsize": 2, "elinewidth": 0.6}
+        axes.errorbar(x, y, xerr=errors[0], yerr=errors[1], label=label, **style)
+        if group is curve:
+            for name, a, b in zip(group, x, y, strict=True):
+                text = name.rsplit(" ", 1)[-1]
+                axes.annotate(text, (a, b), textcoords="offset points", xytext=(5, 5), fontsize=8)
+    axes.set_xlabel("editability: prompt's scene there, %")
+    axes.set_ylabel("fidelity: shape, pattern, colour right, %")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+    pyplot.close(figure)
+
+
+def summary(rows: Mapping[str, Verdicts], claims: Sequence[Claim]) -> dict:
+    """Means with intervals and the claims, for results.json."""
+    scores = {
+        name: {key: interval(x) for key, x in _columns(found).items() if len(x)}
+        for name, found in rows.items()
+    }
+    judged = [
+        {"claim": c.text, "verdict": c.verdict, "evidence": [str(x) for x in c.conditions]}
+        for c in claims
+    ]
+    return {"scores": scores, "claims": judged}
+
+
+def contact_sheet(cases: Sequence[Case], pictures: Mapping[str, np.ndarray]) -> Image.Image:
+    """A row per case: its input, then each method's picture of it."""
+    rows = [
+        [Image.fromarray(case.source[0]), *(Image.fromarray(x[i]) for x in pictures.values())]
+        for i, case in enumerate(cases)
+    ]
+    return tile_rows(rows, ["input", *pictures], "each thing in another scene than its input's")

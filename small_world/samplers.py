@@ -1,0 +1,105 @@
+"""The fewest steps of a modern sampler that draw as well as the release's 100 steps of LMS:
+
+    python -m small_world.samplers
+
+Runs evaluate.py on the objects of test_datasets/ for every sampler and number of steps (runs that
+are there already are kept) and writes WORK_DIR/samplers.md. A sampler draws as well where each of
+its means lies within the 95 % interval of LMS 100, or above it.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from elite.console import quiet_libraries, run
+from elite.files import write_atomically
+
+REPOSITORY = Path(__file__).parents[1]
+REFERENCE = ("lms", 100)
+CANDIDATES = [(name, steps) for steps in (8, 10, 15, 20, 25) for name in ("dpm++", "unipc", "lms")]
+
+Scores = Mapping[str, Mapping]  # metric: {"mean": ..., "interval": [low, high], ...}
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """One sampler as evaluate.py scored it."""
+
+    name: str
+    steps: int
+    scores: Scores
+
+    def as_good_as(self, reference: "Sampler") -> bool:
+        return all(
+            self.scores[metric]["mean"] >= score["interval"][0]
+            for metric, score in reference.scores.items()
+        )
+
+
+def evaluated(name: str, steps: int, args: argparse.Namespace) -> Sampler:
+    """Scores of this sampler, from evaluate.py or from an earlier run of it."""
+    folder = args.work_dir / f"{name}_{steps}"
+    if not (folder / "results.json").exists():
+        flags = {
+            "scheduler": name,
+            "num_inference_steps": steps,
+            "num_images": args.num_images,
+            "batch_size": args.batch_size,
+            "llambda": args.llambda,
+            "output_dir": folder,
+        }
+        words = [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
+        subprocess.run([sys.executable, str(REPOSITORY / "evaluate.py"), *words], check=True)
+    return Sampler(name, steps, json.loads((folder / "results.json").read_text())["scores"])
+
+
+def fewest(reference: Sampler, candidates: Sequence[Sampler]) -> Sampler:
+    """The first of the fewest steps that is as good as the reference; the reference if none is."""
+    good = [sampler for sampler in candidates if sampler.as_good_as(reference)]
+    return min(good, key=lambda sampler: sampler.steps, default=reference)
+
+
+def markdown(reference: Sampler, candidates: Sequence[Sampler]) -> str:
+    """A table of all, and the choice."""
+    metrics = list(reference.scores)
+    lines = [
+        "| sampler | steps | " + " | ".join(metrics) + " | as good |",
+        "|---" * (len(metrics) + 3) + "|",
+    ]
+    for sampler in (reference, *candidates):
+        cells = [_cell(sampler.scores[metric]) for metric in metrics]
+        good = "-" if sampler is reference else "yes" if sampler.as_good_as(reference) else "no"
+        lines.append(f"| {sampler.name} | {sampler.steps} | {' | '.join(cells)} | {good} |")
+    chosen = fewest(reference, candidates)
+    lines += ["", f"Fewest steps: {chosen.name}, {chosen.steps}."]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(score: Mapping) -> str:
+    low, high = score["interval"]
+    return f"{score['mean']:.1%} ({low:.1%} to {high:.1%})"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work_dir", type=Path, default=Path("runs/small_world/samplers"))
+    parser.add_argument("--num_images", type=int, default=4, help="seeds per object and prompt")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--llambda", type=float, default=0.8)
+    args = parser.parse_args()
+    quiet_libraries()
+    reference = evaluated(*REFERENCE, args)
+    text = markdown(reference, [evaluated(*candidate, args) for candidate in CANDIDATES])
+    write_atomically(args.work_dir / "samplers.md", lambda path: path.write_text(text))
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
