@@ -24,7 +24,7 @@ def main() -> int:
     from accelerate.utils import gather_object
 
     from elite.evaluation import draw_cases, make_cases, my_share, report, score_cases
-    from elite.inference import build_pipeline
+    from elite.inference import build_pipeline, drawing_of
     from elite.subjects import read_prompts, read_subjects
 
     prompts = read_prompts(config.prompts)
@@ -38,14 +38,12 @@ def main() -> int:
         pipe,
         mine,
         output_dir,
-        settings=drawing_settings(config, pipe),
+        drawing_of(config, config.words, config.llambda),
         batch_size=config.batch_size,
-        placeholder_token=config.placeholder_token,
-        words=config.words,
-        lambda_=config.llambda,
-        resolution=config.resolution,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
+        metadata={
+            "model": config.pretrained_model_name_or_path,
+            "scheduler": config.scheduler,
+        },
     )
     rows = gather_object(score_cases(mine, output_dir, metrics))
     failures = gather_object(failures)
@@ -58,21 +56,6 @@ def main() -> int:
     print(report(cases, rows, output_dir, to_dict(config)))
     print(f"more in {output_dir}; look at {output_dir / 'grid_00.png'} first")
     return PARTLY_FAILED if failures else OK
-
-
-def drawing_settings(config: EvaluateConfig, pipe) -> dict[str, str]:
-    """What a picture depends on besides its prompt and seed."""
-    return {
-        "model": config.pretrained_model_name_or_path,
-        "fingerprint": pipe.fingerprint,
-        "words": config.token_index,
-        "lambda": str(config.llambda),
-        "scheduler": config.scheduler,
-        "num_inference_steps": str(config.num_inference_steps),
-        "guidance_scale": str(config.guidance_scale),
-        "resolution": str(config.resolution or pipe.resolution),
-        "dtype": str(pipe.unet.dtype),
-    }
 
 
 def build_metrics(config: EvaluateConfig, cases: list, device) -> list:

@@ -21,18 +21,21 @@ AttentionNorm = Literal["sample", "batch"]
 COLUMNS = 8  # channels beside V, of which the first is used: fused kernels want multiples of 8
 
 
-class KeysValues(NamedTuple):
-    """All that one cross-attention reads beside its queries. Nothing here depends on the timestep.
+class LocalKeysValues(NamedTuple):
+    """What the local branch reads, for the last R of the B rows; the others have none."""
 
-    The feature tokens belong to the last R of the B rows, the others have no local branch; c is the
-    width of a head.
-    """
+    K: Tensor  # K_l f, (R, heads, patches, c), where c is the width of a head
+    V: Tensor  # V_l f, (R, heads, patches, c)
+    lambda_: Tensor  # (R, 1, 1, 1)
+
+
+class KeysValues(NamedTuple):
+    """All that one cross-attention reads beside its queries. Nothing here depends on the
+    timestep."""
 
     K: Tensor  # K_g text, (B, heads, 77, c)
     V: Tensor  # V_g text, (B, heads, 77, c), with a local branch c + COLUMNS
-    K_f: Tensor | None = None  # K_l f, (R, heads, patches, c)
-    V_f: Tensor | None = None  # V_l f, (R, heads, patches, c)
-    lambda_: Tensor | None = None  # (R, 1, 1, 1)
+    local: LocalKeysValues | None = None
 
 
 class EliteAttnProcessor:
@@ -76,17 +79,18 @@ class EliteAttnProcessor:
             attention_mask = attn.prepare_attention_mask(attention_mask, text.shape[1], len(text))
             attention_mask = attention_mask.view(len(text), attn.heads, -1, text.shape[1])
         if isinstance(given, dict):
-            K, V, K_f, V_f, lambda_ = given[self.layer]
+            K, V, local = given[self.layer]
         else:
-            K, V, K_f, V_f, lambda_ = self.keys_values(attn.heads, text, given)
+            K, V, local = self.keys_values(attn.heads, text, given)
 
         Q = _heads(attn.to_q(hidden_states), attn.heads)
         out = _attend(Q, K, V, attention_mask, attn.scale)
-        if K_f is not None:
-            out, column = out[..., :-COLUMNS], out[-len(K_f) :, ..., -COLUMNS, None]
-            a = column / self._maximum(column, lambda_)
-            branch = F.scaled_dot_product_attention(Q[-len(K_f) :], K_f, V_f, scale=attn.scale)
-            out = _add_to_last_rows(out, lambda_ * a * branch)
+        if local is not None:
+            rows = slice(-len(local.K), None)
+            out, column = out[..., :-COLUMNS], out[rows, ..., -COLUMNS, None]
+            a = column / self._maximum(column, local.lambda_)
+            branch = F.scaled_dot_product_attention(Q[rows], local.K, local.V, scale=attn.scale)
+            out = _add_to_last_rows(out, local.lambda_ * a * branch)
         out = out.transpose(1, 2).flatten(2).to(hidden_states.dtype)  # (B, queries, C)
         return attn.to_out[1](attn.to_out[0](out))
 
@@ -101,13 +105,9 @@ class EliteAttnProcessor:
         one_hot = placeholder.transpose(1, 2)[:, None].to(V)  # (R, 1, 77, 1)
         rows_without = len(text) - len(f)
         one_hot = F.pad(one_hot, (0, COLUMNS - 1, 0, 0, 0, 0, rows_without, 0))
-        return KeysValues(
-            K,
-            torch.cat([V, one_hot.expand(-1, heads, -1, -1)], dim=-1),
-            _heads(self.K_l(f), heads),
-            _heads(self.V_l(f), heads),
-            lambda_[:, None].to(V),
-        )
+        V = torch.cat([V, one_hot.expand(-1, heads, -1, -1)], dim=-1)
+        K_f, V_f = _heads(self.K_l(f), heads), _heads(self.V_l(f), heads)
+        return KeysValues(K, V, LocalKeysValues(K_f, V_f, lambda_[:, None].to(V)))
 
     def _maximum(self, column: Tensor, lambda_: Tensor) -> Tensor:
         """The divisor of a, (R, 1, 1, 1): over heads and queries, and in "batch" over all rows with

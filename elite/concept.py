@@ -31,6 +31,15 @@ class Concept:
     def __len__(self) -> int:
         return len(self.words)
 
+    def __getitem__(self, row: int) -> "Concept":
+        """One of several objects."""
+        tokens = self.feature_tokens
+        return Concept(
+            self.words[row : row + 1],
+            None if tokens is None else tokens[row : row + 1],
+            self.fingerprint,
+        )
+
     def save(self, path: Path | str) -> None:
         """Writes a safetensors file (a few hundred kB at Stable Diffusion size), whole or not at
         all."""

@@ -169,12 +169,27 @@ class OpenImagesBoxes:
         Raises:
             ValueError: the image cannot be read; the message names it.
         """
-        image = read_image(_image_path(self.image_folder, self.image_ids[index]))
+        crop = self.crop(index)
+        return {"pixels": self.target(crop), **self.view(crop, rng)}
+
+    def image_path(self, index: int) -> Path:
+        """The file that a box lies in."""
+        return _image_path(self.image_folder, self.image_ids[index])
+
+    def crop(self, index: int) -> np.ndarray:
+        """A box with 10 px around, uint8 (h, w, 3). Raises ValueError as `sample` does."""
+        image = read_image(self.image_path(index))
         height, width = image.shape[:2]
         left, right, top, bottom = self.boxes[index] * (width, width, height, height)
-        crop = image[padded((top, bottom, left, right), BOX_PADDING, height, width)]
+        return image[padded((top, bottom, left, right), BOX_PADDING, height, width)]
+
+    def target(self, crop: np.ndarray) -> Tensor:
+        """The `pixels` of a crop."""
+        return to_pixels(resize(crop, self.resolution, self.resolution))
+
+    def view(self, crop: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor | str]:
+        """The `clip_pixels` and `caption` of a crop."""
         return {
-            "pixels": to_pixels(resize(crop, self.resolution, self.resolution)),
             "clip_pixels": to_clip_pixels(clip_view(crop, self.clip_size, rng)),
             "caption": _draw_caption(self.placeholder_token, rng),
         }

@@ -2,7 +2,9 @@
 metadata) or prompts, and one contact sheet of each."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -10,10 +12,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
-from PIL import Image, ImageDraw, PngImagePlugin
+from PIL import Image, PngImagePlugin
+from torch import Tensor
 from tqdm import tqdm
 
 from elite.concept import Concept
@@ -22,11 +26,58 @@ from elite.files import write_atomically
 from elite.images import cut_out
 from elite.loading import side_in_pixels
 from elite.pipeline import ElitePipeline, Words, initial_noise
+from elite.sheets import tile_rows
 
 T = TypeVar("T")
-TILE = 160  # side of a contact sheet's pictures in pixels
-HEADER = 18
 SHEET_ROWS = 48  # a longer sheet is no longer looked at
+WRITES_WAITING = 64  # pictures kept in memory until they are written
+VERSIONS = {name: version(name) for name in ("diffusers", "transformers", "torch")}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How the pictures of one run are drawn with ELITE."""
+
+    words: Words = 0
+    lambda_: float = 0.8
+    placeholder_token: str = "S"
+    resolution: int | None = None  # side in pixels; None means what the model draws
+    num_inference_steps: int = 100
+    guidance_scale: float = 5.0
+
+    def __call__(
+        self,
+        pipe: ElitePipeline,
+        prompts: Sequence[str],
+        concepts: Sequence[Concept],
+        seeds: Sequence[int],
+    ) -> list[Image.Image]:
+        """One picture per prompt, concept and seed. Raises ValueError where a prompt does not
+        fit."""
+        return pipe(
+            list(prompts),
+            concept=list(concepts),
+            lambda_=self.lambda_,
+            words=self.words,
+            placeholder_token=self.placeholder_token,
+            seed=list(seeds),
+            height=self.resolution,
+            width=self.resolution,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+        ).images
+
+    def text(self, pipe: ElitePipeline) -> dict[str, str]:
+        """What a picture's metadata says of it: all that it depends on besides prompt and seed."""
+        return {
+            "fingerprint": pipe.fingerprint,
+            "lambda": str(self.lambda_),
+            "words": str(self.words),
+            "resolution": str(self.resolution or pipe.resolution),
+            "num_inference_steps": str(self.num_inference_steps),
+            "guidance_scale": str(self.guidance_scale),
+            "dtype": str(pipe.unet.dtype),
+        }
 
 
 @dataclass(frozen=True)
@@ -48,26 +99,23 @@ def draw_folder(
     pipe: ElitePipeline,
     pairs: PairFolder,
     output_dir: Path,
+    drawing: Drawing,
     *,
     prompt: str,
-    placeholder_token: str,
     seeds: Sequence[int],
-    words: Words = 0,
-    lambda_: float = 0.8,
     indices: Sequence[int] | None = None,
     batch_size: int = 1,
-    resolution: int | None = None,
-    num_inference_steps: int = 100,
-    guidance_scale: float = 5.0,
-    metadata: dict[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> list[str]:
     """Draws each pair once per seed; every process of `accelerate launch` takes its share of the
     pairs.
 
     Writes per picture `INDEX_SEED.jpg` (generated | input) and `INDEX_SEED.png` (generated alone,
-    settings in its metadata), and at last `grid.png`: input, cut-out, generated.
+    settings in its metadata), and at last `grid.png`: input, cut-out, generated. Pairs are read
+    ahead of the drawing and files written behind it.
 
     Args:
+        prompt: with the placeholder in it.
         indices: pairs to draw; None draws all.
         metadata: more text for the PNGs.
 
@@ -81,45 +129,87 @@ def draw_folder(
     indices = range(len(pairs)) if indices is None else indices
     share = indices[state.process_index :: state.num_processes]
     failures: list[str] = []
-    settings = {
-        "prompt": prompt,
-        "lambda": str(lambda_),
-        "words": str(words),
-        "num_inference_steps": str(num_inference_steps),
-        "guidance_scale": str(guidance_scale),
-        **(metadata or {}),
-        **{name: version(name) for name in ("diffusers", "transformers", "torch")},
-    }
+    settings = {"prompt": prompt, **drawing.text(pipe), **(metadata or {}), **VERSIONS}
     bar = tqdm(
         total=len(share) * len(seeds),
         desc="draw",
         unit="picture",
         disable=not state.is_main_process,
     )
-    with bar as progress:  # ends its line before an error is told
-        for batch in _batches(_jobs(pipe, pairs, share, seeds, failures, progress), batch_size):
-            pictures = pipe(
-                [prompt] * len(batch),
-                concept=[job.concept for job in batch],
-                lambda_=lambda_,
-                words=words,
-                placeholder_token=placeholder_token,
-                seed=[job.seed for job in batch],
-                height=resolution,
-                width=resolution,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-            ).images
+    with ThreadPoolExecutor(max_workers=2) as pool, bar as progress:
+        read = ahead(pool, partial(_read, pipe, pairs), share, batch_size)
+        jobs = _jobs(pipe, read, seeds, batch_size, failures, progress)
+        writing: deque[Future] = deque()
+        for batch in batches(jobs, batch_size):
+            concepts, noise = [job.concept for job in batch], [job.seed for job in batch]
+            pictures = drawing(pipe, [prompt] * len(batch), concepts, noise)
+            while len(writing) > WRITES_WAITING:
+                writing.popleft().result()
             for job, picture in zip(batch, pictures, strict=True):
-                write_picture(output_dir, job, picture, settings)
+                writing.append(pool.submit(write_picture, output_dir, job, picture, settings))
             progress.update(len(batch))
+        for written in writing:
+            written.result()
     failures = gather_object(failures)
     if state.is_main_process:
-        sheet = contact_sheet(pairs, indices, seeds, output_dir, f"{prompt}   lambda {lambda_}")
+        title = f"{prompt}   lambda {drawing.lambda_}"
+        sheet = contact_sheet(pairs, indices, seeds, output_dir, title)
         if sheet is not None:
             write_atomically(output_dir / "grid.png", sheet.save)
     state.wait_for_everyone()
     return failures
+
+
+def ahead(
+    pool: Executor, function: Callable[[int], T], items: Iterable[int], count: int
+) -> Iterator[Future[T]]:
+    """Results in the order of the items, `count` of them begun before they are asked for."""
+    waiting: deque[Future[T]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > count:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def batches(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    while batch := list(itertools.islice(items, size)):
+        yield batch
+
+
+def _read(
+    pipe: ElitePipeline, pairs: PairFolder, index: int
+) -> tuple[int, np.ndarray, dict[str, Tensor]]:
+    """A pair's index, picture and views. Raises ValueError where it cannot be read."""
+    image, mask = pairs.read(index)
+    return index, image, pipe.concept_views(image, mask)
+
+
+def _jobs(
+    pipe: ElitePipeline,
+    read: Iterator[Future[tuple[int, np.ndarray, dict[str, Tensor]]]],
+    seeds: Sequence[int],
+    batch_size: int,
+    failures: list[str],
+    progress: tqdm,
+) -> Iterator[Job]:
+    """Encodes each pair once, a batch of them together; unreadable ones go to `failures`."""
+    for futures in batches(read, batch_size):
+        pairs = []
+        for future in futures:
+            try:
+                pairs.append(future.result())
+            except ValueError as error:
+                failures.append(str(error))
+                progress.update(len(seeds))
+        if not pairs:
+            continue
+        views = [views for _, _, views in pairs]
+        concepts = pipe.encode_views(
+            **{key: torch.cat([v[key] for v in views]) for key in views[0]}
+        )
+        for row, (index, image, _) in enumerate(pairs):
+            yield from (Job(index, seed, image, concepts[row]) for seed in seeds)
 
 
 def draw_prompts(
@@ -154,17 +244,20 @@ def draw_prompt_grid(
     output_dir: Path,
     *,
     batch_size: int = 1,
+    metadata: Mapping[str, str] | None = None,  # more text for the PNGs
     **options: Any,  # as for `draw_prompts`
 ) -> None:
     """Each prompt once per seed: `PROMPT_SEED.png`, numbered from 0, and `grid.png` of all."""
+    settings = {key: str(value) for key, value in options.items() if value is not None}
+    settings |= {**(metadata or {}), **VERSIONS}
     rows: list[list[Image.Image]] = []
     with tqdm(total=len(prompts) * len(seeds), desc="draw", unit="picture") as progress:
         for number, prompt in enumerate(prompts):
             row: list[Image.Image] = []
-            for batch in _batches(iter(seeds), batch_size):
+            for batch in batches(iter(seeds), batch_size):
                 pictures = draw_prompts(pipe, [prompt] * len(batch), batch, **options)
                 for seed, picture in zip(batch, pictures, strict=True):
-                    info = png_text({"prompt": prompt, "seed": str(seed)})
+                    info = png_text({"prompt": prompt, "seed": str(seed), **settings})
                     path = output_dir / f"{number:05d}_{seed:05d}.png"
                     write_atomically(path, partial(picture.save, pnginfo=info))
                 row += pictures
@@ -182,32 +275,9 @@ def png_text(values: Mapping[str, str]) -> PngImagePlugin.PngInfo:
     return info
 
 
-def _jobs(
-    pipe: ElitePipeline,
-    pairs: PairFolder,
-    share: Sequence[int],
-    seeds: Sequence[int],
-    failures: list[str],
-    progress: tqdm,
-) -> Iterator[Job]:
-    """Reads and encodes each pair once; unreadable ones go to `failures`."""
-    for index in share:
-        try:
-            image, mask = pairs.read(index)
-        except ValueError as error:
-            failures.append(str(error))
-            progress.update(len(seeds))
-            continue
-        concept = pipe.encode_concept(image, mask)
-        yield from (Job(index, seed, image, concept) for seed in seeds)
-
-
-def _batches(items: Iterator[T], size: int) -> Iterator[list[T]]:
-    while batch := list(itertools.islice(items, size)):
-        yield batch
-
-
-def write_picture(folder: Path, job: Job, picture: Image.Image, settings: dict[str, str]) -> None:
+def write_picture(
+    folder: Path, job: Job, picture: Image.Image, settings: Mapping[str, str]
+) -> None:
     """The two files of one picture."""
     info = png_text({**settings, "seed": str(job.seed)})
     write_atomically(folder / f"{job.stem}.png", partial(picture.save, pnginfo=info))
@@ -244,28 +314,3 @@ def contact_sheet(
         if rows
         else None
     )
-
-
-def tile_rows(rows: list[list[Image.Image]], columns: list[str], title: str = "") -> Image.Image:
-    """Rows of pictures as one sheet with a title and column names; small pictures keep their pixels
-    visible."""
-    top = HEADER * (2 if title else 1)
-    sheet = Image.new("RGB", (len(columns) * TILE, top + len(rows) * TILE), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((4, 3), title, fill="black")
-    for i, name in enumerate(columns):
-        draw.text((i * TILE + 4, top - HEADER + 3), name, fill="black")
-    for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            sheet.paste(fit_tile(picture), (x * TILE, top + y * TILE))
-    return sheet
-
-
-def fit_tile(picture: Image.Image) -> Image.Image:
-    """The picture as a TILE x TILE square, letterboxed."""
-    scale = TILE / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-    tile = Image.new("RGB", (TILE, TILE), "white")
-    tile.paste(picture.resize(size, method), ((TILE - size[0]) // 2, (TILE - size[1]) // 2))
-    return tile

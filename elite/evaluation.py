@@ -15,11 +15,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elite.concept import Concept
-from elite.drawing import png_text, tile_rows
+from elite.drawing import Drawing, png_text
 from elite.files import write_atomically, write_json
 from elite.images import cut_out
 from elite.metrics import Clip, Dino, bootstrap, mean_cosine
-from elite.pipeline import ElitePipeline, Words
+from elite.pipeline import ElitePipeline
+from elite.sheets import tile_rows
 from elite.subjects import Prompts, Subject
 
 SHEET_SUBJECTS, SHEET_PROMPTS = 12, 8  # of one contact sheet
@@ -118,17 +119,18 @@ def draw_cases(
     pipe: ElitePipeline,
     cases: Sequence[Case],
     output_dir: Path,
+    drawing: Drawing,
     *,
-    settings: Mapping[str, str],  # of every picture, kept in its PNG; other ones draw it anew
     batch_size: int = 1,
-    placeholder_token: str = "S",
-    words: Words = 0,
-    lambda_: float = 0.6,
-    resolution: int | None = None,
-    num_inference_steps: int = 100,
-    guidance_scale: float = 5.0,
+    metadata: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """Draws what is not there yet. Returns one line per subject that could not be read."""
+    """Draws what is not there yet. Returns one line per subject that could not be read.
+
+    Args:
+        metadata: what else a picture depends on; with the drawing's own it is kept in the PNGs, and
+            pictures of other settings are drawn anew.
+    """
+    settings = {**drawing.text(pipe), **(metadata or {})}
     failures: dict[str, str] = {}
 
     @lru_cache(maxsize=1)  # cases come subject by subject
@@ -156,18 +158,8 @@ def draw_cases(
                 except ValueError as error:
                     failures[case.subject.name] = str(error)
             if batch:
-                pictures = pipe(
-                    [case.template.replace("{}", placeholder_token) for case in batch],
-                    concept=concepts,
-                    lambda_=lambda_,
-                    words=words,
-                    placeholder_token=placeholder_token,
-                    seed=[case.seed for case in batch],
-                    height=resolution,
-                    width=resolution,
-                    num_inference_steps=num_inference_steps,
-                    guidance_scale=guidance_scale,
-                ).images
+                prompts = [case.template.replace("{}", drawing.placeholder_token) for case in batch]
+                pictures = drawing(pipe, prompts, concepts, [case.seed for case in batch])
                 for case, picture in zip(batch, pictures, strict=True):
                     info = png_text({**settings, "prompt": case.template})
                     write_atomically(output_dir / case.path, partial(picture.save, pnginfo=info))

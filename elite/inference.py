@@ -10,13 +10,16 @@ from diffusers import DiffusionPipeline
 
 from elite.console import BAD_INPUT, OK, PARTLY_FAILED
 from elite.data import PairFolder
-from elite.drawing import draw_folder, draw_prompt_grid
-from elite.loading import load_stable_diffusion, make_scheduler, stock_pipeline
+from elite.drawing import Drawing, draw_folder, draw_prompt_grid
+from elite.loading import DTYPES, load_stable_diffusion, make_scheduler, stock_pipeline
 from elite.pipeline import ElitePipeline, Words
-from elite.settings import DrawConfig, InferenceConfig, TextualInversionInferenceConfig
+from elite.settings import (
+    DrawConfig,
+    EliteConfig,
+    InferenceConfig,
+    TextualInversionInferenceConfig,
+)
 from elite.textual_inversion import load_into, merge_embeddings
-
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -58,12 +61,17 @@ def run_textual_inversion(config: TextualInversionInferenceConfig) -> int:
         range(config.seed, config.seed + config.num_images),
         output_dir,
         batch_size=config.batch_size,
+        metadata=_origin(config),
         resolution=config.resolution,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
     )
     print(f"pictures in {output_dir}; look at {output_dir / 'grid.png'} first")
     return OK
+
+
+def _origin(config: DrawConfig) -> dict[str, str]:
+    return {"scheduler": config.scheduler, "model": config.pretrained_model_name_or_path}
 
 
 def place(pipe: DiffusionPipeline, config: DrawConfig) -> None:
@@ -74,7 +82,7 @@ def place(pipe: DiffusionPipeline, config: DrawConfig) -> None:
 
 
 def build_pipeline(
-    config: InferenceConfig, local_mapper: str | Literal[False] | None = None
+    config: EliteConfig, local_mapper: str | Literal[False] | None = None
 ) -> ElitePipeline:
     """The pipeline a configuration asks for, on its device and in its precision; False: no local
     branch."""
@@ -88,6 +96,18 @@ def build_pipeline(
     pipe.set_progress_bar_config(disable=True)
     place(pipe, config)
     return pipe
+
+
+def drawing_of(config: EliteConfig, words: Words, lambda_: float) -> Drawing:
+    """How a configuration wants its pictures drawn."""
+    return Drawing(
+        words=words,
+        lambda_=lambda_,
+        placeholder_token=config.placeholder_token,
+        resolution=config.resolution,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+    )
 
 
 def run_inference(
@@ -110,17 +130,12 @@ def run_inference(
         pipe,
         pairs,
         output_dir,
+        drawing_of(config, words, lambda_),
         prompt=config.template.replace("{}", config.placeholder_token),
-        placeholder_token=config.placeholder_token,
         seeds=range(config.seed, config.seed + config.num_images),
-        words=words,
-        lambda_=lambda_,
         indices=None if config.selected_data < 0 else [config.selected_data],
         batch_size=config.batch_size,
-        resolution=config.resolution,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        metadata={"scheduler": config.scheduler, "model": config.pretrained_model_name_or_path},
+        metadata=_origin(config),
     )
     if not PartialState().is_main_process:
         return OK  # the main process speaks for all

@@ -1,5 +1,6 @@
 """Stable Diffusion's parts from a folder or the hub, and samplers by name."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ SCHEDULERS = {
     "ddim": DDIMScheduler,
     "pndm": PNDMScheduler,
 }
+# By the names of --mixed_precision.
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Stable Diffusion's noise schedule, for model folders that carry none.
 NOISE_SCHEDULE = {
     "num_train_timesteps": 1000,
@@ -191,6 +194,26 @@ def inside(model: str | Path, part: str) -> Path | None:
 def side_in_pixels(unet: UNet2DConditionModel, vae: AutoencoderKL) -> int:
     """Side of the pictures these models draw by default."""
     return unet.config.sample_size * pixels_per_latent(vae)
+
+
+def side_for_training(
+    resolution: int | None, unet_config: Mapping[str, Any], vae: AutoencoderKL
+) -> int:
+    """Side of the training images in pixels; None means that of the pictures the model draws.
+
+    Raises:
+        ValueError: the UNet, which halves its latents at each level but the last, cannot halve so
+            many.
+    """
+    natural = unet_config["sample_size"] * pixels_per_latent(vae)
+    resolution = resolution or natural
+    multiple = pixels_per_latent(vae) * 2 ** (len(unet_config["block_out_channels"]) - 1)
+    if resolution % multiple:
+        raise ValueError(
+            f"--resolution {resolution}: this model needs a multiple of {multiple}; {natural} is "
+            "its own"
+        )
+    return resolution
 
 
 def pixels_per_latent(vae: AutoencoderKL) -> int:

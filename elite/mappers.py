@@ -39,6 +39,24 @@ def clip_levels(
     return [output.last_hidden_state, *(output.hidden_states[layer] for layer in hidden_layers)]
 
 
+def clip_levels_of_views(
+    image_encoder: CLIPVisionModel,
+    views: Sequence[Tensor],
+    hidden_layers: Sequence[Sequence[int]],
+) -> list[list[Tensor]]:
+    """`clip_levels` of several batches of pictures in one pass, each with hidden layers of its
+    own."""
+    every_layer = sorted(set().union(*hidden_layers))
+    last, *states = clip_levels(image_encoder, torch.cat(list(views)), every_layer)
+    state_of = dict(zip(every_layer, states, strict=True))
+    levels, start = [], 0
+    for view, layers in zip(views, hidden_layers, strict=True):
+        rows = slice(start, start + len(view))
+        levels.append([state[rows] for state in (last, *(state_of[layer] for layer in layers))])
+        start += len(view)
+    return levels
+
+
 def check_levels(image_encoder: CLIPVisionModel, hidden_layers: Sequence[int]) -> None:
     """Raises ValueError where the image encoder lacks one of the hidden states."""
     depth = image_encoder.config.num_hidden_layers

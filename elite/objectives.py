@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from elite.attention import install, local_inputs, local_values
 from elite.files import write_atomically
-from elite.mappers import GlobalMapper, LocalMapper, clip_levels
+from elite.mappers import GlobalMapper, LocalMapper, clip_levels, clip_levels_of_views
 from elite.text import encode_text, tokenize
 
 WORD_PENALTY = 0.01  # stage 1, weight of mean |w|
@@ -87,6 +87,13 @@ class DenoisingObjective(nn.Module):
         self.trained.requires_grad_(True)
         self.train()
 
+    def cast_frozen(self, dtype: torch.dtype) -> None:
+        """Keeps what does not learn in the dtype it computes in under autocast: half the memory, no
+        cast at each step."""
+        for parameter in self.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+
     def train(self, mode: bool = True) -> Self:
         """Frozen parts stay in evaluation mode."""
         super().train(False)
@@ -97,7 +104,10 @@ class DenoisingObjective(nn.Module):
         """batch: what the dataset gives, collated; plus `seed` (B,). Returns {"loss": ..., other
         scalars}."""
         seeds = batch["seed"]
-        latents = self.encode_pixels(batch["pixels"], seeds)
+        if "latent_mean" in batch:  # of the latent cache
+            latents = self.draw_latents(batch["latent_mean"], batch["latent_std"], seeds)
+        else:
+            latents = self.encode_pixels(batch["pixels"], seeds)
         noise = seeded_noise(seeds, tuple(latents.shape[1:])).to(latents)
         t = seeded_timesteps(seeds, self.scheduler.config.num_train_timesteps).to(latents.device)
         tokens = {key: ids.to(latents.device) for key, ids in self.tokens(batch["caption"]).items()}
@@ -112,12 +122,15 @@ class DenoisingObjective(nn.Module):
 
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor, seeds: Tensor) -> Tensor:
-        """x (B, 3, H, W) in [-1, 1] to z, one draw of the posterior per sample seed."""
+        """x (B, 3, H, W) in [-1, 1] to z in float32, one draw of the posterior per sample seed."""
         posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
-        noise = seeded_noise(seeds, tuple(posterior.mean.shape[1:]), POSTERIOR_STREAM).to(
-            posterior.mean
-        )
-        return (posterior.mean + posterior.std * noise) * self.vae.config.scaling_factor
+        return self.draw_latents(posterior.mean.float(), posterior.std.float(), seeds)
+
+    def draw_latents(self, mean: Tensor, std: Tensor, seeds: Tensor) -> Tensor:
+        """z (B, C, h, w), at the scale the UNet knows, from the posterior of the VAE: mean and
+        deviation (B, C, h, w), one draw per sample seed."""
+        noise = seeded_noise(seeds, tuple(mean.shape[1:]), POSTERIOR_STREAM).to(mean)
+        return (mean + std * noise) * self.vae.config.scaling_factor
 
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What the UNet predicts: the noise, or the velocity of models trained for that."""
@@ -227,11 +240,14 @@ class LocalObjective(EliteObjective):
         mean.
         """
         with torch.no_grad():
-            layers = self.global_mapper.config.hidden_layers
-            w = self.global_mapper(clip_levels(self.image_encoder, batch["clip_pixels"], layers))
-            layers = self.local_mapper.config.hidden_layers
-            levels = clip_levels(self.image_encoder, batch["object_pixels"], layers)
-        f = self.local_mapper(levels, self.patch_mask(batch["object_mask"], levels[0]))
+            levels, object_levels = clip_levels_of_views(
+                self.image_encoder,
+                [batch["clip_pixels"], batch["object_pixels"]],
+                [self.global_mapper.config.hidden_layers, self.local_mapper.config.hidden_layers],
+            )
+            w = self.global_mapper(levels)
+        m = self.patch_mask(batch["object_mask"], object_levels[0])
+        f = self.local_mapper(object_levels, m)
         local = local_inputs(f, batch["index"], 1.0, batch["input_ids"].shape[1])
         noisy = self.scheduler.add_noise(latents, noise, t)
         eps_hat = self.predict(batch, noisy, t, w[:, :1], local)

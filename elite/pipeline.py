@@ -34,7 +34,7 @@ from elite.checkpoint import load_mapper
 from elite.concept import Concept
 from elite.images import fit_mask, object_views, to_mask, to_rgb
 from elite.loading import inside, load_parts, pixels_per_latent, side_in_pixels
-from elite.mappers import GlobalMapper, LocalMapper, Mapper, clip_levels
+from elite.mappers import GlobalMapper, LocalMapper, Mapper, clip_levels, clip_levels_of_views
 from elite.text import encode_text, tokenize
 
 ImageLike = Image.Image | np.ndarray
@@ -165,6 +165,13 @@ class ElitePipeline(StableDiffusionPipeline):
         Raises:
             ValueError: the mask is empty or of another shape.
         """
+        return self.encode_views(**self.concept_views(image, mask, name))
+
+    def concept_views(
+        self, image: ImageLike, mask: ImageLike, name: str = "mask"
+    ) -> dict[str, Tensor]:
+        """What `encode_views` takes, one row, on the CPU; arguments and errors as for
+        `encode_concept`."""
         pixels = to_rgb(image) if isinstance(image, Image.Image) else np.asarray(image)
         object_mask = to_mask(mask) if isinstance(mask, Image.Image) else np.asarray(mask) > 0
         views = object_views(
@@ -173,8 +180,7 @@ class ElitePipeline(StableDiffusionPipeline):
             self.image_encoder.config.image_size,
             self.grid,
         )
-        views = {key: view[None].to(self._execution_device) for key, view in views.items()}
-        return self.encode_views(**views)
+        return {key: view[None] for key, view in views.items()}
 
     @torch.no_grad()
     def encode_views(
@@ -186,14 +192,19 @@ class ElitePipeline(StableDiffusionPipeline):
             clip_pixels, object_pixels: (B, 3, H, W), CLIP-normalised.
             patch_mask: m, (B, patches, 1).
         """
+        device = self._execution_device
+        clip_pixels, object_pixels = clip_pixels.to(device), object_pixels.to(device)
         layers = self.global_mapper.config.hidden_layers
-        words = self.global_mapper(clip_levels(self.image_encoder, clip_pixels, layers))
-        tokens = None
-        if self.local_mapper is not None:
-            layers = self.local_mapper.config.hidden_layers
-            levels = clip_levels(self.image_encoder, object_pixels, layers)
-            tokens = self.local_mapper(levels, patch_mask)
-        return Concept(words, tokens, self.fingerprint)
+        if self.local_mapper is None:
+            levels = clip_levels(self.image_encoder, clip_pixels, layers)
+            return Concept(self.global_mapper(levels), None, self.fingerprint)
+        levels, object_levels = clip_levels_of_views(
+            self.image_encoder,
+            [clip_pixels, object_pixels],
+            [layers, self.local_mapper.config.hidden_layers],
+        )
+        tokens = self.local_mapper(object_levels, patch_mask.to(device))
+        return Concept(self.global_mapper(levels), tokens, self.fingerprint)
 
     @torch.no_grad()
     def __call__(

@@ -90,6 +90,9 @@ class FitConfig:
     gradient_checkpointing: bool = setting(
         False, "Recompute UNet activations in the backward pass: less memory, more time."
     )
+    compile: bool = setting(
+        False, "Compile the UNet with torch.compile: slow first step, faster ones after it."
+    )
     allow_tf32: bool = setting(False, "TF32 matrix products on NVIDIA GPUs: faster, less exact.")
     dataloader_num_workers: int = setting(
         0, "Processes that prepare samples, per device; 0 means the training process.", at_least=0
@@ -166,6 +169,11 @@ class TrainGlobalConfig(TrainConfig):
     output_dir: str = setting("runs/global", "Folder for mappers, checkpoints, previews and logs.")
     global_mapper_path: str | None = setting(
         None, "Global mapper to start from; None means a fresh one."
+    )
+    cache_latents: str | None = setting(
+        None,
+        "Folder of data_scripts/cache_latents.py with the VAE's latents; None means encoding in "
+        "every step.",
     )
 
 

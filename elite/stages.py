@@ -12,14 +12,16 @@ from tqdm import tqdm
 from elite.checkpoint import load_mapper
 from elite.config import print_config, save_config, to_dict
 from elite.data import OpenImagesBoxes, OpenImagesMasks, PairFolder
-from elite.drawing import draw_prompts, tile_rows
+from elite.drawing import draw_prompts
 from elite.images import cut_out
+from elite.latents import CachedBoxes
 from elite.loading import (
+    DTYPES,
     load_parts,
     load_stable_diffusion,
     make_scheduler,
     pixels_per_latent,
-    side_in_pixels,
+    side_for_training,
     stock_pipeline,
 )
 from elite.mappers import GlobalMapper, LocalMapper, Mapper
@@ -33,6 +35,7 @@ from elite.settings import (
     TrainGlobalConfig,
     TrainLocalConfig,
 )
+from elite.sheets import tile_rows
 from elite.textual_inversion import (
     TOKENIZERS,
     TextualInversionObjective,
@@ -50,12 +53,14 @@ def train_global(config: TrainGlobalConfig) -> int:
     mapper = _mapper(GlobalMapper, config.global_mapper_path, parts, config)
     objective = GlobalObjective(parts, mapper, placeholder_token=config.placeholder_token)
     resolution = _resolution(config, parts)
-    dataset = OpenImagesBoxes(
+    boxes = OpenImagesBoxes(
         config.train_data_dir,
         resolution=resolution,
         clip_size=parts["image_encoder"].config.image_size,
         placeholder_token=config.placeholder_token,
     )
+    cache = config.cache_latents
+    dataset = boxes if cache is None else CachedBoxes(boxes, cache, parts["vae"])
     return _train_mapper(config, objective, dataset, parts, words="all")
 
 
@@ -139,17 +144,7 @@ def _mapper(
 
 
 def _resolution(config: FitConfig, parts: dict[str, Any]) -> int:
-    """Side of the training images; the UNet halves its latents at each level but the last."""
-    natural = side_in_pixels(parts["unet"], parts["vae"])
-    resolution = config.resolution or natural
-    halvings = len(parts["unet"].config.block_out_channels) - 1
-    multiple = pixels_per_latent(parts["vae"]) * 2**halvings
-    if resolution % multiple:
-        raise ValueError(
-            f"--resolution {resolution}: this model needs a multiple of {multiple}; {natural} is "
-            "its own"
-        )
-    return resolution
+    return side_for_training(config.resolution, parts["unet"].config, parts["vae"])
 
 
 def _train_mapper(
@@ -179,11 +174,15 @@ def _fit(
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
     if config.gradient_checkpointing:
         parts["unet"].enable_gradient_checkpointing()
+    if config.compile:
+        parts["unet"].compile()
     accelerator = make_accelerator(
         config.mixed_precision,
         config.gradient_accumulation_steps,
         cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
     )
+    if accelerator.mixed_precision != "no":
+        objective.cast_frozen(DTYPES[accelerator.mixed_precision])
     samples_per_step = (
         config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     )

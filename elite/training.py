@@ -103,6 +103,7 @@ def fit(
         betas=adam_betas,
         eps=adam_epsilon,
         weight_decay=weight_decay,
+        fused=True,
     )
     schedule = get_scheduler(
         lr_scheduler, optimizer, num_warmup_steps=lr_warmup_steps, num_training_steps=max_steps
@@ -175,7 +176,8 @@ def fit(
         # Preview and save.
         if accelerator.is_main_process:
             if preview is not None and validation_steps and step % validation_steps == 0:
-                run.preview(step, preview, objective)
+                with accelerator.autocast():
+                    run.preview(step, preview, objective)
             if step == max_steps or (save_steps and step % save_steps == 0):
                 run.save(step, state, checkpoints_total_limit)
     progress.close()

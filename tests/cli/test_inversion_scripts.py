@@ -63,7 +63,9 @@ def test_a_word_is_learned_and_drawn(family, photos, tmp_path):
         "grid.png",
     ]
     with Image.open(tmp_path / "drawn" / "00000_00006.png") as picture:
-        assert picture.text == {"prompt": prompt, "seed": "6"}
+        text = picture.text
+    assert (text["prompt"], text["seed"], text["guidance_scale"]) == (prompt, "6", "5.0")
+    assert {"model", "scheduler", "num_inference_steps", "diffusers"} <= text.keys()
         drawn = np.asarray(picture)
     stock = stock_pipeline(load_stable_diffusion(family))
     load_into(stock, rows)

@@ -13,9 +13,20 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 # A module imports only from lines above its own.
 LAYERS = (
-    ("augment", "console", "files", "images", "loading", "mappers", "settings", "stream", "text"),
+    (
+        "augment",
+        "console",
+        "files",
+        "images",
+        "loading",
+        "mappers",
+        "settings",
+        "sheets",
+        "stream",
+        "text",
+    ),
     ("attention", "checkpoint", "concept", "config", "data"),
-    ("metrics", "objectives", "pictures", "pipeline", "subjects", "training"),
+    ("latents", "metrics", "objectives", "pictures", "pipeline", "subjects", "training"),
     ("drawing", "textual_inversion"),
     ("evaluation", "inference", "stages"),
 )

@@ -1,0 +1,92 @@
+"""Encode the target of every Open Images box with the VAE, once, before stage 1 training.
+
+    python data_scripts/cache_latents.py OPEN_IMAGES OUT_DIR --pretrained_model_name_or_path MODEL
+        [--resolution 512] [--dtype float16] [--batch_size 8] [--workers 8] [--device cuda]
+
+Then train_global.py with `--cache_latents OUT_DIR` and the same model, folder and resolution needs
+no VAE in its steps. Interrupted, it goes on with the shards that are missing; after a change it
+encodes again those that no longer fit. Exit code 2: nothing could be done; 3: some images could not
+be read (they are listed, the rest is encoded).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
+
+from elite.console import OK, PARTLY_FAILED, quiet_libraries, run
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("train_data_dir", type=Path, help="Open Images root")
+    parser.add_argument("out_dir", type=Path, help="folder for the latents")
+    parser.add_argument(
+        "--pretrained_model_name_or_path",
+        required=True,
+        help="Stable Diffusion whose VAE encodes: a diffusers folder or a hub name",
+    )
+    parser.add_argument("--revision", help="of a hub model (default: its main branch)")
+    parser.add_argument(
+        "--resolution", type=int, help="side of the targets in pixels (default: what is drawn)"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of what is stored (default float32)"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=8, help="targets encoded at once (default 8)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes that read images (default: this one)"
+    )
+    parser.add_argument("--device", help="such as cpu, cuda:0 or mps (default: the fastest)")
+    return parser.parse_args(arguments)
+
+
+def check_args(args: argparse.Namespace) -> None:
+    for name, least in (("resolution", 8), ("batch_size", 1), ("workers", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} {value}: expected {least} or more")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_args(arguments)
+    check_args(args)
+    quiet_libraries()
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    from elite.data import OpenImagesBoxes
+    from elite.inference import pick_device
+    from elite.latents import cache_latents
+    from elite.loading import load_part, side_for_training
+
+    model, hub = args.pretrained_model_name_or_path, {}
+    if args.revision:
+        hub["revision"] = args.revision
+    vae = load_part(AutoencoderKL, model, "vae", **hub)
+    unet_config = load_part(UNet2DConditionModel, model, "unet", loader="load_config", **hub)
+    resolution = side_for_training(args.resolution, unet_config, vae)
+    boxes = OpenImagesBoxes(args.train_data_dir, resolution=resolution)
+    failures = cache_latents(
+        boxes,
+        vae.to(pick_device(args.device)),
+        args.out_dir,
+        dtype=getattr(torch, args.dtype),
+        batch_size=args.batch_size,
+        workers=args.workers,
+    )
+    print(f"{args.out_dir}: latents of {len(boxes)} targets at {resolution} px")
+    if failures:
+        print(f"{len(failures)} images could not be read:", *failures, sep="\n  ", file=sys.stderr)
+    return PARTLY_FAILED if failures else OK
+
+
+if __name__ == "__main__":
+    run(main)

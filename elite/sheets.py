@@ -1,0 +1,31 @@
+"""Contact sheets: rows of pictures as one."""
+
+from PIL import Image, ImageDraw
+
+TILE = 160  # side of a sheet's pictures in pixels
+HEADER = 18
+
+
+def tile_rows(rows: list[list[Image.Image]], columns: list[str], title: str = "") -> Image.Image:
+    """Rows of pictures as one sheet with a title and column names; small pictures keep their pixels
+    visible."""
+    top = HEADER * (2 if title else 1)
+    sheet = Image.new("RGB", (len(columns) * TILE, top + len(rows) * TILE), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((4, 3), title, fill="black")
+    for i, name in enumerate(columns):
+        draw.text((i * TILE + 4, top - HEADER + 3), name, fill="black")
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            sheet.paste(fit_tile(picture), (x * TILE, top + y * TILE))
+    return sheet
+
+
+def fit_tile(picture: Image.Image) -> Image.Image:
+    """The picture as a TILE x TILE square, letterboxed."""
+    scale = TILE / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+    tile = Image.new("RGB", (TILE, TILE), "white")
+    tile.paste(picture.resize(size, method), ((TILE - size[0]) // 2, (TILE - size[1]) // 2))
+    return tile

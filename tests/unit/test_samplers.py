@@ -1,0 +1,53 @@
+"""Which sampler is as good as the reference, on made-up scores."""
+
+import argparse
+import json
+
+import pytest
+
+from small_world import samplers
+from small_world.samplers import Sampler, evaluated, fewest, markdown
+
+
+def sampler(name: str, steps: int, shape: float, scene: float) -> Sampler:
+    scores = {
+        metric: {"mean": mean, "interval": [mean - 0.05, mean + 0.05]}
+        for metric, mean in (("shape", shape), ("scene", scene))
+    }
+    return Sampler(name, steps, scores)
+
+
+REFERENCE = sampler("lms", 100, 0.70, 0.90)
+
+
+@pytest.mark.parametrize(
+    ("shape", "scene", "good"),
+    [(0.70, 0.90, True), (0.66, 0.86, True), (0.64, 0.95, False), (0.90, 0.84, False)],
+)
+def test_as_good_in_every_metric(shape, scene, good):
+    assert sampler("dpm++", 10, shape, scene).as_good_as(REFERENCE) is good
+
+
+def test_fewest_steps_of_those_as_good():
+    few, some, many = (
+        sampler("unipc", 8, 0.5, 0.9),
+        sampler("dpm++", 15, 0.7, 0.9),
+        sampler("dpm++", 25, 0.8, 0.95),
+    )
+    assert fewest(REFERENCE, [many, few, some]) is some
+    assert fewest(REFERENCE, [few]) is REFERENCE
+
+
+def test_table_names_each_and_the_choice():
+    text = markdown(REFERENCE, [sampler("dpm++", 15, 0.7, 0.9), sampler("unipc", 8, 0.5, 0.9)])
+    assert "| lms | 100 | 70.0% (65.0% to 75.0%) | 90.0% (85.0% to 95.0%) | - |" in text
+    assert text.count("| yes |") == 1 and text.count("| no |") == 1
+    assert text.endswith("Fewest steps: dpm++, 15.\n")
+
+
+def test_what_is_there_is_not_run_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(samplers.subprocess, "run", lambda *_, **__: pytest.fail("ran again"))
+    (tmp_path / "dpm++_20").mkdir()
+    (tmp_path / "dpm++_20" / "results.json").write_text(json.dumps({"scores": REFERENCE.scores}))
+    found = evaluated("dpm++", 20, argparse.Namespace(work_dir=tmp_path))
+    assert found.scores == REFERENCE.scores and found.steps == 20
