@@ -1,0 +1,135 @@
+"""Everything at once on an NVIDIA GPU: denoising, share of the chip's matrix rate, training.
+
+    python -m benchmarks.gpu --size full --rounds 7
+    python -m benchmarks.gpu                           tiny models: does it run?
+
+ELITE against the stock pipeline at the model's own resolution (512 px), fp16 and bf16, eager and
+compiled, batches of 1, 4 and 16 pictures. The matrix rate is that of a large product in the same
+number type, measured beside the steps; FLOPs of a step are counted by torch. Training is images a
+second and peak memory at a batch of 4. Exit code 2: no such GPU here.
+"""
+
+import argparse
+import sys
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.generation import (
+    ELITE,
+    GOAL,
+    STOCK,
+    Pipelines,
+    measure,
+)
+from benchmarks.harness import Row, Table, finish, make_parser, parse, timed
+from benchmarks.memory import memory_rows
+from benchmarks.models import DTYPES
+from benchmarks.training import CASES as TRAINING_CASES
+from benchmarks.training import STAGES, Trainer, step_row, training_peak
+from elite.console import run
+from elite.loading import side_in_pixels
+
+MATRIX_SIDE = {"full": 8192, "tiny": 256}
+PRODUCTS = 20  # of matrices, a turn
+MATRIX = "matrix product"
+
+
+def step_flops(pipes: Pipelines, case: str, resolution: int, batch_size: int) -> int:
+    """Of one denoising step: what three steps take more than two."""
+    counts = []
+    for steps in (2, 3):
+        counter = FlopCounterMode(display=False)
+        with pipes.ready(case), counter:
+            pipes.draw(case, resolution, batch_size, num_inference_steps=steps)
+        counts.append(counter.get_total_flops())
+    return counts[1] - counts[0]
+
+
+def matrix_rate(side: int, dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of square products."""
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+
+    def products() -> None:
+        for _ in range(PRODUCTS):
+            torch.matmul(a, b)
+
+    products()
+    return PRODUCTS * 2 * side**3 / timed(products, device)()
+
+
+def rate_row(step: Row, flops: dict[str, int], matrix: list[float]) -> Row:
+    """TFLOP/s of the steps of a row beside those of matrix products."""
+    rates = {MATRIX: [rate / 1e12 for rate in matrix]}
+    for case, count in flops.items():
+        rates[case] = [count / seconds / 1e12 for seconds in step.rounds[case]]
+    return Row(step.name, rates)
+
+
+def generation_tables(args: argparse.Namespace, device: torch.device) -> list[Table]:
+    """Seconds of a step, rates, and seconds before the first step."""
+    times = Table("Time of a denoising step", "s", GOAL)
+    rates = Table("Rate of a denoising step", "TFLOP/s")
+    before = Table("Time before the first step: text, and K and V once", "s")
+    for name in args.dtypes:
+        pipes = Pipelines(args.size, device, DTYPES[name], args.scheduler, compiled=False)
+        resolution = side_in_pixels(pipes.elite.unet, pipes.elite.vae)
+        eager = pipes.elite.unet
+        for batch_size in args.batch_sizes:
+            flops = {c: step_flops(pipes, c, resolution, batch_size) for c in (STOCK, ELITE)}
+            for pipes.compiled in (False, True):
+                label = f"{name}, {'compiled' if pipes.compiled else 'eager'}, batch {batch_size}"
+                step, preparation = measure(
+                    pipes, resolution, batch_size, args.steps, args.rounds, label
+                )
+                side = MATRIX_SIDE[args.size]
+                matrix = [matrix_rate(side, DTYPES[name], device) for _ in range(args.rounds)]
+                times.rows.append(step)
+                rates.rows.append(rate_row(step, flops, matrix))
+                before.rows.append(preparation)
+            pipes.elite.unet = pipes.stock.unet = eager
+    return [times, rates, before]
+
+
+def training_tables(args: argparse.Namespace, device: torch.device) -> list[Table]:
+    """Images a second and peak memory of both stages."""
+    speed = Table("Training, images a second", "1/s")
+    memory = Table("Training, peak memory with the loaded models", "MiB")
+    cases, batch_size = list(TRAINING_CASES), args.train_batch_size
+    for stage in STAGES:
+        name = f"{STAGES[stage]}, batch {batch_size}"
+        trainer = Trainer(stage, args.size, device, batch_size)
+        step = step_row(trainer, cases, args.rounds, args.steps, name)
+        del trainer
+        rates = {case: [batch_size / t for t in times] for case, times in step.rounds.items()}
+        speed.rows.append(Row(name, rates))
+        fixed = (args.size, device, batch_size, args.threads)
+        settings = {case: (stage, case, *fixed) for case in cases}
+        memory.rows.append(memory_rows(settings, training_peak, args.memory_rounds, name)["total"])
+    return [speed, memory]
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = make_parser(__doc__, "gpu")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp16", "bf16"])
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--steps", type=int, default=10, help="a turn (default 10)")
+    parser.add_argument("--scheduler", default="dpm++")
+    parser.add_argument("--train_batch_size", type=int, default=4)
+    parser.add_argument("--memory_rounds", type=int, default=1)
+    return parse(parser, "gpu", argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(sys.argv[1:] if argv is None else argv)
+    if not torch.cuda.is_available():
+        raise ValueError("no CUDA device here; run this on a machine with an NVIDIA GPU")
+    device = torch.device("cuda")
+    tables = generation_tables(args, device)
+    torch.cuda.empty_cache()
+    tables += training_tables(args, device)
+    return finish(args, tables, "gpu")
+
+
+if __name__ == "__main__":
+    run(main)

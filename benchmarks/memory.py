@@ -1,0 +1,96 @@
+"""Peak memory of one case, measured in a process of its own, so that no other case has left its
+traces in the allocator."""
+
+import gc
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.harness import Row
+
+MIB = 2**20
+
+
+def peak_memory(work: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """MiB at the peak of `work` with everything that was there before, and above that."""
+    gc.collect()
+    resting = _in_use(device)
+    _forget_peak(device)
+    work()
+    peak = _peak(device)
+    return {"total": peak / MIB, "above": (peak - resting) / MIB}
+
+
+def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
+    """The answer of a function at module level, called in a process that has imported and no
+    more."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.models"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *args).result()
+
+
+def memory_rows(
+    cases: dict[str, tuple[Any, ...]],
+    measure: Callable[..., dict[str, float]],
+    rounds: int,
+    name: str,
+) -> dict[str, Row]:
+    """A row of totals and a row of what lies above the resting level.
+
+    Args:
+        cases: per case the arguments of `measure`, which answers as `peak_memory` does; called in
+            turns, each time in a fresh process.
+    """
+    seen: dict[str, dict[str, list[float]]] = {
+        kind: {case: [] for case in cases} for kind in ("total", "above")
+    }
+    with tqdm(total=rounds * len(cases), desc=f"memory, {name}", unit="run") as progress:
+        for _ in range(rounds):
+            for case, arguments in cases.items():
+                for kind, value in in_fresh_process(measure, *arguments).items():
+                    seen[kind][case].append(value)
+                progress.update()
+    return {kind: Row(name, figures) for kind, figures in seen.items()}
+
+
+def _in_use(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _status("VmRSS")
+
+
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    """Bytes, from Linux's account of this process.
+
+    `ru_maxrss` would not do: a child starts with the peak of its parent.
+
+    Raises:
+        ValueError: another system.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        raise ValueError(
+            "peak memory on a CPU is read from Linux's /proc; leave it out with --memory_rounds 0"
+        ) from None
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))

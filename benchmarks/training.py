@@ -1,0 +1,226 @@
+"""Time and memory of a training step, measure by measure, against the plain step.
+
+    python -m benchmarks.training                      tiny models, a minute
+    python -m benchmarks.training --size full --batch_size 1 --rounds 3
+
+The plain step is float32 with every gradient that the authors' release computes: in stage 2 those
+of the frozen global mapper too, through the text encoder (stage 1 has none to leave out, so its
+first two cases are the same). Each case says what it adds. Batches are random, in the shapes of the
+datasets; a step is loss, gradients and AdamW as `fit` has it. All cases of a stage share one model,
+which is put in order between the turns, outside the timed part.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.harness import (
+    Row,
+    Table,
+    alternate,
+    finish,
+    make_parser,
+    parse,
+    timed,
+    use_threads,
+)
+from benchmarks.memory import memory_rows, peak_memory
+from benchmarks.models import PROMPT, build_parts
+from elite.console import run
+from elite.inference import pick_device
+from elite.loading import pixels_per_latent, side_in_pixels
+from elite.mappers import Mapper
+from elite.objectives import EliteObjective, GlobalObjective, LocalObjective
+
+STAGES = {"global": "stage 1", "local": "stage 2"}
+
+
+@dataclass(frozen=True)
+class Measures:
+    """How a step is computed."""
+
+    autocast: bool = False  # bfloat16
+    frozen_bf16: bool = False  # weights of all that is frozen
+    checkpointing: bool = False  # activations of the UNet computed twice
+    compiled: bool = False  # the UNet
+    needless_gradients: bool = False  # of the frozen global mapper
+
+
+PLAIN = "plain"
+CASES = {
+    PLAIN: Measures(needless_gradients=True),
+    "needed gradients": Measures(),
+    "+ bf16": Measures(autocast=True),
+    "+ bf16, frozen in bf16": Measures(autocast=True, frozen_bf16=True),
+    "+ bf16, checkpointing": Measures(autocast=True, frozen_bf16=True, checkpointing=True),
+    "+ bf16, compiled": Measures(autocast=True, frozen_bf16=True, compiled=True),
+}
+
+
+class Trainer:
+    """One stage's objective and optimiser, for steps under any measures."""
+
+    def __init__(self, stage: str, size: str, device: torch.device, batch_size: int) -> None:
+        parts = build_parts(size, device)
+        mapper = parts["global_mapper"]
+        self.objective: EliteObjective = (
+            GlobalObjective(parts, mapper)
+            if stage == "global"
+            else LocalObjective(parts, mapper, parts["local_mapper"])
+        )
+        self.unet, self.device = parts["unet"], device
+        self.compiled = torch.compile(self.unet, dynamic=False)
+        self.optimizer = torch.optim.AdamW(self.objective.trained.parameters(), lr=1e-6, fused=True)
+        self.batch = random_batch(self.objective, batch_size)
+
+    @contextmanager
+    def under(self, measures: Measures) -> Iterator[None]:
+        """The model in order for these measures, and in float32 again after them."""
+        objective = self.objective
+        if measures.frozen_bf16:
+            objective.cast_frozen(torch.bfloat16)
+        if measures.checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        objective.unet = self.compiled if measures.compiled else self.unet
+        needless = measures.needless_gradients and objective.local_mapper is not None
+        try:
+            with all_gradients(objective.global_mapper) if needless else nullcontext():
+                yield
+        finally:
+            self._restore()
+
+    def _restore(self) -> None:
+        self.objective.unet = self.unet
+        self.unet.disable_gradient_checkpointing()
+        self.objective.cast_frozen(torch.float32)
+
+    def step(self, measures: Measures) -> None:
+        """One step, under `under`."""
+        with self._autocast(measures):
+            loss = self.objective(self.batch)["loss"]
+        loss.backward()
+        self.optimizer.step()
+        self.objective.zero_grad()
+
+    def _autocast(self, measures: Measures) -> AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=measures.autocast)
+
+
+@contextmanager
+def all_gradients(mapper: Mapper) -> Iterator[None]:
+    """Within it, a frozen mapper is computed with gradients, as the release does in stage 2."""
+    forward = mapper.forward
+    mapper.requires_grad_(True)
+    mapper.forward = torch.enable_grad()(forward)
+    try:
+        yield
+    finally:
+        del mapper.forward
+        mapper.requires_grad_(False)
+
+
+def random_batch(objective: EliteObjective, size: int) -> dict[str, Any]:
+    """What the datasets of both stages give, collated."""
+    device, generator = objective.unet.device, torch.Generator().manual_seed(0)
+    side = side_in_pixels(objective.unet, objective.vae)
+    clip_side = objective.image_encoder.config.image_size
+    latent_side = side // pixels_per_latent(objective.vae)
+
+    def pixels(channels: int, side: int) -> torch.Tensor:
+        return torch.randn(size, channels, side, side, generator=generator).to(device)
+
+    return {
+        "pixels": pixels(3, side).clamp(-1, 1),
+        "clip_pixels": pixels(3, clip_side),
+        "object_pixels": pixels(3, clip_side),
+        "object_mask": (pixels(1, clip_side) > 0).float(),
+        "loss_mask": torch.ones(size, 1, latent_side, latent_side, device=device),
+        "caption": [PROMPT] * size,
+        "seed": torch.arange(size),
+    }
+
+
+def training_peak(
+    stage: str, case: str, size: str, device: torch.device, batch_size: int, threads: int | None
+) -> dict[str, float]:
+    """Peak memory of two steps, in a process that has trained nothing before."""
+    use_threads(threads)
+    trainer, measures = Trainer(stage, size, device, batch_size), CASES[case]
+
+    def steps() -> None:
+        for _ in range(2):
+            trainer.step(measures)
+
+    with trainer.under(measures):
+        return peak_memory(steps, device)
+
+
+def step_row(trainer: Trainer, cases: list[str], rounds: int, steps: int, name: str) -> Row:
+    """Seconds of a step of every case."""
+
+    def one(case: str, steps: int) -> float:
+        measures = CASES[case]
+        with trainer.under(measures):
+            trainer.step(measures)  # settles what the change of measures has stirred
+            work = partial(_repeat, partial(trainer.step, measures), steps)
+            return timed(work, trainer.device)() / steps
+
+    return Row(name, alternate({case: partial(one, case, steps) for case in cases}, rounds, name))
+
+
+def _repeat(work: Any, times: int) -> None:
+    for _ in range(times):
+        work()
+
+
+def tables(args: argparse.Namespace, device: torch.device) -> list[Table]:
+    """Of every stage: seconds of a step, and peak memory without and with the loaded models."""
+    times = Table("Time of a training step", "s")
+    above = Table("Peak memory of training above the loaded models", "MiB")
+    total = Table("Peak memory of training, loaded models included", "MiB")
+    for stage in args.stages:
+        name = f"{STAGES[stage]}, batch {args.batch_size}"
+        trainer = Trainer(stage, args.size, device, args.batch_size)
+        times.rows.append(step_row(trainer, args.cases, args.rounds, args.steps, name))
+        del trainer
+        fixed = (args.size, device, args.batch_size, args.threads)
+        if args.memory_rounds:
+            cases = {case: (stage, case, *fixed) for case in args.cases}
+            rows = memory_rows(cases, training_peak, args.memory_rounds, name)
+            above.rows.append(rows["above"])
+            total.rows.append(rows["total"])
+    return [times, above, total]
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = make_parser(__doc__, "training")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        choices=CASES,
+        default=[name for name, measures in CASES.items() if not measures.compiled],
+        help="the first is the baseline (default all but the compiled one)",
+    )
+    parser.add_argument("--batch_size", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=2, help="a turn (default 2)")
+    parser.add_argument("--device", help="default CUDA where it is, else the CPU")
+    parser.add_argument(
+        "--memory_rounds", type=int, default=1, help="0 leaves memory out (default 1)"
+    )
+    return parse(parser, "training", argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(sys.argv[1:] if argv is None else argv)
+    return finish(args, tables(args, pick_device(args.device)), "training")
+
+
+if __name__ == "__main__":
+    run(main)

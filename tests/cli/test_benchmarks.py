@@ -1,0 +1,287 @@
+"""The benchmarks: their arithmetic on made-up clocks, the page they write, and that they run."""
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import folder, generation, gpu, loader, table, training
+from benchmarks.harness import Goal, Row, Table, alternate, default_output, spread, timed
+from elite.console import BAD_INPUT, run
+from elite.mappers import GlobalMapper
+
+CPU = torch.device("cpu")
+
+
+class Clock:
+    """Every reading is the next of the given times."""
+
+    def __init__(self, *times: float) -> None:
+        self.times = iter(times)
+
+    def __call__(self) -> float:
+        return next(self.times)
+
+
+# --- arithmetic -----------------------------------------------------------------------------------
+
+
+def test_cases_take_turns():
+    turns: list[str] = []
+
+    def measure(name: str) -> float:
+        turns.append(name)
+        return len(turns)
+
+    figures = alternate({name: partial(measure, name) for name in "AB"}, rounds=3)
+    assert turns == ["A", "B"] * 3
+    assert figures == {"A": [1, 3, 5], "B": [2, 4, 6]}
+
+
+def test_timed_is_the_difference_of_two_readings():
+    calls: list[int] = []
+    measure = timed(lambda: calls.append(1), clock=Clock(10, 12.5, 20, 21))
+    assert [measure(), measure()] == [2.5, 1]
+    assert len(calls) == 2
+
+
+def test_spread_is_median_and_quartiles():
+    assert spread([5, 1, 2, 4, 3]) == (3, 2, 4)
+
+
+def test_ratios_compare_the_same_round():
+    """The machine slows down tenfold; the second case stays a quarter slower."""
+    row = Row("drift", {"stock": [1.0, 10.0, 100.0], "ELITE": [1.25, 12.5, 125.0]})
+    assert row.medians == {"stock": 10, "ELITE": 12.5}
+    assert row.ratios == {"ELITE": (1.25, 1.25, 1.25)}
+
+
+@pytest.mark.parametrize(
+    ("goal", "met"),
+    [
+        (Goal("ELITE", 1.25), True),
+        (Goal("ELITE", 1.24), False),
+        (Goal("ELITE", 12, "least", "median"), True),
+        (Goal("ELITE", 13, "least", "median"), False),
+        (Goal("stock", 10, "most", "median"), True),
+    ],
+    ids=str,
+)
+def test_goals(goal, met):
+    row = Row("drift", {"stock": [1.0, 10.0, 100.0], "ELITE": [1.25, 12.5, 125.0]})
+    assert goal.met(row) == met
+
+
+def test_a_step_lasts_from_the_end_of_the_first_to_the_end_of_the_last():
+    unet = nn.Identity()
+
+    def draw(num_inference_steps, callback_on_step_end):
+        for step in range(num_inference_steps):
+            unet(torch.zeros(1))
+            callback_on_step_end(None, step, None, {})
+
+    # Read at the start, before the UNet, after the first of four steps and after the last.
+    step, before = generation.step_time(draw, unet, 4, CPU, Clock(100, 103, 110, 116))
+    assert (step, before) == (2, 3)
+    assert not unet._forward_pre_hooks
+
+
+def test_own_times_are_grouped():
+    assert loader.group_of("~ <method 'decode' of 'ImagingDecoder' objects>") == "decode"
+    assert loader.group_of("~ <warpAffine>") == "augment"
+    assert loader.group_of("json loads") == "rest"
+
+
+def test_needless_gradients_end_with_their_block():
+    mapper = GlobalMapper(4, 4, 4, hidden_layers=[]).requires_grad_(False)
+    levels = [torch.randn(1, 3, 4)]
+    with torch.no_grad(), training.all_gradients(mapper):
+        assert mapper(levels).requires_grad
+    assert not mapper(levels).requires_grad
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+PAGE = """# Costs
+
+Prose above.
+
+<!-- results: steps -->
+old
+<!-- end: steps -->
+
+Prose between.
+
+<!-- results: unmeasured -->
+old
+<!-- end: unmeasured -->
+
+Prose below.
+"""
+
+
+def result(seconds: float) -> dict:
+    rows = [Row("512 px", {"stock": [2.0, 2.0], "ELITE": [seconds, seconds]})]
+    return {
+        "command": "python -m benchmarks.generation",
+        "date": "2026-01-01",
+        "commit": "abc",
+        "machine": {"cpu": "a CPU", "cores": 2, "threads": 1, "gpu": None},
+        "libraries": {"torch": "2"},
+        "tables": [Table("Steps", "s", Goal("ELITE", 1.02), rows).to_dict()],
+    }
+
+
+def test_the_page_keeps_its_prose():
+    page = table.render(PAGE, {"steps": result(2.02)})
+    assert "old" not in page
+    kept = ["# Costs\n\nProse above.\n\n<", ">\n\nProse between.\n\n<", ">\n\nProse below.\n"]
+    assert [part in page for part in kept] == [True] * 3
+    assert "<!-- results: unmeasured -->\n<!-- end: unmeasured -->" in page
+    assert table.render(page, {"steps": result(2.02)}) == page
+
+
+@pytest.mark.parametrize(("seconds", "verdict"), [(2.02, "met"), (2.2, "**not met**")])
+def test_a_row_says_whether_its_goal_is_met(seconds, verdict):
+    page = table.render(PAGE, {"steps": result(seconds)})
+    (row,) = (line for line in page.splitlines() if line.startswith("| 512 px"))
+    ratio = f"x {seconds / 2:.3f}, {seconds / 2:.3f} to {seconds / 2:.3f}"
+    assert row == f"| 512 px | 2 | {seconds} ({ratio}) | ELITE at most x 1.02 | {verdict} |"
+
+
+def test_new_results_get_a_section():
+    page = table.render(PAGE, {"bf16": result(2)})
+    assert page.startswith(PAGE.partition("<")[0])
+    assert page.rstrip().endswith("<!-- end: bf16 -->") and "\n## bf16\n" in page
+
+
+def test_table_script(tmp_path):
+    (tmp_path / "page.md").write_text(PAGE)
+    (tmp_path / "steps.json").write_text(json.dumps(result(2)))
+    arguments = ["--results", str(tmp_path), "--page", str(tmp_path / "page.md")]
+    assert table.main(arguments) == 0
+    assert "**Steps** (s)" in (tmp_path / "page.md").read_text()
+    (tmp_path / "steps.json").write_text("{")
+    with pytest.raises(ValueError, match=r"steps\.json: not a file of results"):
+        table.main(arguments)
+
+
+def test_the_repositorys_page_has_a_place_for_every_benchmark():
+    names = {match["name"] for match in table.SECTION.finditer(table.PAGE.read_text())}
+    assert names == {"generation", "encoding", "training", "loader", "folder", "gpu"}
+
+
+def test_tiny_figures_stay_out_of_the_page():
+    assert default_output("gpu", "full").parent == table.RESULTS
+    assert default_output("gpu", "tiny").parent != table.RESULTS
+
+
+# --- they run -------------------------------------------------------------------------------------
+
+
+def tables_of(path: Path) -> dict[str, dict]:
+    """Tables of a file of results by title, after a look at their figures."""
+    results = json.loads(path.read_text())
+    assert {"command", "date", "commit", "machine", "libraries", "settings"} <= results.keys()
+    tables = {measured["title"]: measured for measured in results["tables"]}
+    for row in (row for measured in tables.values() for row in measured["rows"]):
+        figures = [figure for rounds in row["rounds"].values() for figure in rounds]
+        assert all(math.isfinite(figure) and figure >= 0 for figure in figures), row
+    return tables
+
+
+def test_generation_runs(tmp_path):
+    path = tmp_path / "generation.json"
+    arguments = ["--rounds", "2", "--steps", "2", "--batch_sizes", "1", "--resolutions", "64"]
+    arguments += ["--memory_rounds", "0", "--device", "cpu", "--output", str(path)]
+    assert generation.main(arguments) == 0
+    tables = tables_of(path)
+    assert len(tables) == 3
+    (row,) = tables["Time of a denoising step, by resolution, one picture"]["rows"]
+    assert list(row["rounds"]) == list(generation.CASES)
+    assert all(len(rounds) == 2 for rounds in row["rounds"].values())
+
+
+def test_the_cases_of_generation_are_what_they_say():
+    """Stock draws something else than ELITE; K and V at each step change nothing."""
+    pipes = generation.Pipelines("tiny", CPU, torch.float32, "dpm++", compiled=False)
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(case, pipe, step, timestep, tensors):
+        seen[case] = tensors["latents"]
+        return tensors
+
+    for case in generation.CASES:
+        options = {"num_inference_steps": 2, "callback_on_step_end": partial(keep, case)}
+        with pipes.ready(case):
+            pipes.draw(case, 64, 1, **options)
+    stock, elite, each_step = (seen[case] for case in generation.CASES)
+    assert torch.isfinite(stock).all()
+    assert (stock - elite).abs().max() > 1e-3
+    torch.testing.assert_close(elite, each_step, rtol=1e-5, atol=1e-6)  # another order of sums
+
+
+def test_folder_runs(tmp_path, monkeypatch):
+    monkeypatch.setitem(folder.PAIRS_DRAWN, "tiny", 2)
+    monkeypatch.setitem(folder.STEPS, "tiny", 2)
+    path = tmp_path / "folder.json"
+    arguments = ["--rounds", "1", "--batch_sizes", "1", "2", "--device", "cpu"]
+    assert folder.main([*arguments, "--output", str(path)]) == 0
+    (measured,) = tables_of(path).values()
+    assert list(measured["rows"][0]["rounds"]) == ["batch 1", "batch 2"]
+
+
+def test_loader_runs(tmp_path):
+    path = tmp_path / "loader.json"
+    assert loader.main(["--rounds", "1", "--count", "4", "--output", str(path)]) == 0
+    goals = tables_of(path)["Samples a second of CPU time, one core"]
+    assert [row["name"] for row in goals["rows"]] == ["stage 1, boxes", "stage 2, masks"]
+
+
+def test_every_training_case_steps():
+    trainer = training.Trainer("local", "tiny", CPU, 1)
+    weights = {name: p.detach().clone() for name, p in trainer.objective.named_parameters()}
+    for measures in training.CASES.values():
+        if not measures.compiled:
+            with trainer.under(measures):
+                trainer.step(measures)
+    for name, parameter in trainer.objective.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert parameter.requires_grad == name.startswith("local_mapper"), name
+    moved = trainer.objective.local_mapper.mapping_0[0].weight
+    assert not torch.equal(moved, weights["local_mapper.mapping_0.0.weight"])
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "message"),
+    [
+        (generation.main, ["--rounds", "0"], "--rounds 0: expected 1 or more"),
+        (generation.main, ["--steps", "1"], "--steps 1: expected 2 or more"),
+        (loader.main, ["--count", "1"], "--count 1: expected 4 or more"),
+        (table.main, ["--page", "nowhere.md"], "nowhere.md: no such file"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_one_line(main, arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run(partial(main, arguments))
+    assert exit.value.code == BAD_INPUT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}")
+
+
+def test_gpu_needs_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as exit:
+        run(partial(gpu.main, []))
+    assert exit.value.code == BAD_INPUT
+    assert capsys.readouterr().err == (
+        "error: no CUDA device here; run this on a machine with an NVIDIA GPU\n"
+    )
