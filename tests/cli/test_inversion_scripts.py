@@ -66,7 +66,7 @@ def test_a_word_is_learned_and_drawn(family, photos, tmp_path):
         text = picture.text
     assert (text["prompt"], text["seed"], text["guidance_scale"]) == (prompt, "6", "5.0")
     assert {"model", "scheduler", "num_inference_steps", "diffusers"} <= text.keys()
-        drawn = np.asarray(picture)
+    drawn = np.asarray(picture)
     stock = stock_pipeline(load_stable_diffusion(family))
     load_into(stock, rows)
     noise = torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(6))
