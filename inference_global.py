@@ -2,6 +2,7 @@
 
 python inference_global.py                                   w0, the primary word
 python inference_global.py --token_index full                all words
+python inference_global.py --concept_path outputs/concepts   the files of encode.py
 """
 
 from elite.config import InferenceGlobalConfig, parse_config
@@ -13,9 +14,12 @@ def main() -> int:
     quiet_libraries()
     from elite.inference import build_pipeline, run_inference
 
-    pipe = build_pipeline(config, local_mapper=False)
-    folder = f"{config.suffix}_token{config.token_index}"
-    return run_inference(config, pipe, folder, words=config.words)
+    # A concept is tied to both mappers, even where only its words are drawn.
+    concepts = config.concept_path is not None
+    local_mapper = config.local_mapper_path if concepts else False
+    pipe = build_pipeline(config, local_mapper, encodes=not concepts)
+    name = f"{config.suffix}_token{config.token_index}"
+    return run_inference(config, pipe, name, words=config.words)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Draws every image + mask pair of a folder with ELITE's words and local features.
 
 python inference_local.py                                    the small world on test_datasets/,
-nothing to download python inference_local.py --template "a {} on the beach" --llambda 0.6
+                                                             nothing to download
+python inference_local.py --template "a {} on the beach" --llambda 0.6
+python inference_local.py --concept_path outputs/concepts    the files of encode.py
 accelerate launch inference_local.py ...                     the folder shared among processes
 """
 
@@ -14,15 +16,15 @@ def main() -> int:
     quiet_libraries()
     from elite.inference import build_pipeline, run_inference
 
-    pipe = build_pipeline(config, local_mapper=config.local_mapper_path)
+    pipe = build_pipeline(config, config.local_mapper_path, encodes=config.concept_path is None)
     if pipe.local_mapper is None:
         raise ValueError(
             f"{config.pretrained_model_name_or_path}: has no local_mapper/; pass "
             "--local_mapper_path, or use "
             "inference_global.py"
         )
-    folder = f"{config.suffix}_l{config.llambda}".replace(".", "p")
-    return run_inference(config, pipe, folder, lambda_=config.llambda)
+    name = f"{config.suffix}_l{config.llambda}".replace(".", "p")
+    return run_inference(config, pipe, name, lambda_=config.llambda)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from elite.files import write_atomically
@@ -40,6 +40,14 @@ class Concept:
             self.fingerprint,
         )
 
+    def check_mappers(self, fingerprint: str) -> None:
+        """Raises ValueError where the mappers of this fingerprint did not make the concept."""
+        if self.fingerprint != fingerprint:
+            raise ValueError(
+                f"concept was made by other mappers (fingerprint {self.fingerprint}, these are "
+                f"{fingerprint}); encode it again with this pipeline"
+            )
+
     def save(self, path: Path | str) -> None:
         """Writes a safetensors file (a few hundred kB at Stable Diffusion size), whole or not at
         all."""
@@ -51,7 +59,8 @@ class Concept:
             "version": FORMAT_VERSION,
             "fingerprint": self.fingerprint,
         }
-        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+        content = save(tensors, metadata)  # save_file would make a file that others cannot read
+        write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
     @classmethod
     def load(cls, path: Path | str) -> "Concept":
@@ -89,3 +98,40 @@ class Concept:
             torch.cat(tokens) if len(tokens) == len(concepts) else None,
             concepts[0].fingerprint,
         )
+
+
+class ConceptFolder:
+    """The concept files NAME.safetensors of a folder, by name, or one such file.
+
+    Raises:
+        ValueError: no such file or folder, or no concept file in it.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        path = Path(path)
+        if not path.exists():
+            raise ValueError(
+                f"{path}: no such file or folder; expected concept files as encode.py writes them"
+            )
+        self.paths = [path] if path.is_file() else sorted(path.glob("[!.]*.safetensors"))
+        if not self.paths:
+            raise ValueError(
+                f"{path}: no concept file (*.safetensors) in it; encode.py writes them"
+            )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> Concept:
+        """The one object of a file.
+
+        Raises:
+            ValueError: the file is no concept, or holds several objects; the message names it.
+        """
+        path = self.paths[index]
+        concept = Concept.load(path)
+        if len(concept) != 1:
+            raise ValueError(
+                f"{path}: holds {len(concept)} objects, expected one; save each row on its own"
+            )
+        return concept

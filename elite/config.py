@@ -18,6 +18,7 @@ import yaml
 
 from elite.files import write_atomically
 from elite.settings import (
+    EncodeConfig,
     EvaluateConfig,
     InferenceGlobalConfig,
     InferenceLocalConfig,
@@ -30,6 +31,7 @@ from elite.settings import (
 )
 
 __all__ = [
+    "EncodeConfig",
     "EvaluateConfig",
     "InferenceGlobalConfig",
     "InferenceLocalConfig",

@@ -386,6 +386,7 @@ class Pair:
     name: str
     image_path: Path
     mask_path: Path
+    whole: bool = False  # the whole picture is the object, and no mask is read
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         """Image uint8 (H, W, 3) and mask bool (H, W).
@@ -395,6 +396,8 @@ class Pair:
                 file.
         """
         image = read_image(self.image_path)
+        if self.whole:
+            return image, np.ones(image.shape[:2], dtype=bool)
         if not self.mask_path.exists():
             raise ValueError(
                 f"{self.mask_path}: no such file; expected the mask of {self.image_path.name}"
@@ -402,25 +405,28 @@ class Pair:
         return image, fit_mask(read_mask(self.mask_path), image, str(self.mask_path))
 
 
-def pair_of(image_path: Path) -> Pair:
+def pair_of(image_path: Path, whole: bool = False) -> Pair:
     """The pair that a picture makes with the file of its mask, NAME_bg.png."""
     name = image_path.stem
-    return Pair(name, image_path, image_path.with_name(f"{name}_bg.png"))
+    return Pair(name, image_path, image_path.with_name(f"{name}_bg.png"), whole)
 
 
 class PairFolder:
     """The pairs NAME.jpg (jpeg, png, webp) and NAME_bg.png of a folder, by name.
 
+    Args:
+        whole: the whole picture is the object; no mask is read.
+
     Raises:
         ValueError: no such folder, or no picture in it.
     """
 
-    def __init__(self, root: Path | str) -> None:
+    def __init__(self, root: Path | str, whole: bool = False) -> None:
         folder = Path(root)
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder; expected NAME.jpg with NAME_bg.png in it")
         self.pairs = [
-            pair_of(path)
+            pair_of(path, whole)
             for path in sorted(folder.iterdir(), key=lambda path: (path.stem, path.suffix))
             if is_picture(path)
         ]
@@ -435,6 +441,14 @@ class PairFolder:
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Image and mask of a pair; see `Pair.read`."""
         return self.pairs[index].read()
+
+    def check_names(self) -> None:
+        """Raises ValueError where two pictures share a NAME, and so the files made from it."""
+        for one, other in itertools.pairwise(self.pairs):  # ordered by name
+            if one.name == other.name:
+                raise ValueError(
+                    f"{other.image_path}: has the name of {one.image_path.name}; rename one of them"
+                )
 
 
 def is_picture(path: Path) -> bool:

@@ -1,35 +1,29 @@
 """Draws to files: a folder of image and mask pairs (the release's files, lossless PNGs with
-metadata) or prompts, and one contact sheet of each."""
+metadata), concept files or prompts, and one contact sheet of each."""
 
-import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 from PIL import Image, PngImagePlugin
-from torch import Tensor
 from tqdm import tqdm
 
-from elite.concept import Concept
+from elite.concept import Concept, ConceptFolder
 from elite.data import PairFolder
+from elite.encoding import Entry, batches, columns, read_entries, shown
 from elite.files import write_atomically
-from elite.images import cut_out
 from elite.loading import side_in_pixels
 from elite.pipeline import ElitePipeline, Words, initial_noise
-from elite.sheets import tile_rows
+from elite.sheets import SHEET_ROWS, tile_rows
 
-T = TypeVar("T")
-SHEET_ROWS = 48  # a longer sheet is no longer looked at
 WRITES_WAITING = 64  # pictures kept in memory until they are written
 VERSIONS = {name: version(name) for name in ("diffusers", "transformers", "torch")}
 
@@ -54,6 +48,8 @@ class Drawing:
     ) -> list[Image.Image]:
         """One picture per prompt, concept and seed. Raises ValueError where a prompt does not
         fit."""
+        if self.lambda_ == 0:  # the local branch would add zeros
+            concepts = [replace(concept, feature_tokens=None) for concept in concepts]
         return pipe(
             list(prompts),
             concept=list(concepts),
@@ -84,20 +80,18 @@ class Drawing:
 class Job:
     """One picture to draw."""
 
-    index: int
+    entry: Entry
     seed: int
-    image: np.ndarray = field(repr=False)
-    concept: Concept = field(repr=False)
 
     @property
     def stem(self) -> str:
         """File name of the release: index and seed."""
-        return f"{self.index:05d}_{self.seed:05d}"
+        return f"{self.entry.index:05d}_{self.seed:05d}"
 
 
 def draw_folder(
     pipe: ElitePipeline,
-    pairs: PairFolder,
+    folder: PairFolder | ConceptFolder,
     output_dir: Path,
     drawing: Drawing,
     *,
@@ -107,26 +101,26 @@ def draw_folder(
     batch_size: int = 1,
     metadata: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """Draws each pair once per seed; every process of `accelerate launch` takes its share of the
-    pairs.
+    """Draws each pair or concept file once per seed; every process of `accelerate launch` takes its
+    share of them.
 
-    Writes per picture `INDEX_SEED.jpg` (generated | input) and `INDEX_SEED.png` (generated alone,
-    settings in its metadata), and at last `grid.png`: input, cut-out, generated. Pairs are read
-    ahead of the drawing and files written behind it.
+    Writes per picture `INDEX_SEED.png` (settings in its metadata), for pairs `INDEX_SEED.jpg` too
+    (generated | input), and at last `grid.png`: input and cut-out or the concept's name, generated.
+    Pairs are read ahead of the drawing and files written behind it.
 
     Args:
         prompt: with the placeholder in it.
-        indices: pairs to draw; None draws all.
+        indices: pairs or concepts to draw; None draws all.
         metadata: more text for the PNGs.
 
     Returns:
-        One line per pair that could not be read, from all processes.
+        One line per pair or concept that could not be read, from all processes.
 
     Raises:
         ValueError: the prompt does not fit, or the disk is full.
     """
     state = PartialState()
-    indices = range(len(pairs)) if indices is None else indices
+    indices = range(len(folder)) if indices is None else indices
     share = indices[state.process_index :: state.num_processes]
     failures: list[str] = []
     settings = {"prompt": prompt, **drawing.text(pipe), **(metadata or {}), **VERSIONS}
@@ -137,11 +131,16 @@ def draw_folder(
         disable=not state.is_main_process,
     )
     with ThreadPoolExecutor(max_workers=2) as pool, bar as progress:
-        read = ahead(pool, partial(_read, pipe, pairs), share, batch_size)
-        jobs = _jobs(pipe, read, seeds, batch_size, failures, progress)
+
+        def failed(message: str) -> None:
+            failures.append(message)
+            progress.update(len(seeds))
+
+        entries = read_entries(pool, pipe, folder, share, batch_size, failed)
+        jobs = (Job(entry, seed) for entry in entries for seed in seeds)
         writing: deque[Future] = deque()
         for batch in batches(jobs, batch_size):
-            concepts, noise = [job.concept for job in batch], [job.seed for job in batch]
+            concepts, noise = [job.entry.concept for job in batch], [job.seed for job in batch]
             pictures = drawing(pipe, [prompt] * len(batch), concepts, noise)
             while len(writing) > WRITES_WAITING:
                 writing.popleft().result()
@@ -153,63 +152,11 @@ def draw_folder(
     failures = gather_object(failures)
     if state.is_main_process:
         title = f"{prompt}   lambda {drawing.lambda_}"
-        sheet = contact_sheet(pairs, indices, seeds, output_dir, title)
+        sheet = contact_sheet(folder, indices, seeds, output_dir, title)
         if sheet is not None:
             write_atomically(output_dir / "grid.png", sheet.save)
     state.wait_for_everyone()
     return failures
-
-
-def ahead(
-    pool: Executor, function: Callable[[int], T], items: Iterable[int], count: int
-) -> Iterator[Future[T]]:
-    """Results in the order of the items, `count` of them begun before they are asked for."""
-    waiting: deque[Future[T]] = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) > count:
-            yield waiting.popleft()
-    yield from waiting
-
-
-def batches(items: Iterator[T], size: int) -> Iterator[list[T]]:
-    while batch := list(itertools.islice(items, size)):
-        yield batch
-
-
-def _read(
-    pipe: ElitePipeline, pairs: PairFolder, index: int
-) -> tuple[int, np.ndarray, dict[str, Tensor]]:
-    """A pair's index, picture and views. Raises ValueError where it cannot be read."""
-    image, mask = pairs.read(index)
-    return index, image, pipe.concept_views(image, mask)
-
-
-def _jobs(
-    pipe: ElitePipeline,
-    read: Iterator[Future[tuple[int, np.ndarray, dict[str, Tensor]]]],
-    seeds: Sequence[int],
-    batch_size: int,
-    failures: list[str],
-    progress: tqdm,
-) -> Iterator[Job]:
-    """Encodes each pair once, a batch of them together; unreadable ones go to `failures`."""
-    for futures in batches(read, batch_size):
-        pairs = []
-        for future in futures:
-            try:
-                pairs.append(future.result())
-            except ValueError as error:
-                failures.append(str(error))
-                progress.update(len(seeds))
-        if not pairs:
-            continue
-        views = [views for _, _, views in pairs]
-        concepts = pipe.encode_views(
-            **{key: torch.cat([v[key] for v in views]) for key in views[0]}
-        )
-        for row, (index, image, _) in enumerate(pairs):
-            yield from (Job(index, seed, image, concepts[row]) for seed in seeds)
 
 
 def draw_prompts(
@@ -278,39 +225,41 @@ def png_text(values: Mapping[str, str]) -> PngImagePlugin.PngInfo:
 def write_picture(
     folder: Path, job: Job, picture: Image.Image, settings: Mapping[str, str]
 ) -> None:
-    """The two files of one picture."""
+    """The PNG of one picture, and where there is an input picture the JPEG of both."""
     info = png_text({**settings, "seed": str(job.seed)})
     write_atomically(folder / f"{job.stem}.png", partial(picture.save, pnginfo=info))
+    both = folder / f"{job.stem}.jpg"
+    if job.entry.image is None:
+        both.unlink(missing_ok=True)  # of an earlier run on pairs
+        return
     side_by_side = Image.new("RGB", (2 * picture.width, picture.height))
     side_by_side.paste(picture, (0, 0))
-    shown = Image.fromarray(job.image).resize(picture.size, Image.Resampling.BICUBIC)
-    side_by_side.paste(shown, (picture.width, 0))
-    write_atomically(
-        folder / f"{job.stem}.jpg", lambda path: side_by_side.save(path, quality=95, subsampling=0)
-    )
+    seen = Image.fromarray(job.entry.image).resize(picture.size, Image.Resampling.BICUBIC)
+    side_by_side.paste(seen, (picture.width, 0))
+    write_atomically(both, lambda path: side_by_side.save(path, quality=95, subsampling=0))
 
 
 def contact_sheet(
-    pairs: PairFolder, indices: Sequence[int], seeds: Sequence[int], folder: Path, title: str
+    folder: PairFolder | ConceptFolder,
+    indices: Sequence[int],
+    seeds: Sequence[int],
+    output_dir: Path,
+    title: str,
 ) -> Image.Image | None:
-    """Input, cut-out and pictures of the first pairs that were drawn; None if there is none."""
+    """The first pairs or concepts that were drawn, with their pictures; None if there is none."""
     rows = []
     for index in indices[:SHEET_ROWS]:
-        drawn = [folder / f"{index:05d}_{seed:05d}.png" for seed in seeds]
+        drawn = [output_dir / f"{index:05d}_{seed:05d}.png" for seed in seeds]
         drawn = [path for path in drawn if path.exists()]
         if not drawn:
             continue
         try:
-            image, mask = pairs.read(index)
+            row = shown(folder, index)
         except ValueError:
             continue
-        row = [Image.fromarray(image), Image.fromarray(cut_out(image, mask))]
         for path in drawn:
             with Image.open(path) as picture:
                 row.append(picture.convert("RGB"))
         rows.append(row)
-    return (
-        tile_rows(rows, ["input", "object", *(f"seed {seed}" for seed in seeds)], title)
-        if rows
-        else None
-    )
+    names = [*columns(folder), *(f"seed {seed}" for seed in seeds)]
+    return tile_rows(rows, names, title) if rows else None

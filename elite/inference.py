@@ -1,4 +1,5 @@
-"""The inference scripts' common page: build the pipeline, draw the folder, say what failed."""
+"""The page that encode.py and the inference scripts share: build the pipeline, encode or draw the
+folder, say what failed."""
 
 import sys
 from pathlib import Path
@@ -8,15 +9,26 @@ import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
+from elite.concept import ConceptFolder
 from elite.console import BAD_INPUT, OK, PARTLY_FAILED
 from elite.data import PairFolder
 from elite.drawing import Drawing, draw_folder, draw_prompt_grid
-from elite.loading import DTYPES, load_stable_diffusion, make_scheduler, stock_pipeline
+from elite.encoding import encode_folder
+from elite.loading import (
+    DTYPES,
+    image_encoder_sizes,
+    load_stable_diffusion,
+    make_scheduler,
+    stock_pipeline,
+)
 from elite.pipeline import ElitePipeline, Words
 from elite.settings import (
+    ConceptConfig,
     DrawConfig,
     EliteConfig,
+    EncodeConfig,
     InferenceConfig,
+    ModelConfig,
     TextualInversionInferenceConfig,
 )
 from elite.textual_inversion import load_into, merge_embeddings
@@ -74,27 +86,46 @@ def _origin(config: DrawConfig) -> dict[str, str]:
     return {"scheduler": config.scheduler, "model": config.pretrained_model_name_or_path}
 
 
-def place(pipe: DiffusionPipeline, config: DrawConfig) -> None:
+def place(pipe: DiffusionPipeline, config: ModelConfig) -> None:
     """Moves a pipeline to the device and number type that a configuration asks for."""
     device = pick_device(config.device)
     precision = config.mixed_precision or ("fp16" if device.type == "cuda" else "no")
     pipe.to(device, DTYPES[precision])
 
 
-def build_pipeline(
-    config: EliteConfig, local_mapper: str | Literal[False] | None = None
+def load_pipeline(
+    config: ConceptConfig,
+    local_mapper: str | Literal[False] | None = None,
+    encodes: bool = True,
 ) -> ElitePipeline:
-    """The pipeline a configuration asks for, on its device and in its precision; False: no local
-    branch."""
+    """The pipeline of a configuration's models, on its device and in its precision.
+
+    Args:
+        local_mapper: path; None means the model folder's own, False no local branch.
+        encodes: False leaves out the image encoder, which concept files do not need.
+    """
+    model, encoder = config.pretrained_model_name_or_path, config.image_encoder_name_or_path
     pipe = ElitePipeline.from_stable_diffusion(
-        config.pretrained_model_name_or_path,
+        model,
         global_mapper=config.global_mapper_path,
         local_mapper=local_mapper,
-        image_encoder=config.image_encoder_name_or_path,
+        image_encoder=encoder if encodes else image_encoder_sizes(model, encoder),
     )
-    pipe.scheduler = make_scheduler(config.scheduler, pipe.scheduler.config)
+    if not encodes:
+        pipe.register_modules(image_encoder=None)
     pipe.set_progress_bar_config(disable=True)
     place(pipe, config)
+    return pipe
+
+
+def build_pipeline(
+    config: EliteConfig,
+    local_mapper: str | Literal[False] | None = None,
+    encodes: bool = True,
+) -> ElitePipeline:
+    """The same with the configuration's sampler, ready to draw; arguments as `load_pipeline`."""
+    pipe = load_pipeline(config, local_mapper, encodes)
+    pipe.scheduler = make_scheduler(config.scheduler, pipe.scheduler.config)
     return pipe
 
 
@@ -110,25 +141,53 @@ def drawing_of(config: EliteConfig, words: Words, lambda_: float) -> Drawing:
     )
 
 
+def read_pairs(config: EncodeConfig | InferenceConfig) -> PairFolder:
+    """The configuration's folder of pairs.
+
+    Raises:
+        ValueError: no folder, no picture, or not a single mask though masks are to be read.
+    """
+    pairs = PairFolder(config.test_data_dir, whole=config.no_mask)
+    if not config.no_mask and not any(pair.mask_path.exists() for pair in pairs.pairs):
+        raise ValueError(
+            f"{config.test_data_dir}: no picture has a mask, {pairs.pairs[0].mask_path.name} for "
+            f"{pairs.pairs[0].image_path.name}; make masks with python data_scripts/make_masks.py "
+            f"{config.test_data_dir}, or take whole pictures as objects with --no_mask"
+        )
+    return pairs
+
+
+def _read_folder(config: InferenceConfig) -> PairFolder | ConceptFolder:
+    """What is to be drawn."""
+    if config.concept_path is None:
+        return read_pairs(config)
+    if config.no_mask:
+        raise ValueError(
+            "--no_mask: concept files hold no pictures; leave it out, or give it to encode.py"
+        )
+    return ConceptFolder(config.concept_path)
+
+
 def run_inference(
     config: InferenceConfig,
     pipe: ElitePipeline,
-    folder: str,
+    name: str,
     words: Words = 0,
     lambda_: float = 0.0,
 ) -> int:
-    """Draws the configuration's folder into OUTPUT_DIR/folder. Returns the exit status."""
-    pairs = PairFolder(config.test_data_dir)
-    if config.selected_data >= len(pairs):
+    """Draws the configuration's pairs or concepts into OUTPUT_DIR/name. Returns the exit status."""
+    folder = _read_folder(config)
+    kind = "concepts" if config.concept_path else "pairs"
+    if config.selected_data >= len(folder):
         raise ValueError(
-            f"--selected_data {config.selected_data}: {config.test_data_dir} has {len(pairs)} "
-            "pairs; "
-            f"choose 0 to {len(pairs) - 1}, or -1 for all"
+            f"--selected_data {config.selected_data}: "
+            f"{config.concept_path or config.test_data_dir} has {len(folder)} {kind}; "
+            f"choose 0 to {len(folder) - 1}, or -1 for all"
         )
-    output_dir = Path(config.output_dir) / folder
+    output_dir = Path(config.output_dir) / name
     failures = draw_folder(
         pipe,
-        pairs,
+        folder,
         output_dir,
         drawing_of(config, words, lambda_),
         prompt=config.template.replace("{}", config.placeholder_token),
@@ -137,14 +196,29 @@ def run_inference(
         batch_size=config.batch_size,
         metadata=_origin(config),
     )
+    chosen = 1 if config.selected_data >= 0 else len(folder)
+    said = f"pictures in {output_dir}; look at {output_dir / 'grid.png'} first"
+    return _report(failures, chosen, f"{kind} could not be drawn", said)
+
+
+def run_encoding(config: EncodeConfig, pipe: ElitePipeline) -> int:
+    """Encodes the configuration's pairs into OUTPUT_DIR. Returns the exit status."""
+    pairs, output_dir = read_pairs(config), Path(config.output_dir)
+    failures = encode_folder(pipe, pairs, output_dir, batch_size=config.batch_size)
+    count = len(pairs) - len(failures)
+    said = f"{count} concepts in {output_dir}; look at {output_dir / 'grid.png'} first"
+    return _report(failures, len(pairs), "pairs could not be encoded", said)
+
+
+def _report(failures: list[str], total: int, failed: str, said: str) -> int:
+    """Says what failed and what there is. Returns the exit status."""
     if not PartialState().is_main_process:
         return OK  # the main process speaks for all
-    chosen = 1 if config.selected_data >= 0 else len(pairs)
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     if failures:
-        print(f"{len(failures)} of {chosen} pairs could not be drawn", file=sys.stderr)
-    if len(failures) == chosen:
+        print(f"{len(failures)} of {total} {failed}", file=sys.stderr)
+    if len(failures) == total:
         return BAD_INPUT
-    print(f"pictures in {output_dir}; look at {output_dir / 'grid.png'} first")
+    print(said)
     return PARTLY_FAILED if failures else OK

@@ -233,14 +233,26 @@ class TextualInversionConfig(FitConfig):
 
 
 @dataclass(kw_only=True)
-class DrawConfig:
-    """What everything that draws shares."""
+class ModelConfig:
+    """A trained model and where it computes."""
 
     pretrained_model_name_or_path: str = setting(
         "checkpoints/small_world",
         "Stable Diffusion to draw with: a diffusers folder or a hub name.",
         shipped=True,
     )
+    mixed_precision: str | None = setting(
+        None, "Number type; None means fp16 on CUDA and no elsewhere.", choices=PRECISIONS
+    )
+    device: str | None = setting(
+        None, "Device such as cpu, cuda:0 or mps; None means the fastest one present."
+    )
+
+
+@dataclass(kw_only=True)
+class DrawConfig(ModelConfig):
+    """What everything that draws shares."""
+
     output_dir: str = setting("outputs", "Folder that receives the pictures.")
     num_images: int = setting(1, "Pictures of each kind, with seeds counting up.", at_least=1)
     seed: int = setting(42, "Seed of the first picture's noise.", at_least=0)
@@ -253,17 +265,11 @@ class DrawConfig:
         None, "Side of the pictures in pixels; None means what the model draws.", at_least=8
     )
     batch_size: int = setting(1, "Pictures drawn at once; changes no picture.", at_least=1)
-    mixed_precision: str | None = setting(
-        None, "Number type; None means fp16 on CUDA and no elsewhere.", choices=PRECISIONS
-    )
-    device: str | None = setting(
-        None, "Device such as cpu, cuda:0 or mps; None means the fastest one present."
-    )
 
 
 @dataclass(kw_only=True)
-class EliteConfig(DrawConfig):
-    """What everything that draws with ELITE shares."""
+class ConceptConfig(ModelConfig):
+    """What everything that turns pictures into concepts shares."""
 
     image_encoder_name_or_path: str | None = setting(
         None,
@@ -276,6 +282,23 @@ class EliteConfig(DrawConfig):
     test_data_dir: str = setting(
         "test_datasets", "Folder of NAME.jpg and NAME_bg.png pairs.", shipped=True
     )
+
+
+@dataclass(kw_only=True)
+class MaskConfig:
+    """What counts as the object of a picture."""
+
+    no_mask: bool = setting(
+        False,
+        "Read no masks and take each whole picture as the object; "
+        "its background then becomes part of the concept.",
+    )
+
+
+@dataclass(kw_only=True)
+class EliteConfig(ConceptConfig, DrawConfig):
+    """What everything that draws with ELITE shares."""
+
     placeholder_token: str = setting(
         "S", "The word that stands for the object.", pattern=r"\S+", expected="one word"
     )
@@ -298,29 +321,56 @@ class WordConfig:
 
 
 @dataclass(kw_only=True)
-class LocalConfig:
-    """The local branch."""
+class LocalMapperConfig:
+    """The second mapper."""
 
     local_mapper_path: str | None = setting(
         None, "Trained local mapper; None means the model folder's own."
     )
+
+
+@dataclass(kw_only=True)
+class LocalConfig(LocalMapperConfig):
+    """The local branch."""
+
     llambda: float = setting(
         0.8, "Weight of the local features: 0.8 reproduces the object, 0.6 edits it.", at_least=0
     )
 
 
 @dataclass(kw_only=True)
-class InferenceConfig(EliteConfig):
+class EncodeConfig(MaskConfig, LocalMapperConfig, ConceptConfig):
+    """Concept files of the pairs of a folder, to be drawn with --concept_path."""
+
+    output_dir: str = setting("outputs/concepts", "Folder that receives the concept files.")
+    batch_size: int = setting(8, "Pairs encoded at once.", at_least=1)
+
+
+@dataclass(kw_only=True)
+class InferenceConfig(MaskConfig, EliteConfig):
     """What both inference scripts of ELITE share."""
 
+    concept_path: str | None = setting(
+        None,
+        "Concept file of encode.py, or a folder of them, drawn in place of pairs; "
+        "needs the mappers it was encoded with.",
+    )
     suffix: str = setting("object", "First part of the output folder's name.")
     template: str = setting("a photo of a {}", "Prompt; {} is replaced by the placeholder.")
-    selected_data: int = setting(-1, "Index of the one pair to draw; -1 means all.", at_least=-1)
+    selected_data: int = setting(
+        -1, "Index of the one pair or concept to draw; -1 means all.", at_least=-1
+    )
 
 
 @dataclass(kw_only=True)
 class InferenceGlobalConfig(WordConfig, InferenceConfig):
     """Pictures from the words alone."""
+
+    local_mapper_path: str | None = setting(
+        None,
+        "Local mapper that the files of --concept_path were encoded with, otherwise unused; "
+        "None means the model folder's own.",
+    )
 
 
 @dataclass(kw_only=True)

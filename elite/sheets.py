@@ -1,9 +1,13 @@
 """Contact sheets: rows of pictures as one."""
 
+import textwrap
+
 from PIL import Image, ImageDraw
 
 TILE = 160  # side of a sheet's pictures in pixels
 HEADER = 18
+SHEET_ROWS = 48  # a longer sheet is no longer looked at
+LABEL_WIDTH = 24  # characters that fit into a tile
 
 
 def tile_rows(rows: list[list[Image.Image]], columns: list[str], title: str = "") -> Image.Image:
@@ -28,4 +32,15 @@ def fit_tile(picture: Image.Image) -> Image.Image:
     method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
     tile = Image.new("RGB", (TILE, TILE), "white")
     tile.paste(picture.resize(size, method), ((TILE - size[0]) // 2, (TILE - size[1]) // 2))
+    return tile
+
+
+def label_tile(text: str) -> Image.Image:
+    """A white tile with a text on it, broken into lines at blanks and after underscores."""
+    tile = Image.new("RGB", (TILE, TILE), "white")
+    spaced = (line.replace("_", "_ ") for line in text.splitlines())
+    lines = [
+        part.replace("_ ", "_") for line in spaced for part in textwrap.wrap(line, LABEL_WIDTH)
+    ]
+    ImageDraw.Draw(tile).multiline_text((4, 4), "\n".join(lines), fill="black")
     return tile

@@ -10,7 +10,8 @@ from PIL import Image
 from elite import drawing as drawing_module
 from elite.concept import Concept
 from elite.data import PairFolder
-from elite.drawing import Drawing, ahead, draw_folder
+from elite.drawing import Drawing, draw_folder
+from elite.encoding import ahead
 from tests import tiny
 
 QUICK = Drawing(num_inference_steps=2)

@@ -25,9 +25,10 @@ LAYERS = (
         "stream",
         "text",
     ),
-    ("attention", "checkpoint", "concept", "config", "data"),
+    ("attention", "checkpoint", "concept", "config", "data", "masks"),
     ("latents", "metrics", "objectives", "pictures", "pipeline", "subjects", "training"),
-    ("drawing", "textual_inversion"),
+    ("encoding", "textual_inversion"),
+    ("drawing",),
     ("evaluation", "inference", "stages"),
 )
 LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
@@ -64,7 +65,7 @@ def test_imports_point_one_way(path):
 
 def test_elite_knows_nothing_of_what_uses_it():
     users = ("small_world", "tests", "data_scripts", "app", "benchmarks")
-    scripts = ("train_", "inference_", "evaluate", "merge_")
+    scripts = ("train_", "inference_", "encode", "evaluate", "merge_")
     for path in (REPOSITORY / "elite").glob("*.py"):
         wrong = {name for name in imported_from(path) if name.startswith(users + scripts)}
         assert not wrong, f"{path.name} imports {wrong}"

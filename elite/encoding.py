@@ -1,0 +1,171 @@
+"""Folders to concepts: pairs are read ahead and encoded together, concept files just read; and the
+files of what was encoded."""
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from elite.concept import Concept, ConceptFolder
+from elite.data import PairFolder
+from elite.files import write_atomically
+from elite.images import cut_out
+from elite.pipeline import ElitePipeline
+from elite.sheets import SHEET_ROWS, label_tile, tile_rows
+
+T = TypeVar("T")
+PAIR_COLUMNS, CONCEPT_COLUMNS = ("input", "object"), ("concept",)
+ReadPair = tuple[int, np.ndarray, dict[str, Tensor]]  # index, picture, views
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One object of a folder, ready to be drawn."""
+
+    index: int
+    concept: Concept = field(repr=False)
+    image: np.ndarray | None = field(default=None, repr=False)  # None for a concept file
+
+
+def ahead(
+    pool: Executor, function: Callable[[int], T], items: Iterable[int], count: int
+) -> Iterator[Future[T]]:
+    """Results in the order of the items, `count` of them begun before they are asked for."""
+    waiting: deque[Future[T]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > count:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def batches(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    while batch := list(itertools.islice(items, size)):
+        yield batch
+
+
+def read_entries(
+    pool: Executor,
+    pipe: ElitePipeline,
+    folder: PairFolder | ConceptFolder,
+    indices: Sequence[int],
+    batch_size: int,
+    failed: Callable[[str], None],
+) -> Iterator[Entry]:
+    """The objects of a folder in order, each read once ahead of its use, `batch_size` together.
+
+    Args:
+        failed: called with one line for each that cannot be read or is of other mappers.
+    """
+    read: Callable[[int], Any]
+    encode: Callable[[list[Any]], Iterable[Entry]]
+    if isinstance(folder, ConceptFolder):
+        read, encode = partial(_read_concept, pipe, folder), list[Entry]
+    else:
+        read, encode = partial(_read_pair, pipe, folder), partial(_encode_pairs, pipe)
+    for futures in batches(ahead(pool, read, indices, batch_size), batch_size):
+        done: list[Any] = []
+        for future in futures:
+            try:
+                done.append(future.result())
+            except ValueError as error:
+                failed(str(error))
+        if done:
+            yield from encode(done)
+
+
+def _read_concept(pipe: ElitePipeline, folder: ConceptFolder, index: int) -> Entry:
+    concept = folder.read(index)
+    try:
+        concept.check_mappers(pipe.fingerprint)
+    except ValueError as error:
+        raise ValueError(f"{folder.paths[index]}: {error}") from None
+    return Entry(index, concept)
+
+
+def _read_pair(pipe: ElitePipeline, pairs: PairFolder, index: int) -> ReadPair:
+    image, mask = pairs.read(index)
+    return index, image, pipe.concept_views(image, mask)
+
+
+def _encode_pairs(pipe: ElitePipeline, pairs: list[ReadPair]) -> Iterator[Entry]:
+    views = [views for _, _, views in pairs]
+    concepts = pipe.encode_views(**{key: torch.cat([v[key] for v in views]) for key in views[0]})
+    for row, (index, image, _) in enumerate(pairs):
+        yield Entry(index, concepts[row], image)
+
+
+def encode_folder(
+    pipe: ElitePipeline, pairs: PairFolder, output_dir: Path, *, batch_size: int = 1
+) -> list[str]:
+    """Encodes each pair once; every process of `accelerate launch` takes its share.
+
+    Writes `NAME.safetensors` per pair, and at last `grid.png`: name, picture, cut-out.
+
+    Returns:
+        One line per pair that could not be read, from all processes.
+
+    Raises:
+        ValueError: two pictures of one name, or the disk is full.
+    """
+    pairs.check_names()
+    state = PartialState()
+    share = range(len(pairs))[state.process_index :: state.num_processes]
+    failures: list[str] = []
+    bar = tqdm(total=len(share), desc="encode", unit="pair", disable=not state.is_main_process)
+    with ThreadPoolExecutor(max_workers=2) as pool, bar as progress:
+
+        def failed(message: str) -> None:
+            failures.append(message)
+            progress.update()
+
+        for entry in read_entries(pool, pipe, pairs, share, batch_size, failed):
+            entry.concept.save(output_dir / f"{pairs.pairs[entry.index].name}.safetensors")
+            progress.update()
+    failures = gather_object(failures)
+    if state.is_main_process:
+        _write_sheet(pairs, output_dir / "grid.png")
+    state.wait_for_everyone()
+    return failures
+
+
+def _write_sheet(pairs: PairFolder, path: Path) -> None:
+    """What was read of the first pairs; nothing is written where none could be."""
+    rows = []
+    for index in range(min(SHEET_ROWS, len(pairs))):
+        try:
+            rows.append([label_tile(pairs.pairs[index].name), *shown(pairs, index)])
+        except ValueError:
+            continue
+    if rows:
+        write_atomically(path, tile_rows(rows, ["name", *PAIR_COLUMNS]).save)
+
+
+def shown(folder: PairFolder | ConceptFolder, index: int) -> list[Image.Image]:
+    """What a contact sheet shows of an object beside its pictures: the pair's picture and cut-out,
+    or the concept file's name.
+
+    Raises:
+        ValueError: the pair cannot be read.
+    """
+    if isinstance(folder, ConceptFolder):
+        return [label_tile(folder.paths[index].stem)]
+    image, mask = folder.read(index)
+    return [Image.fromarray(image), Image.fromarray(cut_out(image, mask))]
+
+
+def columns(folder: PairFolder | ConceptFolder) -> tuple[str, ...]:
+    """The names of what `shown` gives."""
+    return CONCEPT_COLUMNS if isinstance(folder, ConceptFolder) else PAIR_COLUMNS

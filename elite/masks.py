@@ -1,0 +1,96 @@
+"""Masks without other tools: GrabCut (Rother et al. 2004) from a box or from the middle of the
+picture."""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from elite.images import resize
+
+WORKING_SIDE = 640  # pixels; larger pictures are brought down to it for GrabCut
+ITERATIONS = 5
+FRAME = 0.05  # share of each side that is background where no box is given
+CENTRE = 0.85  # diameter of the likely object, as a share of the picture's sides
+SPECK = 0.05  # of the largest part's area; smaller parts are no object
+
+
+@dataclass(frozen=True)
+class Box:
+    """Where an object lies: pixels left <= x < right and top <= y < bottom."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    def __str__(self) -> str:
+        return f"{self.left},{self.top},{self.right},{self.bottom}"
+
+
+def prior_of_box(height: int, width: int, box: Box) -> np.ndarray:
+    """What GrabCut starts from, uint8 (H, W): likely object in the box, background around it.
+
+    Raises:
+        ValueError: the box is empty, outside the image or all of it.
+    """
+    inside = 0 <= box.left < box.right <= width and 0 <= box.top < box.bottom <= height
+    if not inside:
+        raise ValueError(
+            f"box {box} is empty or outside the picture of {width} x {height}; expected "
+            f"0 <= left < right <= {width} and 0 <= top < bottom <= {height}"
+        )
+    if (box.right - box.left, box.bottom - box.top) == (width, height):
+        raise ValueError(
+            f"box {box} is the whole picture; leave some background outside, from which its "
+            "colours are learned"
+        )
+    prior = np.full((height, width), cv2.GC_BGD, dtype=np.uint8)
+    prior[box.top : box.bottom, box.left : box.right] = cv2.GC_PR_FGD
+    return prior
+
+
+def centred_prior(height: int, width: int) -> np.ndarray:
+    """The same without a box: likely object in an ellipse in the middle, background at the border,
+    likely background between."""
+    y = (2 * np.arange(height) + 1) / height - 1  # -1 to 1
+    x = (2 * np.arange(width) + 1) / width - 1
+    ellipse = np.hypot(y[:, None], x) < CENTRE
+    prior = np.where(ellipse, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
+    prior[np.abs(y) > 1 - 2 * FRAME] = cv2.GC_BGD
+    prior[:, np.abs(x) > 1 - 2 * FRAME] = cv2.GC_BGD
+    return prior
+
+
+def grab_cut(image: np.ndarray, prior: np.ndarray) -> np.ndarray:
+    """The object, bool (H, W), of an image uint8 (H, W, 3); always the same for the same input.
+
+    Raises:
+        ValueError: no object is found.
+    """
+    height, width = prior.shape
+    scale = min(1, WORKING_SIDE / max(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    small = np.ascontiguousarray(resize(image, *size)[..., ::-1])  # BGR
+    labels = cv2.resize(prior, size, interpolation=cv2.INTER_NEAREST)
+    cv2.setRNGSeed(0)
+    background, foreground = np.zeros((1, 65)), np.zeros((1, 65))  # colour models, filled in
+    try:
+        mode = cv2.GC_INIT_WITH_MASK
+        cv2.grabCut(small, labels, (0, 0, 0, 0), background, foreground, ITERATIONS, mode)
+    except cv2.error:  # a picture or box of few pixels leaves nothing to learn colours from
+        labels[:] = cv2.GC_BGD
+    found = np.isin(labels, (cv2.GC_FGD, cv2.GC_PR_FGD)).astype(np.float32)
+    mask = cv2.resize(found, (width, height), interpolation=cv2.INTER_LINEAR) > 0.5
+    if not mask.any():
+        raise ValueError("GrabCut found no object; give it a box, or paint the mask")
+    return without_specks(mask)
+
+
+def without_specks(mask: np.ndarray) -> np.ndarray:
+    """The parts, bool (H, W), that are not much smaller than the largest one of a mask with
+    objects."""
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
+    areas = stats[:, cv2.CC_STAT_AREA]
+    areas[0] = 0  # what is not object
+    return (areas >= SPECK * areas.max())[labels]
