@@ -20,7 +20,7 @@ from elite.concept import Concept, ConceptFolder
 from elite.data import PairFolder
 from elite.encoding import Entry, batches, columns, read_entries, shown
 from elite.files import write_atomically
-from elite.loading import side_in_pixels
+from elite.loading import DEFAULT_STEPS, side_in_pixels
 from elite.pipeline import ElitePipeline, Words, initial_noise
 from elite.sheets import SHEET_ROWS, tile_rows
 
@@ -36,7 +36,7 @@ class Drawing:
     lambda_: float = 0.8
     placeholder_token: str = "S"
     resolution: int | None = None  # side in pixels; None means what the model draws
-    num_inference_steps: int = 100
+    num_inference_steps: int = DEFAULT_STEPS
     guidance_scale: float = 5.0
 
     def __call__(
@@ -165,7 +165,7 @@ def draw_prompts(
     seeds: Sequence[int],
     *,
     resolution: int | None = None,
-    num_inference_steps: int = 100,
+    num_inference_steps: int = DEFAULT_STEPS,
     guidance_scale: float = 5.0,
 ) -> list[Image.Image]:
     """A stock pipeline's pictures, one seed per prompt.

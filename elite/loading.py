@@ -42,6 +42,8 @@ SCHEDULERS = {
     "ddim": DDIMScheduler,
     "pndm": PNDMScheduler,
 }
+# The fewest steps that draw what the release's 100 steps of LMS draw (small_world/samplers.py).
+DEFAULT_SAMPLER, DEFAULT_STEPS = "unipc", 20
 # By the names of --mixed_precision.
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Stable Diffusion's noise schedule, for model folders that carry none.
@@ -177,12 +179,12 @@ def _load_tokenizer(
 
 
 def _load_scheduler(model: str | Path, hub: dict) -> KarrasDiffusionSchedulers:
-    """The release's LMS over the model's noise schedule; a folder without a scheduler has Stable
+    """The default sampler over the model's noise schedule; a folder without a scheduler has Stable
     Diffusion's."""
     if Path(model).is_dir() and not (Path(model) / "scheduler").is_dir():
-        return make_scheduler("lms")
-    config = load_part(LMSDiscreteScheduler, model, "scheduler", loader="load_config", **hub)
-    return make_scheduler("lms", config)
+        return make_scheduler(DEFAULT_SAMPLER)
+    config = load_part(SCHEDULERS[DEFAULT_SAMPLER], model, "scheduler", loader="load_config", **hub)
+    return make_scheduler(DEFAULT_SAMPLER, config)
 
 
 def load_part(

@@ -55,7 +55,9 @@ def test_image_encoder_may_be_elsewhere(
     composed = ElitePipeline.from_stable_diffusion(
         model, global_mapper=mapper_folder / "global_mapper", image_encoder=encoder
     )
-    assert torch.equal(composed.encode_concept(*tiny.picture(0)).words, concept.words)
+    # Without a local mapper a single view goes through CLIP, which may round otherwise.
+    words = composed.encode_concept(*tiny.picture(0)).words
+    torch.testing.assert_close(words, concept.words)
 
 
 def test_local_mapper_inside_the_folder_can_be_left_out(tmp_path, model_folder, mapper_folder):

@@ -27,7 +27,7 @@ from elite.config import (
     shipped,
     to_dict,
 )
-from elite.loading import SCHEDULERS
+from elite.loading import DEFAULT_SAMPLER, DEFAULT_STEPS, SCHEDULERS
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "configs"
@@ -93,8 +93,8 @@ def test_paper_defaults() -> None:
         assert (config.gradient_accumulation_steps, config.lr_scheduler) == (4, "constant")
         assert config.hidden_layers == [4, 8, 12, 16]
     inference = infer()
-    assert (inference.num_inference_steps, inference.guidance_scale) == (100, 5.0)
-    assert (inference.llambda, inference.seed, inference.scheduler) == (0.8, 42, "lms")
+    assert (inference.llambda, inference.seed, inference.guidance_scale) == (0.8, 42, 5.0)
+    assert (inference.scheduler, inference.num_inference_steps) == (DEFAULT_SAMPLER, DEFAULT_STEPS)
 
 
 @pytest.mark.parametrize(

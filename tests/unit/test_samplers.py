@@ -3,18 +3,22 @@
 import argparse
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from small_world import samplers
 from small_world.samplers import Sampler, evaluated, fewest, markdown
 
 
-def sampler(name: str, steps: int, shape: float, scene: float) -> Sampler:
+def sampler(
+    name: str, steps: int, shape: float, scene: float, differences: tuple[float, ...] = (1.0, 3.0)
+) -> Sampler:
     scores = {
         metric: {"mean": mean, "interval": [mean - 0.05, mean + 0.05]}
         for metric, mean in (("shape", shape), ("scene", scene))
     }
-    return Sampler(name, steps, scores)
+    return Sampler(name, steps, scores, np.array(differences))
 
 
 REFERENCE = sampler("lms", 100, 0.70, 0.90)
@@ -26,6 +30,21 @@ REFERENCE = sampler("lms", 100, 0.70, 0.90)
 )
 def test_as_good_in_every_metric(shape, scene, good):
     assert sampler("dpm++", 10, shape, scene).as_good_as(REFERENCE) is good
+
+
+def test_a_single_far_picture_is_not_as_good():
+    assert sampler("dpm++", 10, 0.7, 0.9, (9.0, 10.0)).as_good_as(REFERENCE)
+    assert not sampler("dpm++", 10, 0.7, 0.9, (0.0, 10.1)).as_good_as(REFERENCE)
+
+
+def test_differences_of_pictures(tmp_path):
+    for folder, value in (("lms_100", 100), ("dpm++_8", 92)):
+        (tmp_path / folder / "mug").mkdir(parents=True)
+        picture = np.full((4, 4, 3), 100, dtype=np.uint8)
+        picture[:2] = value
+        Image.fromarray(picture).save(tmp_path / folder / "mug" / "00_00042.png")
+    found = samplers.picture_differences(tmp_path / "dpm++_8", tmp_path / "lms_100")
+    assert found.tolist() == [4.0]
 
 
 def test_fewest_steps_of_those_as_good():
@@ -40,7 +59,7 @@ def test_fewest_steps_of_those_as_good():
 
 def test_table_names_each_and_the_choice():
     text = markdown(REFERENCE, [sampler("dpm++", 15, 0.7, 0.9), sampler("unipc", 8, 0.5, 0.9)])
-    assert "| lms | 100 | 70.0% (65.0% to 75.0%) | 90.0% (85.0% to 95.0%) | - |" in text
+    assert "| 70.0% (65.0% to 75.0%) | 90.0% (85.0% to 95.0%) | 2.0 | 0.0% | - |" in text
     assert text.count("| yes |") == 1 and text.count("| no |") == 1
     assert text.endswith("Fewest steps: dpm++, 15.\n")
 
