@@ -2,9 +2,9 @@
 installation in a UNet.
 
 What goes with the text reaches the processors by the road that diffusers has for image prompts:
-`encoder_hidden_states` arrives as `(text, X)`. X is either `[tokens, placeholder, lambda]` (see
-`local_inputs`), or the `KeysValues` of every layer, computed once for all steps of a generation. So
-no state hides in the UNet and two pipelines cannot disturb each other.
+`encoder_hidden_states` arrives as `(text, X)`. X is either `[tokens, placeholder, lambda]` of each
+concept (see `local_inputs`), or the `KeysValues` of every layer, computed once for all steps of a
+generation. So no state hides in the UNet and two pipelines cannot disturb each other.
 """
 
 from typing import Literal, NamedTuple
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from elite.mappers import GlobalMapper, LocalMapper, Mapper, cross_attention_layers
 
 AttentionNorm = Literal["sample", "batch"]
-COLUMNS = 8  # channels beside V, of which the first is used: fused kernels want multiples of 8
+COLUMNS = 8  # channels beside V, one a concept: fused kernels want multiples of 8
 
 
 class LocalKeysValues(NamedTuple):
-    """What the local branch reads, for the last R of the B rows; the others have none."""
+    """What the local branch of a concept reads, for the last R of the B rows; the others have
+    none."""
 
     K: Tensor  # K_l f, (R, heads, patches, c), where c is the width of a head
     V: Tensor  # V_l f, (R, heads, patches, c)
@@ -35,7 +36,8 @@ class KeysValues(NamedTuple):
 
     K: Tensor  # K_g text, (B, heads, 77, c)
     V: Tensor  # V_g text, (B, heads, 77, c), with a local branch c + COLUMNS
-    local: LocalKeysValues | None = None
+    local: tuple[LocalKeysValues, ...] = ()  # of every concept
+    visible: Tensor | None = None  # see `visibility`, for the last R rows; None means all
 
 
 class EliteAttnProcessor:
@@ -43,7 +45,8 @@ class EliteAttnProcessor:
     tokens.
 
     `out = softmax(Q K_g^T s) V_g + lambda * a * softmax(Q K_l^T s) V_l`, where a is the attention
-    each query pays to the placeholder, divided by its maximum.
+    each query pays to the placeholder, divided by its maximum. Each of several concepts adds such a
+    term with its own placeholder and lambda.
 
     Deviation: the release takes that maximum over the whole batch, so a picture depends on its
     batch mates; here it is taken per sample. `attention_norm="batch"` reproduces the release.
@@ -79,18 +82,24 @@ class EliteAttnProcessor:
             attention_mask = attn.prepare_attention_mask(attention_mask, text.shape[1], len(text))
             attention_mask = attention_mask.view(len(text), attn.heads, -1, text.shape[1])
         if isinstance(given, dict):
-            K, V, local = given[self.layer]
+            K, V, local, visible = given[self.layer]
         else:
-            K, V, local = self.keys_values(attn.heads, text, given)
+            K, V, local, visible = self.keys_values(attn.heads, text, given)
 
         Q = _heads(attn.to_q(hidden_states), attn.heads)
+        if visible is not None:
+            hidden = _mask(visible, len(Q), Q.shape[2]).to(Q)
+            attention_mask = hidden if attention_mask is None else attention_mask + hidden
         out = _attend(Q, K, V, attention_mask, attn.scale)
-        if local is not None:
-            rows = slice(-len(local.K), None)
-            out, column = out[..., :-COLUMNS], out[rows, ..., -COLUMNS, None]
-            a = column / self._maximum(column, local.lambda_)
-            branch = F.scaled_dot_product_attention(Q[rows], local.K, local.V, scale=attn.scale)
-            out = _add_to_last_rows(out, local.lambda_ * a * branch)
+        if local:
+            rows = slice(-len(local[0].K), None)
+            out, columns = out[..., :-COLUMNS], out[rows, ..., -COLUMNS:]
+            Q = Q[rows]
+        for n, (K_l, V_l, lambda_) in enumerate(local):
+            column = columns[..., n, None]
+            a = column / self._maximum(column, lambda_)
+            branch = F.scaled_dot_product_attention(Q, K_l, V_l, scale=attn.scale)
+            out = _add_to_last_rows(out, lambda_ * a * branch)
         out = out.transpose(1, 2).flatten(2).to(hidden_states.dtype)  # (B, queries, C)
         return attn.to_out[1](attn.to_out[0](out))
 
@@ -99,15 +108,21 @@ class EliteAttnProcessor:
         K, V = _heads(self.K_g(text), heads), _heads(self.V_g(text), heads)
         if not local or self.K_l is None or self.V_l is None:
             return KeysValues(K, V)
-        f, placeholder, lambda_ = local
-        # The placeholder's one-hot rides along as one more channel of V: what comes out there is
-        # the attention paid to it.
-        one_hot = placeholder.transpose(1, 2)[:, None].to(V)  # (R, 1, 77, 1)
-        rows_without = len(text) - len(f)
-        one_hot = F.pad(one_hot, (0, COLUMNS - 1, 0, 0, 0, 0, rows_without, 0))
-        V = torch.cat([V, one_hot.expand(-1, heads, -1, -1)], dim=-1)
-        K_f, V_f = _heads(self.K_l(f), heads), _heads(self.V_l(f), heads)
-        return KeysValues(K, V, LocalKeysValues(K_f, V_f, lambda_[:, None].to(V)))
+        concepts, visible = split_local_inputs(local)
+        # The placeholders' one-hots ride along as more channels of V: what comes out there is the
+        # attention paid to them.
+        one_hots = torch.cat([placeholder for _, placeholder, _ in concepts], dim=1)  # (R, N, 77)
+        columns = one_hots.transpose(1, 2)[:, None].to(V)  # (R, 1, 77, N)
+        free = COLUMNS - len(concepts)
+        columns = F.pad(columns, (0, free, 0, 0, 0, 0, len(text) - len(columns), 0))
+        V = torch.cat([V, columns.expand(-1, heads, -1, -1)], dim=-1)
+        of_each = tuple(
+            LocalKeysValues(
+                _heads(self.K_l(f), heads), _heads(self.V_l(f), heads), lambda_[:, None].to(V)
+            )
+            for f, _, lambda_ in concepts
+        )
+        return KeysValues(K, V, of_each, visible)
 
     def _maximum(self, column: Tensor, lambda_: Tensor) -> Tensor:
         """The divisor of a, (R, 1, 1, 1): over heads and queries, and in "batch" over all rows with
@@ -134,6 +149,16 @@ def _attend(Q: Tensor, K: Tensor, V: Tensor, mask: Tensor | None, scale: float) 
     if mask is not None:
         scores = scores + mask
     return scores.softmax(dim=-1) @ V
+
+
+def _mask(visible: Tensor, rows: int, queries: int) -> Tensor:
+    """What is added to the scores of `rows` rows, (rows, 1, queries, 77), at the size of a layer
+    with this many queries."""
+    height, width = visible.shape[2:]
+    while height * width > queries:  # the UNet halves, rounding up
+        height, width = (height + 1) // 2, (width + 1) // 2
+    seen = F.adaptive_avg_pool2d(visible, (height, width)).flatten(2).transpose(1, 2)
+    return F.pad(seen.log()[:, None], (0, 0, 0, 0, 0, 0, rows - len(visible), 0))
 
 
 def _add_to_last_rows(x: Tensor, added: Tensor) -> Tensor:
@@ -217,7 +242,8 @@ def is_installed(unet: UNet2DConditionModel) -> bool:
 def local_inputs(
     f: Tensor, index: Tensor, lambda_: Tensor | float, text_length: int
 ) -> list[Tensor]:
-    """The list that may travel beside the text.
+    """The list that may travel beside the text for one concept. Those of several are joined by `+`;
+    a `visibility` may follow at the end.
 
     Args:
         f: feature tokens (B, patches, D), after the mask.
@@ -231,6 +257,33 @@ def local_inputs(
     placeholder = F.one_hot(index, text_length)[:, None].to(f)  # (B, 1, 77)
     weights = torch.as_tensor(lambda_, dtype=f.dtype, device=f.device).expand(len(f))
     return [f, placeholder, weights[:, None, None]]
+
+
+def visibility(regions: Tensor, index: Tensor, num_words: int, text_length: int) -> Tensor:
+    """Which tokens each place of the picture sees: a concept's words only within its region. Where
+    they are not seen, a is 0, so that the local branch is confined as well.
+
+    Args:
+        regions: of each concept, (N, h, w) in [0, 1], at the size of the latents or larger.
+        index: position of each concept's first word, (B, N).
+        num_words: of each concept.
+
+    Returns:
+        (B, text_length, h, w) in [0, 1].
+    """
+    visible = regions.new_ones(len(index), text_length, *regions.shape[1:])
+    rows = torch.arange(len(index))
+    for n, region in enumerate(regions):
+        for word in range(num_words):
+            visible[rows, index[:, n] + word] = region
+    return visible
+
+
+def split_local_inputs(local: list[Tensor]) -> tuple[list[list[Tensor]], Tensor | None]:
+    """`[f, placeholder, lambda]` of each concept, and the visibility if there is one."""
+    whole = len(local) - len(local) % 3
+    concepts = [local[start : start + 3] for start in range(0, whole, 3)]
+    return concepts, local[-1] if whole < len(local) else None
 
 
 def local_values(local_mapper: LocalMapper, f: Tensor) -> list[Tensor]:

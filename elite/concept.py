@@ -40,6 +40,15 @@ class Concept:
             self.fingerprint,
         )
 
+    def expand(self, count: int) -> "Concept":
+        """One object, `count` times."""
+        tokens = self.feature_tokens
+        return Concept(
+            self.words.expand(count, -1, -1),
+            None if tokens is None else tokens.expand(count, -1, -1),
+            self.fingerprint,
+        )
+
     def check_mappers(self, fingerprint: str) -> None:
         """Raises ValueError where the mappers of this fingerprint did not make the concept."""
         if self.fingerprint != fingerprint:

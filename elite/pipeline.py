@@ -2,13 +2,14 @@
 many times."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
@@ -22,6 +23,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModel
 
 from elite.attention import (
+    COLUMNS,
     AttentionNorm,
     KeysValues,
     install,
@@ -29,16 +31,19 @@ from elite.attention import (
     keys_values,
     local_inputs,
     uninstall,
+    visibility,
 )
 from elite.checkpoint import load_mapper
 from elite.concept import Concept
 from elite.images import fit_mask, object_views, to_mask, to_rgb
-from elite.loading import inside, load_parts, pixels_per_latent, side_in_pixels
+from elite.loading import DEFAULT_STEPS, inside, load_parts, pixels_per_latent, side_in_pixels
 from elite.mappers import GlobalMapper, LocalMapper, Mapper, clip_levels, clip_levels_of_views
-from elite.text import encode_text, tokenize
+from elite.text import encode_text, tokenize, word_positions
 
 ImageLike = Image.Image | np.ndarray
 Words = int | Literal["all"]
+Concepts = Mapping[str, Concept | Sequence[Concept]]  # by placeholder: one, or one per prompt
+Weights = float | Sequence[float]  # one, or one per prompt
 
 
 class ElitePipeline(StableDiffusionPipeline):
@@ -93,7 +98,8 @@ class ElitePipeline(StableDiffusionPipeline):
         image_encoder: str | Path | CLIPVisionModel | None = None,
         torch_dtype: torch.dtype = torch.float32,
     ) -> "ElitePipeline":
-        """Composes a pipeline from a Stable Diffusion and mappers.
+        """Composes a pipeline from a Stable Diffusion and mappers; its scheduler is the default
+        sampler over the model's noise schedule (`loading.make_scheduler` makes others).
 
         Args:
             model: folder in diffusers layout, or a hub name.
@@ -212,23 +218,28 @@ class ElitePipeline(StableDiffusionPipeline):
         prompt: str | Sequence[str] | None = None,
         *args: Any,
         concept: Concept | Sequence[Concept] | None = None,
-        lambda_: float | Sequence[float] = 0.8,
+        concepts: Concepts | None = None,
+        lambda_: Weights | Mapping[str, Weights] = 0.8,
         words: Words = 0,
         placeholder_token: str = "S",
-        num_inference_steps: int = 100,
+        regions: Mapping[str, ImageLike] | None = None,
+        num_inference_steps: int = DEFAULT_STEPS,
         guidance_scale: float = 5.0,
         seed: int | Sequence[int] | None = None,
         **kwargs: Any,
     ) -> StableDiffusionPipelineOutput:
-        """Draws a prompt with a concept in place of its placeholder.
+        """Draws a prompt with a concept in place of its placeholder, or with several.
 
         Args:
             prompt: one or several; with a concept, each holds the placeholder exactly once.
             concept: one for all prompts, or one each; None draws the plain prompt.
+            concepts: in its place, up to 8 by their placeholders: {"S1": a, "S2": b} for "a S1 next
+                to a S2".
             lambda_: weight of the local branch, one or one per prompt: 0.8 reproduces the object,
-                0.6 edits it.
+                0.6 edits it. With several concepts, also by their placeholders.
             words: which of w replaces the placeholder: an index (0, the primary word) or "all".
-            placeholder_token: the word of the prompt that stands for the concept.
+            placeholder_token: the word of the prompt that stands for `concept`.
+            regions: masks by placeholder, of any size: where the picture may show that concept.
             num_inference_steps: denoising steps of the pipeline's scheduler.
             guidance_scale: of classifier-free guidance; 1 or less means none.
             seed: one per picture (prompts x num_images_per_prompt). The initial noise comes from a
@@ -241,13 +252,21 @@ class ElitePipeline(StableDiffusionPipeline):
 
         Raises:
             ValueError: placeholder absent, twice or too late; concept of other mappers; wrong
-                counts.
+                counts; unknown names in `lambda_` or `regions`.
         """
         local = kwargs.pop("ip_adapter_image_embeds", None) or []
-        if concept is not None and prompt is not None:
+        if concept is not None:
+            if concepts is not None:
+                raise ValueError("concept and concepts are both given; put all into concepts")
+            concepts = {placeholder_token: concept}
+        if concepts and prompt is not None:
             prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+            factor = pixels_per_latent(self.vae)
+            sides = (kwargs.get(side) or self.resolution for side in ("width", "height"))
+            width, height = (side // factor for side in sides)
+            given_regions = _latent_regions(regions or {}, list(concepts), width, height)
             kwargs["prompt_embeds"], local = self._condition(
-                prompts, concept, lambda_, words, placeholder_token
+                prompts, concepts, lambda_, words, given_regions
             )
             if isinstance(kwargs.get("negative_prompt"), str):
                 kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(prompts)
@@ -296,43 +315,47 @@ class ElitePipeline(StableDiffusionPipeline):
     def _condition(
         self,
         prompts: list[str],
-        concept: Concept | Sequence[Concept],
-        lambda_: float | Sequence[float],
+        concepts: Concepts,
+        lambda_: Weights | Mapping[str, Weights],
         words: Words,
-        placeholder_token: str,
+        regions: Tensor | None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Text context (B, 77, D) and the local inputs for these prompts."""
-        concepts = [concept] if isinstance(concept, Concept) else list(concept)
-        concept = Concept.stack(concepts)
-        if concept.fingerprint != self.fingerprint:
-            raise ValueError(
-                f"concept was made by other mappers (fingerprint {concept.fingerprint}, these are "
-                f"{self.fingerprint}); encode it again with this pipeline"
-            )
-        if len(concept) not in (1, len(prompts)):
-            raise ValueError(
-                f"{len(concept)} concepts for {len(prompts)} prompts; pass one, or one per prompt"
-            )
-        device = self._execution_device
-        rows = (
-            torch.arange(len(prompts))
-            if len(concept) > 1
-            else torch.zeros(len(prompts), dtype=torch.int64)
-        )
-        chosen = pick_words(concept.words, words)[rows].to(device)  # (B, L, D)
-        input_ids, index = tokenize(self.tokenizer, prompts, placeholder_token, chosen.shape[1])
-        context = encode_text(self.text_encoder, input_ids.to(device), chosen, index.to(device))
+        """Text context (B, 77, D) and the local inputs for these prompts; regions (N, h, w)."""
+        names, device, count = list(concepts), self._execution_device, len(prompts)
+        if len(names) > COLUMNS:
+            raise ValueError(f"{len(names)} concepts in one prompt; at most {COLUMNS} are possible")
+        weights = _by_name(lambda_, names)
+        rows = [self._row_per_prompt(concepts[name], count) for name in names]
+        chosen = torch.stack([pick_words(row.words, words) for row in rows], dim=1).to(device)
+        num_words = chosen.shape[2]  # of (B, N, L, D)
+        input_ids, index = tokenize(self.tokenizer, prompts, names, num_words)
+        index = index.to(device)
+        context = encode_text(self.text_encoder, input_ids.to(device), chosen, index)
+        index = word_positions(index, num_words)
         local: list[Tensor] = []
-        if concept.feature_tokens is not None:
-            f = concept.feature_tokens[rows].to(device, self.unet.dtype)
-            weights = torch.as_tensor(lambda_, dtype=torch.float32)
-            if weights.numel() not in (1, len(prompts)):
+        for n, (name, row) in enumerate(zip(names, rows, strict=True)):
+            if row.feature_tokens is None:
+                continue
+            weight = torch.as_tensor(weights[name], dtype=torch.float32)
+            if weight.numel() not in (1, count):
                 raise ValueError(
-                    f"{weights.numel()} lambdas for {len(prompts)} prompts; pass one, or one per "
-                    "prompt"
+                    f"{weight.numel()} lambdas for {count} prompts; pass one, or one per prompt"
                 )
-            local = local_inputs(f, index.to(device), weights.to(device), context.shape[1])
+            f = row.feature_tokens.to(device, self.unet.dtype)
+            local += local_inputs(f, index[:, n], weight.to(device), context.shape[1])
+        if regions is not None and local:
+            local.append(visibility(regions.to(local[0]), index, num_words, context.shape[1]))
         return context, local
+
+    def _row_per_prompt(self, concept: Concept | Sequence[Concept], count: int) -> Concept:
+        """`count` rows of one concept, or of one for each."""
+        stacked = Concept.stack([concept] if isinstance(concept, Concept) else list(concept))
+        stacked.check_mappers(self.fingerprint)
+        if len(stacked) not in (1, count):
+            raise ValueError(
+                f"{len(stacked)} concepts for {count} prompts; pass one, or one per prompt"
+            )
+        return stacked if len(stacked) == count else stacked.expand(count)
 
     def prepare_ip_adapter_image_embeds(
         self,
@@ -387,6 +410,43 @@ class _Conditioning:
 
     text: list[Tensor]  # as `_encode_text` gives them; empty where a callback may change them
     local: list[Tensor]  # `local_inputs`, or empty
+
+
+def _by_name(lambda_: Weights | Mapping[str, Weights], names: Sequence[str]) -> dict[str, Weights]:
+    """The weight of every concept."""
+    if not isinstance(lambda_, Mapping):
+        return dict.fromkeys(names, lambda_)
+    if set(lambda_) != set(names):
+        raise ValueError(
+            f"lambda_ is given for {', '.join(lambda_) or 'nothing'}; expected one for each of "
+            f"{', '.join(names)}"
+        )
+    return dict(lambda_)
+
+
+def _latent_regions(
+    regions: Mapping[str, ImageLike], names: Sequence[str], width: int, height: int
+) -> Tensor | None:
+    """The share of each latent that lies in a concept's region, (N, height, width); 1 where a
+    concept has none."""
+    unknown = set(regions) - set(names)
+    if unknown:
+        raise ValueError(
+            f"region of {', '.join(sorted(unknown))}: no such concept; there are {', '.join(names)}"
+        )
+    if not regions:
+        return None
+    shares = torch.ones(len(names), height, width)
+    for name, region in regions.items():
+        mask = to_mask(region) if isinstance(region, Image.Image) else np.asarray(region) > 0
+        if mask.ndim != 2 or not mask.any():
+            raise ValueError(
+                f"region of {name}: shape {mask.shape} with {int(mask.sum())} pixels set; expected "
+                "a mask (H, W) that is not empty"
+            )
+        pixels = torch.from_numpy(mask.astype(np.float32))[None, None]
+        shares[names.index(name)] = F.adaptive_avg_pool2d(pixels, (height, width))[0, 0]
+    return shares
 
 
 def _may_change_text(kwargs: dict) -> bool:

@@ -29,63 +29,102 @@ def find_placeholder(prompt: str, placeholder: str) -> int:
 
 
 def tokenize(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], placeholder: str, num_words: int = 1
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    placeholders: str | Sequence[str],
+    num_words: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Token ids (B, 77) of the prompts and the placeholder's position in each, (B,).
+    """Token ids of the prompts, (B, 77), and where the placeholders stand among them.
+
+    A placeholder takes one token, also where the tokenizer has it in several.
 
     Args:
         tokenizer: a fast CLIP tokenizer.
-        prompts: each with the placeholder in it once.
-        placeholder: a word of a single token.
-        num_words: how many words will replace it; they must fit.
+        prompts: each with every placeholder in it once.
+        placeholders: one word, or N of them.
+        num_words: how many words will replace each; they must fit.
+
+    Returns:
+        Ids, and positions (B,) of one placeholder or (B, N) of N.
 
     Raises:
-        ValueError: placeholder absent, twice, of several tokens, or the words would run past the
-        last token.
+        ValueError: a placeholder is absent, twice or tied to its neighbours, or the words would run
+        past the last token.
     """
-    starts = [find_placeholder(prompt, placeholder) for prompt in prompts]
+    several = [placeholders] if isinstance(placeholders, str) else list(placeholders)
     length = tokenizer.model_max_length
-    encoded = tokenizer(
-        list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+    ids, positions = [], []
+    for prompt in prompts:
+        tokens, where = _tokens(tokenizer, prompt, several)
+        for rank, place in enumerate(sorted(where)):
+            _check_room(prompt, place, rank * (num_words - 1), num_words, length)
+        ids.append(tokens if len(tokens) <= length else [*tokens[: length - 1], tokens[-1]])
+        positions.append(where)
+    padded = tokenizer.pad({"input_ids": ids}, padding="max_length", max_length=length)
+    index = torch.tensor(positions)
+    return torch.tensor(padded["input_ids"]), (
+        index[:, 0] if isinstance(placeholders, str) else index
     )
-    positions = []
-    for prompt, start in zip(prompts, starts, strict=True):
-        whole = tokenizer(prompt, return_offsets_mapping=True, verbose=False)
-        spans = whole["offset_mapping"]
-        covering = [
-            i for i, (a, b) in enumerate(spans) if a < start + len(placeholder) and b > start
-        ]
-        if len(covering) != 1:
+
+
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, placeholders: Sequence[str]
+) -> tuple[list[int], list[int]]:
+    """All ids of a prompt, one for each placeholder, and the placeholders' positions."""
+    whole = tokenizer(prompt, return_offsets_mapping=True, verbose=False)
+    spans = whole["offset_mapping"]
+    dropped: list[int] = []
+    firsts = []
+    for placeholder in placeholders:
+        start = find_placeholder(prompt, placeholder)
+        end = start + len(placeholder)
+        covering = [i for i, (a, b) in enumerate(spans) if a < end and b > start]
+        if not covering or (spans[covering[0]][0], spans[covering[-1]][1]) != (start, end):
             raise ValueError(
-                f"placeholder {placeholder!r} is {len(covering)} tokens for this tokenizer; "
-                "choose a word of one token"
+                f"prompt {prompt!r}: the tokenizer does not keep the placeholder {placeholder!r} "
+                "apart from its neighbours; write blanks around it or choose another word"
             )
-        _check_room(prompt, covering[0], num_words, length)
-        positions.append(covering[0])
-    return encoded["input_ids"], torch.tensor(positions)
+        firsts.append(covering[0])
+        dropped += covering[1:]
+    ids = [token for i, token in enumerate(whole["input_ids"]) if i not in dropped]
+    return ids, [first - sum(i < first for i in dropped) for first in firsts]
 
 
-def _check_room(prompt: str, index: int, num_words: int, length: int) -> None:
+def _check_room(prompt: str, index: int, moved: int, num_words: int, length: int) -> None:
     # A placeholder at the very last place has been cut off in favour of the end token.
-    if index + num_words > length or index == length - 1:
+    if index + moved + num_words > length or index >= length - 1:
         raise ValueError(
-            f"prompt {prompt!r} is too long: its placeholder is token {index}, the text encoder "
-            f"reads {length} "
+            f"prompt {prompt!r} is too long: its placeholder is token {index + moved}, the text "
+            f"encoder reads {length} "
             f"and {num_words} word(s) must fit; shorten what stands before it"
         )
 
 
+def word_positions(index: Tensor, num_words: int) -> Tensor:
+    """Where the first word of each placeholder stands after the injection; index (B, N)."""
+    return index + (num_words - 1) * (index[:, None] < index[:, :, None]).sum(2)
+
+
 def inject_words(embeddings: Tensor, words: Tensor, index: Tensor) -> Tensor:
-    """Puts words in place of the placeholder; what follows moves right and falls off at the end.
+    """Puts words in place of the placeholders; what follows moves right and falls off at the end.
 
     Args:
         embeddings: token embeddings without positions, (B, 77, D).
-        words: (B, L, D).
-        index: placeholder positions (B,), each with index + L <= 77.
+        words: (B, L, D) of one placeholder, or (B, N, L, D) of N.
+        index: placeholder positions (B,) or (B, N), such that the words fit.
 
     Returns:
         (B, 77, D).
     """
+    if index.ndim == 1:
+        return _inject(embeddings, words, index)
+    rows = torch.arange(len(index), device=index.device)
+    for n in index.argsort(dim=1, descending=True).T:  # the last first, so that none moves
+        embeddings = _inject(embeddings, words[rows, n], index[rows, n])
+    return embeddings
+
+
+def _inject(embeddings: Tensor, words: Tensor, index: Tensor) -> Tensor:
     length, num_words = embeddings.shape[1], words.shape[1]
     if int(index.max()) + num_words > length:
         raise ValueError(
@@ -105,8 +144,8 @@ def inject_words(embeddings: Tensor, words: Tensor, index: Tensor) -> Tensor:
 
 @contextmanager
 def injected(text_encoder: CLIPTextModel, words: Tensor, index: Tensor) -> Iterator[None]:
-    """Within it, this text encoder (no other instance) reads `words` where the placeholder
-    stands."""
+    """Within it, this text encoder (no other instance) reads `words` where the placeholders
+    stand."""
     embedding = text_encoder.get_input_embeddings()
     hook = embedding.register_forward_hook(
         lambda module, inputs, output: inject_words(output, words, index)
@@ -123,8 +162,8 @@ def encode_text(
     words: Tensor | None = None,
     index: Tensor | None = None,
 ) -> Tensor:
-    """Text context (B, 77, D): the last hidden state, with `words` (B, L, D) at `index` (B,) if
-    given."""
+    """Text context (B, 77, D): the last hidden state, with words in it if given, as for
+    `inject_words`."""
     if words is None or index is None:
         return text_encoder(input_ids).last_hidden_state
     with injected(text_encoder, words, index):

@@ -93,10 +93,20 @@ def test_find_placeholder_gives_the_character():
     assert find_placeholder("close-up of a S", "S") == 14
 
 
-def test_placeholder_of_several_tokens_is_refused(tokenizer):
+def test_placeholder_of_several_tokens_takes_one(tokenizer):
     assert len(tokenizer.tokenize("sks")) > 1
-    with pytest.raises(ValueError, match=r"'sks' is \d tokens .* choose a word of one token"):
-        tokenize(tokenizer, ["a photo of a sks"], "sks")
+    input_ids, index = tokenize(tokenizer, ["a photo of a sks, far away"], "sks")
+    single, at = tokenize(tokenizer, ["a photo of a S, far away"], "S")
+    assert index.tolist() == at.tolist() == [5]
+    assert input_ids[0].tolist() == [
+        int(token) if place != 5 else tokenizer.encode("sks")[1]
+        for place, token in enumerate(single[0])
+    ]
+
+
+def test_placeholder_that_is_no_whole_tokens_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="does not keep the placeholder 'S ' apart"):
+        tokenize(tokenizer, ["a S , far away"], "S ")
 
 
 def prompt_with_placeholder_at(index: int) -> str:

@@ -1,0 +1,194 @@
+"""Two concepts in one picture: does each keep its own colour?
+
+    python -m small_world.couples [--samples 200] [--output_dir runs/small_world/couples]
+
+Draws couples of held-out things side by side, "a S1 next to a S2 on the grass", in a picture of
+twice the width, with and without regions (S1 in the left half, S2 in the right half). The judge
+names the main colour of each half: the concept's own, the other concept's (that is confusion) or a
+third one. Writes couples.md, couples.json and grid.png. No part of the small world was trained on
+two things.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from elite.console import OK, quiet_libraries, run
+from elite.files import write_atomically, write_json
+from elite.pipeline import ElitePipeline
+from elite.sheets import SHEET_ROWS, tile_rows
+from small_world.attributes import verdicts
+from small_world.classifier import Judge, load_judge
+from small_world.samples import labels
+from small_world.score import Case, batches, load_pipelines, make_cases, wilson
+from small_world.world import SCENES
+
+CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
+NAMES = ("S1", "S2")
+OUTCOMES = ("own", "other's", "third")
+
+
+@dataclass(frozen=True)
+class Couple:
+    """Two things of different main colours, left and right in the scene of the left one."""
+
+    left: Case
+    right: Case
+
+    @property
+    def prompt(self) -> str:
+        return f"a {NAMES[0]} next to a {NAMES[1]} {SCENES[self.left.scene]}"
+
+
+def make_couples(count: int, seed: int) -> list[Couple]:
+    """Random couples of held-out things."""
+    lefts = make_cases(count, "held out", seed)
+    others = iter(make_cases(20 * count, "held out", seed + 1))
+    return [
+        Couple(left, next(case for case in others if case.thing.colour != left.thing.colour))
+        for left in lefts
+    ]
+
+
+def halves(height: int, width: int) -> dict[str, np.ndarray]:
+    """Left half and right half of a picture, as the regions of S1 and S2."""
+    left = np.arange(width) < width // 2
+    return {
+        name: np.broadcast_to(half, (height, width))
+        for name, half in zip(NAMES, (left, ~left), strict=True)
+    }
+
+
+def draw_couples(
+    pipe: ElitePipeline, couples: Sequence[Couple], in_regions: bool, **options
+) -> Tensor:
+    """Pictures in [-1, 1], (B, 3, H, 2 H)."""
+    side = pipe.resolution
+    cases = [[couple.left for couple in couples], [couple.right for couple in couples]]
+    out = pipe(
+        [couple.prompt for couple in couples],
+        concepts={
+            name: [pipe.encode_concept(*case.source) for case in column]
+            for name, column in zip(NAMES, cases, strict=True)
+        },
+        regions=halves(side, 2 * side) if in_regions else None,
+        seed=[couple.left.seed for couple in couples],
+        height=side,
+        width=2 * side,
+        output_type="pt",
+        **options,
+    )
+    return 2 * out.images - 1
+
+
+@torch.no_grad()
+def colours_seen(judge: Judge, pixels: Tensor, couples: Sequence[Couple]) -> Tensor:
+    """Whose colour each half shows: (B, 2), an index of OUTCOMES."""
+    wanted = torch.tensor(
+        [[labels(c.thing, c.scene) for c in (couple.left, couple.right)] for couple in couples]
+    )
+    columns = []
+    for half, view in enumerate(pixels.chunk(2, dim=3)):
+        own, other = (
+            verdicts(judge, view, wanted[:, which])["colour"] == 1 for which in (half, 1 - half)
+        )
+        columns.append(torch.where(own, 0, torch.where(other, 1, 2)))
+    return torch.stack(columns, dim=1)
+
+
+def score_couples(
+    judge: Judge, pipe: ElitePipeline, couples: Sequence[Couple], batch_size: int, **options
+) -> tuple[dict[str, dict[str, int]], dict[str, Tensor]]:
+    """How many halves show whose colour, and the pictures, without and with regions."""
+    counts, pictures = {}, {}
+    with tqdm(total=2 * len(couples), desc="couples", unit="picture") as progress:
+        for name, in_regions in (("without regions", False), ("with regions", True)):
+            drawn, seen = [], []
+            for batch in batches(list(couples), batch_size):
+                drawn.append(draw_couples(pipe, batch, in_regions, **options))
+                seen.append(colours_seen(judge, drawn[-1], batch))
+                progress.update(len(batch))
+            outcomes = torch.cat(seen).flatten().bincount(minlength=len(OUTCOMES))
+            counts[name] = dict(zip(OUTCOMES, outcomes.tolist(), strict=True))
+            pictures[name] = torch.cat(drawn)
+    return counts, pictures
+
+
+def markdown(counts: dict[str, dict[str, int]]) -> str:
+    """Shares of the halves in per cent, with 95 % intervals (Wilson)."""
+    lines = ["| main colour of a half, % (95 % interval) | own | other's (confusion) | third |"]
+    lines.append("|---" * 4 + "|")
+    for name, by_outcome in counts.items():
+        total = sum(by_outcome.values())
+        cells = []
+        for outcome in OUTCOMES:
+            low, high = (100 * bound for bound in wilson(by_outcome[outcome], total))
+            share = 100 * by_outcome[outcome] / total
+            cells.append(f"{share:.1f} ({low:.1f}-{high:.1f})")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def sheet(couples: Sequence[Couple], pictures: dict[str, Tensor]) -> Image.Image:
+    """Both inputs and the pictures of the first couples."""
+    rows = []
+    for row, couple in enumerate(couples[: SHEET_ROWS // 4]):
+        tiles = [Image.fromarray(case.source[0]) for case in (couple.left, couple.right)]
+        for drawn in pictures.values():
+            pixels = ((drawn[row] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+            tiles.append(Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()))
+        rows.append(tiles)
+    return tile_rows(rows, [*NAMES, *pictures], "a S1 next to a S2, in the scene asked for")
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=CHECKPOINTS / "small_world")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/small_world/couples"))
+    parser.add_argument("--samples", type=int, default=200, help="couples")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--llambda", type=float, default=0.8, help="weight of both local branches")
+    parser.add_argument("--guidance_scale", type=float, default=5.0)
+    parser.add_argument("--num_inference_steps", type=int, default=20)
+    parser.add_argument("--batch_size", type=int, default=20)
+    args = parser.parse_args(arguments)
+    for name in ("samples", "batch_size", "num_inference_steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: expected 1 or more")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_args(arguments)
+    quiet_libraries()
+    _, pipe = load_pipelines(args.model)
+    if pipe is None:
+        raise ValueError(f"{args.model}: has no global_mapper/; train one, or choose another model")
+    options = {
+        "lambda_": args.llambda,
+        "guidance_scale": args.guidance_scale,
+        "num_inference_steps": args.num_inference_steps,
+    }
+    couples = make_couples(args.samples, args.seed)
+    judge = load_judge(CHECKPOINTS / "small_world_judge").to(pipe.device)
+    counts, pictures = score_couples(judge, pipe, couples, args.batch_size, **options)
+    about = {"samples": args.samples, "seed": args.seed, "scheduler": "dpm++", **options}
+    write_json(args.output_dir / "couples.json", {**about, "halves": counts})
+    text = markdown(counts)
+    write_atomically(args.output_dir / "couples.md", lambda path: path.write_text(text))
+    write_atomically(args.output_dir / "grid.png", sheet(couples, pictures).save)
+    print(text)
+    return OK
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,75 @@
+"""Two concepts in one picture of the small world: whose colour is where."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from small_world import couples
+from small_world.couples import (
+    NAMES,
+    OUTCOMES,
+    colours_seen,
+    halves,
+    main,
+    make_couples,
+    markdown,
+)
+from small_world.score import draw_renders
+
+
+def test_couples_differ_in_colour_and_are_always_the_same():
+    made = make_couples(30, seed=0)
+    assert all(couple.left.thing.colour != couple.right.thing.colour for couple in made)
+    assert made == make_couples(30, seed=0) != make_couples(30, seed=1)
+    assert made[0].prompt.startswith("a S1 next to a S2 ")
+
+
+def test_halves():
+    regions = halves(2, 4)
+    assert regions["S1"].tolist() == [[True, True, False, False]] * 2
+    assert (regions["S1"] ^ regions["S2"]).all() and tuple(regions) == NAMES
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return couples.load_judge(couples.CHECKPOINTS / "small_world_judge")
+
+
+def test_outcomes_of_renders(judge):
+    """Renders side by side: as they are, exchanged, and of third things."""
+    made = make_couples(12, seed=0)
+    left, right = (
+        draw_renders([getattr(couple, side) for couple in made]) for side in ("left", "right")
+    )
+    own = colours_seen(judge, torch.cat([left, right], dim=3), made)
+    others = colours_seen(judge, torch.cat([right, left], dim=3), made)
+    assert (own == OUTCOMES.index("own")).float().mean() > 0.9
+    assert (others == OUTCOMES.index("other's")).float().mean() > 0.9
+    third = colours_seen(judge, torch.zeros(12, 3, 32, 64), made)
+    assert (third == OUTCOMES.index("third")).float().mean() > 0.5
+
+
+def test_shares_add_up():
+    text = markdown({"with regions": {"own": 8, "other's": 1, "third": 1}})
+    assert "| with regions | 80.0 (49.0-94.3) | 10.0 (1.8-40.4) | 10.0 (1.8-40.4) |" in text
+
+
+def test_regions_keep_colours_apart(tmp_path, capsys):
+    flags = ["--samples", "8", "--num_inference_steps", "10", "--batch_size", "8"]
+    assert main([*flags, "--output_dir", str(tmp_path)]) == 0
+    counts = json.loads((tmp_path / "couples.json").read_text())["halves"]
+    without, within = counts["without regions"], counts["with regions"]
+    assert sum(without.values()) == sum(within.values()) == 16
+    assert within["own"] >= 10 > without["own"]
+    assert within["other's"] < without["other's"]
+    assert (tmp_path / "couples.md").read_text() in capsys.readouterr().out
+    with Image.open(tmp_path / "grid.png") as sheet:
+        assert np.asarray(sheet).std() > 10
+
+
+def test_bad_numbers():
+    with pytest.raises(ValueError, match="--samples 0: expected 1 or more"):
+        main(["--samples", "0"])
