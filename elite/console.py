@@ -11,16 +11,17 @@ OK, INTERRUPTED, BAD_INPUT, PARTLY_FAILED = 0, 130, 2, 3
 
 def quiet_libraries() -> None:
     """Keeps hints for library developers (missing torchvision, deprecations) away from users;
-    errors still show.
-
-    To be called before anything imports transformers or diffusers.
-    """
+    errors still show. Best called before anything imports transformers or diffusers, which may
+    warn as they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     for category in (FutureWarning, DeprecationWarning, UserWarning):
         warnings.filterwarnings("ignore", category=category)
+    from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging
 
+    for library in (logging, diffusers_logging):
+        library.set_verbosity_error()
     logging.disable_progress_bar()
 
 

@@ -1,18 +1,13 @@
 """Two concepts in one picture: does each keep its own colour?
 
-    python -m small_world.couples [--samples 200] [--output_dir runs/small_world/couples]
-
 Draws couples of held-out things side by side, "a S1 next to a S2 on the grass", in a picture of
 twice the width, with and without regions (S1 in the left half, S2 in the right half). The judge
 names the main colour of each half: the concept's own, the other concept's (that is confusion) or a
-third one. Writes couples.md, couples.json and grid.png. No part of the small world was trained on
-two things.
+third one. No part of the small world was trained on two things.
 """
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,17 +15,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from elite.console import OK, quiet_libraries, run
-from elite.files import write_atomically, write_json
 from elite.pipeline import ElitePipeline
 from elite.sheets import SHEET_ROWS, tile_rows
 from small_world.attributes import verdicts
-from small_world.classifier import Judge, load_judge
+from small_world.classifier import Judge
 from small_world.samples import labels
-from small_world.score import Case, batches, load_pipelines, make_cases, wilson
+from small_world.score import Case, batches, make_cases, wilson
 from small_world.world import SCENES
 
-CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 NAMES = ("S1", "S2")
 OUTCOMES = ("own", "other's", "third")
 
@@ -146,49 +138,3 @@ def sheet(couples: Sequence[Couple], pictures: dict[str, Tensor]) -> Image.Image
             tiles.append(Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()))
         rows.append(tiles)
     return tile_rows(rows, [*NAMES, *pictures], "a S1 next to a S2, in the scene asked for")
-
-
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", type=Path, default=CHECKPOINTS / "small_world")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/small_world/couples"))
-    parser.add_argument("--samples", type=int, default=200, help="couples")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--llambda", type=float, default=0.8, help="weight of both local branches")
-    parser.add_argument("--guidance_scale", type=float, default=5.0)
-    parser.add_argument("--num_inference_steps", type=int, default=20)
-    parser.add_argument("--batch_size", type=int, default=20)
-    args = parser.parse_args(arguments)
-    for name in ("samples", "batch_size", "num_inference_steps"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: expected 1 or more")
-    return args
-
-
-def main(arguments: list[str] | None = None) -> int:
-    args = parse_args(arguments)
-    quiet_libraries()
-    _, pipe = load_pipelines(args.model)
-    if pipe is None:
-        raise ValueError(f"{args.model}: has no global_mapper/; train one, or choose another model")
-    options = {
-        "lambda_": args.llambda,
-        "guidance_scale": args.guidance_scale,
-        "num_inference_steps": args.num_inference_steps,
-    }
-    couples = make_couples(args.samples, args.seed)
-    judge = load_judge(CHECKPOINTS / "small_world_judge").to(pipe.device)
-    counts, pictures = score_couples(judge, pipe, couples, args.batch_size, **options)
-    about = {"samples": args.samples, "seed": args.seed, "scheduler": "dpm++", **options}
-    write_json(args.output_dir / "couples.json", {**about, "halves": counts})
-    text = markdown(counts)
-    write_atomically(args.output_dir / "couples.md", lambda path: path.write_text(text))
-    write_atomically(args.output_dir / "grid.png", sheet(couples, pictures).save)
-    print(text)
-    return OK
-
-
-if __name__ == "__main__":
-    run(main)

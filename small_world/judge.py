@@ -2,11 +2,14 @@
 
     python -m small_world.judge train [--work_dir runs/small_world]
     python -m small_world.judge score --report FILE.json [--model checkpoints/small_world]
+    python -m small_world.judge couples --output_dir FOLDER [--model checkpoints/small_world]
 
 `train` leaves its run in WORK_DIR/judge and the weights, fp16, in checkpoints/small_world_judge,
 where `score` finds them. `score` prints a Markdown table of accuracies with 95 % intervals (Wilson)
 and writes it as JSON: the judge itself on fresh renders, the base model on prompts, and ELITE on
-held-out things, each encoded from one render and drawn in another scene. Exit code 2: bad input.
+held-out things, each encoded from one render and drawn in another scene. `couples` draws two
+concepts side by side and tells whose colour each half shows, with and without regions (couples.md,
+couples.json, grid.png). Exit code 2: bad input.
 """
 
 import argparse
@@ -48,11 +51,37 @@ def score(args: argparse.Namespace) -> None:
     print(markdown(scores))
 
 
+def couples(args: argparse.Namespace) -> None:
+    from elite.files import write_atomically, write_json
+    from small_world.classifier import load_judge
+    from small_world.couples import make_couples, markdown, score_couples, sheet
+    from small_world.score import load_pipelines
+
+    _, elite = load_pipelines(args.model, args.global_mapper_path, args.local_mapper_path)
+    if elite is None:
+        raise ValueError(f"{args.model}: has no global_mapper/; pass --global_mapper_path")
+    options = {name: getattr(args, name) for name in ("guidance_scale", "num_inference_steps")}
+    pairs = make_couples(args.samples, args.seed)
+    judge = load_judge(args.judge).to(elite.device)
+    counts, pictures = score_couples(
+        judge, elite, pairs, args.batch_size, lambda_=args.llambda, **options
+    )
+    about = {"model": str(args.model), "scheduler": "dpm++", "samples": args.samples}
+    about |= {"seed": args.seed, "lambda": args.llambda, **options}
+    write_json(args.output_dir / "couples.json", {**about, "halves": counts})
+    text = markdown(counts)
+    write_atomically(
+        args.output_dir / "couples.md", lambda path: path.write_text(text, encoding="utf-8")
+    )
+    write_atomically(args.output_dir / "grid.png", sheet(pairs, pictures).save)
+    print(text)
+
+
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="train | score")
+    commands = parser.add_subparsers(required=True, metavar="train | score | couples")
     train_parser = commands.add_parser("train", help="train the judge on the pretraining renders")
     train_parser.add_argument("--work_dir", type=Path, default=Path("runs/small_world"))
     train_parser.add_argument(
@@ -63,26 +92,33 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     train_parser.set_defaults(act=train)
     score_parser = commands.add_parser("score", help="judge a model")
-    score_parser.add_argument("--model", type=Path, default=CHECKPOINTS / "small_world")
     score_parser.add_argument("--report", type=Path, required=True, help="JSON file to write")
-    score_parser.add_argument("--samples", type=int, default=500, help="pictures a row")
-    score_parser.add_argument("--seed", type=int, default=0)
-    score_parser.add_argument("--guidance_scale", type=float, default=5.0)
-    score_parser.add_argument("--num_inference_steps", type=int, default=20)
-    score_parser.add_argument("--batch_size", type=int, default=25)
-    score_parser.add_argument(
-        "--global_mapper_path", help="None: global_mapper/ in the model folder"
-    )
-    score_parser.add_argument("--local_mapper_path", help="None: local_mapper/ in the model folder")
-    score_parser.add_argument(
-        "--judge", type=Path, default=CHECKPOINTS / "small_world_judge", help="folder of the judge"
-    )
+    _add_drawing(score_parser, samples=500)
     score_parser.set_defaults(act=score)
+    couples_parser = commands.add_parser("couples", help="judge two concepts in one picture")
+    couples_parser.add_argument("--output_dir", type=Path, default=Path("runs/small_world/couples"))
+    couples_parser.add_argument("--llambda", type=float, default=0.8, help="of both local branches")
+    _add_drawing(couples_parser, samples=200)
+    couples_parser.set_defaults(act=couples)
     args = parser.parse_args(arguments)
     for name in ("samples", "batch_size", "num_inference_steps"):
         if getattr(args, name, 1) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: expected 1 or more")
     return args
+
+
+def _add_drawing(parser: argparse.ArgumentParser, samples: int) -> None:
+    parser.add_argument("--model", type=Path, default=CHECKPOINTS / "small_world")
+    parser.add_argument("--samples", type=int, default=samples, help="pictures a row")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--guidance_scale", type=float, default=5.0)
+    parser.add_argument("--num_inference_steps", type=int, default=20)
+    parser.add_argument("--batch_size", type=int, default=25)
+    parser.add_argument("--global_mapper_path", help="None: global_mapper/ in the model folder")
+    parser.add_argument("--local_mapper_path", help="None: local_mapper/ in the model folder")
+    parser.add_argument(
+        "--judge", type=Path, default=CHECKPOINTS / "small_world_judge", help="folder of the judge"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -7,16 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from small_world import couples
-from small_world.couples import (
-    NAMES,
-    OUTCOMES,
-    colours_seen,
-    halves,
-    main,
-    make_couples,
-    markdown,
-)
+from small_world.classifier import load_judge
+from small_world.couples import NAMES, OUTCOMES, colours_seen, halves, make_couples, markdown
+from small_world.judge import CHECKPOINTS, main
 from small_world.score import draw_renders
 
 
@@ -35,7 +28,7 @@ def test_halves():
 
 @pytest.fixture(scope="module")
 def judge():
-    return couples.load_judge(couples.CHECKPOINTS / "small_world_judge")
+    return load_judge(CHECKPOINTS / "small_world_judge")
 
 
 def test_outcomes_of_renders(judge):
@@ -59,7 +52,7 @@ def test_shares_add_up():
 
 def test_regions_keep_colours_apart(tmp_path, capsys):
     flags = ["--samples", "8", "--num_inference_steps", "10", "--batch_size", "8"]
-    assert main([*flags, "--output_dir", str(tmp_path)]) == 0
+    assert main(["couples", *flags, "--output_dir", str(tmp_path)]) == 0
     counts = json.loads((tmp_path / "couples.json").read_text())["halves"]
     without, within = counts["without regions"], counts["with regions"]
     assert sum(without.values()) == sum(within.values()) == 16
@@ -72,4 +65,4 @@ def test_regions_keep_colours_apart(tmp_path, capsys):
 
 def test_bad_numbers():
     with pytest.raises(ValueError, match="--samples 0: expected 1 or more"):
-        main(["--samples", "0"])
+        main(["couples", "--samples", "0"])
