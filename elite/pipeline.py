@@ -2,7 +2,8 @@
 many times."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,18 +31,19 @@ from elite.attention import (
     local_inputs,
     uninstall,
 )
+from elite.cards import Carded, pipeline_card
 from elite.checkpoint import load_mapper
 from elite.concept import Concept
 from elite.images import fit_mask, object_views, to_mask, to_rgb
 from elite.loading import inside, load_parts, pixels_per_latent, side_in_pixels
 from elite.mappers import GlobalMapper, LocalMapper, Mapper, clip_levels, clip_levels_of_views
-from elite.text import encode_text, tokenize
+from elite.text import injected, tokenize
 
 ImageLike = Image.Image | np.ndarray
 Words = int | Literal["all"]
 
 
-class ElitePipeline(StableDiffusionPipeline):
+class ElitePipeline(Carded, StableDiffusionPipeline):
     """Text-to-image with one-picture concepts (ELITE, arXiv 2302.13848).
 
     A call without a concept draws the prompt through the mappers' K_g, V_g, as the release does for
@@ -49,6 +51,8 @@ class ElitePipeline(StableDiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
+    # The UNet reads their K and V; a hook on the whole mapper would not see that.
+    _exclude_from_cpu_offload = ["global_mapper", "local_mapper"]  # noqa: RUF012
     _optional_components = ["safety_checker", "feature_extractor", "local_mapper"]  # noqa: RUF012
 
     def __init__(
@@ -122,25 +126,60 @@ class ElitePipeline(StableDiffusionPipeline):
                 f"{model}: has no global_mapper/; pass the path of a global mapper "
                 "(--global_mapper_path)"
             )
-        return cls(**parts, **mappers).to(dtype=torch_dtype)
+        pipe = cls(**parts, **mappers)
+        for part in pipe.components.values():
+            if isinstance(part, torch.nn.Module) and part.dtype != torch_dtype:
+                part.to(torch_dtype)
+        return pipe
 
     def install(self, attention_norm: AttentionNorm = "sample") -> None:
         """Plugs the mappers into this pipeline's UNet; done by the constructor."""
+        self.attention_norm = attention_norm
         install(self.unet, self.global_mapper, self.local_mapper, attention_norm)
 
     def uninstall(self) -> None:
         """Gives the plain Stable Diffusion back, bit for bit."""
         uninstall(self.unet)
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Saves the whole in diffusers layout; the UNet's files are plain Stable Diffusion."""
+    @contextmanager
+    def _plain_unet(self) -> Iterator[None]:
+        """Within it the UNet is plain Stable Diffusion."""
         installed = is_installed(self.unet)
         self.uninstall()
         try:
-            super().save_pretrained(*args, **kwargs)
+            yield
         finally:
             if installed:
-                self.install()
+                self.install(self.attention_norm)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Saves the whole in diffusers layout, with a model card; the UNet's files are plain Stable
+        Diffusion."""
+        with self._plain_unet():
+            super().save_pretrained(*args, **kwargs)
+
+    def card(self) -> str:
+        """The model card that is saved with it."""
+        base = str(self.unet.config.get("_name_or_path") or "")
+        return pipeline_card(base, self.local_mapper is not None, self.resolution)
+
+    # These exchange the processors of every attention: of ELITE's only the ones it stands in for.
+
+    def set_attention_slice(self, *args: Any) -> None:
+        with self._plain_unet():
+            super().set_attention_slice(*args)
+
+    def set_use_memory_efficient_attention_xformers(self, *args: Any) -> None:
+        with self._plain_unet():
+            super().set_use_memory_efficient_attention_xformers(*args)
+
+    def fuse_qkv_projections(self, *args: Any, **kwargs: Any) -> None:
+        with self._plain_unet():
+            super().fuse_qkv_projections(*args, **kwargs)
+
+    def unfuse_qkv_projections(self, *args: Any, **kwargs: Any) -> None:
+        with self._plain_unet():
+            super().unfuse_qkv_projections(*args, **kwargs)
 
     @property
     def grid(self) -> int:
@@ -247,7 +286,7 @@ class ElitePipeline(StableDiffusionPipeline):
         if concept is not None and prompt is not None:
             prompts = [prompt] if isinstance(prompt, str) else list(prompt)
             kwargs["prompt_embeds"], local = self._condition(
-                prompts, concept, lambda_, words, placeholder_token
+                prompts, concept, lambda_, words, placeholder_token, kwargs
             )
             if isinstance(kwargs.get("negative_prompt"), str):
                 kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(prompts)
@@ -266,6 +305,49 @@ class ElitePipeline(StableDiffusionPipeline):
             ip_adapter_image=_Conditioning(text, local),
             **kwargs,
         )
+
+    @torch.no_grad()
+    def condition(
+        self,
+        prompt: str,
+        concept: Concept,
+        lambda_: float = 0.8,
+        words: Words = 0,
+        placeholder_token: str = "S",
+        negative_prompt: str | None = None,
+        guidance_scale: float = 5.0,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """A prompt with a concept for the call of a stock pipeline of diffusers that shares this
+        UNet: image-to-image, inpainting, ControlNet and others that take IP-Adapter embeddings.
+
+        Args:
+            prompt: one, with the placeholder; stock pipelines repeat its local inputs for the
+                batch.
+            lambda_, words, placeholder_token, guidance_scale: as for a call of this pipeline.
+            kwargs: `clip_skip` and `cross_attention_kwargs`, if the stock pipeline gets them too.
+
+        Returns:
+            {prompt_embeds (1, 77, D), negative_prompt_embeds (the same, None without guidance),
+            ip_adapter_image_embeds (list), guidance_scale}.
+
+        Raises:
+            ValueError: as for a call of this pipeline.
+        """
+        context, local = self._condition(
+            [prompt], concept, lambda_, words, placeholder_token, kwargs
+        )
+        given = {**kwargs, "prompt_embeds": context, "negative_prompt": negative_prompt}
+        text = self._encode_text(None, guidance_scale, given)
+        local = local or [context.new_zeros(1, 1, 1)]  # stock pipelines want one; it is not read
+        if len(text) > 1:
+            local = [torch.cat([torch.zeros_like(x), x]) for x in local]
+        return {
+            "prompt_embeds": given["prompt_embeds"],
+            "negative_prompt_embeds": given["negative_prompt_embeds"],
+            "ip_adapter_image_embeds": local,
+            "guidance_scale": guidance_scale,
+        }
 
     def _encode_text(
         self, prompt: str | Sequence[str] | None, guidance_scale: float, kwargs: dict
@@ -286,8 +368,7 @@ class ElitePipeline(StableDiffusionPipeline):
             self._execution_device,
             1,
             guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None,
-            lora_scale=(kwargs.get("cross_attention_kwargs") or {}).get("scale"),
-            clip_skip=kwargs.get("clip_skip"),
+            **_text_options(kwargs),
             **given,
         )
         kwargs |= {"prompt_embeds": context, "negative_prompt_embeds": negative}
@@ -300,6 +381,7 @@ class ElitePipeline(StableDiffusionPipeline):
         lambda_: float | Sequence[float],
         words: Words,
         placeholder_token: str,
+        kwargs: dict,
     ) -> tuple[Tensor, list[Tensor]]:
         """Text context (B, 77, D) and the local inputs for these prompts."""
         concepts = [concept] if isinstance(concept, Concept) else list(concept)
@@ -320,8 +402,11 @@ class ElitePipeline(StableDiffusionPipeline):
             else torch.zeros(len(prompts), dtype=torch.int64)
         )
         chosen = pick_words(concept.words, words)[rows].to(device)  # (B, L, D)
-        input_ids, index = tokenize(self.tokenizer, prompts, placeholder_token, chosen.shape[1])
-        context = encode_text(self.text_encoder, input_ids.to(device), chosen, index.to(device))
+        # Words of textual inversion may be several tokens; encode_prompt spells them out itself.
+        spelled = self.maybe_convert_prompt(prompts, self.tokenizer)
+        _, index = tokenize(self.tokenizer, spelled, placeholder_token, chosen.shape[1])
+        with injected(self.text_encoder, chosen, index.to(device)):
+            context, _ = self.encode_prompt(prompts, device, 1, False, **_text_options(kwargs))
         local: list[Tensor] = []
         if concept.feature_tokens is not None:
             f = concept.feature_tokens[rows].to(device, self.unet.dtype)
@@ -355,9 +440,9 @@ class ElitePipeline(StableDiffusionPipeline):
         local = [repeated(x) for x in ip_adapter_image.local]
         if not ip_adapter_image.text or not is_installed(self.unet):
             return local
-        return keys_values(
-            self.unet, torch.cat([repeated(x) for x in ip_adapter_image.text]), local
-        )
+        text = torch.cat([repeated(x) for x in ip_adapter_image.text])
+        lora_scale = (self.cross_attention_kwargs or {}).get("scale", 1.0)
+        return keys_values(self.unet, text, local, lora_scale)
 
     def _initial_noise(
         self, seed: int | Sequence[int], prompt: str | Sequence[str] | None, kwargs: dict
@@ -389,6 +474,12 @@ class _Conditioning:
     local: list[Tensor]  # `local_inputs`, or empty
 
 
+def _text_options(kwargs: dict) -> dict[str, Any]:
+    """What the arguments of a call say about the text encoder."""
+    lora_scale = (kwargs.get("cross_attention_kwargs") or {}).get("scale")
+    return {"clip_skip": kwargs.get("clip_skip"), "lora_scale": lora_scale}
+
+
 def _may_change_text(kwargs: dict) -> bool:
     inputs = kwargs.get("callback_on_step_end_tensor_inputs") or ()
     return any("prompt_embeds" in name for name in inputs)
@@ -417,6 +508,7 @@ def _fingerprint(*mappers: Mapper | None) -> str:
     digest = hashlib.sha256()
     for mapper in mappers:
         for key, value in sorted(mapper.state_dict().items()) if mapper is not None else ():
-            sums = torch.stack([value.double().sum(), value.double().abs().sum()])
-            digest.update(key.encode() + sums.cpu().numpy().tobytes())
+            value = value.cpu().double()  # MPS has no double
+            sums = torch.stack([value.sum(), value.abs().sum()])
+            digest.update(key.encode() + sums.numpy().tobytes())
     return digest.hexdigest()[:16]
