@@ -334,6 +334,8 @@ class ElitePipeline(Carded, StableDiffusionPipeline):
         Raises:
             ValueError: as for a call of this pipeline.
         """
+        if not isinstance(prompt, str):
+            raise ValueError(f"expected one prompt, not {prompt!r}; call once per prompt")
         context, local = self._condition(
             [prompt], concept, lambda_, words, placeholder_token, kwargs
         )
@@ -348,6 +350,18 @@ class ElitePipeline(Carded, StableDiffusionPipeline):
             "ip_adapter_image_embeds": local,
             "guidance_scale": guidance_scale,
         }
+
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As diffusers', whose clip_skip looks for the `text_model` that transformers 5 has
+        dissolved."""
+        encoder = self.text_encoder
+        if kwargs.get("clip_skip") is None or hasattr(encoder, "text_model"):
+            return super().encode_prompt(*args, **kwargs)
+        encoder.__dict__["text_model"] = encoder  # past nn.Module, which would register it
+        try:
+            return super().encode_prompt(*args, **kwargs)
+        finally:
+            del encoder.__dict__["text_model"]
 
     def _encode_text(
         self, prompt: str | Sequence[str] | None, guidance_scale: float, kwargs: dict
