@@ -18,6 +18,7 @@ from diffusers import (
 )
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.schedulers import KarrasDiffusionSchedulers
+from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModel
@@ -131,6 +132,17 @@ class ElitePipeline(Carded, StableDiffusionPipeline):
             if isinstance(part, torch.nn.Module) and part.dtype != torch_dtype:
                 part.to(torch_dtype)
         return pipe
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
+        """Fetches a pipeline from the hub for `from_pretrained` and returns its folder.
+
+        Diffusers' own refuses parts of classes that are not its own, such as the mappers.
+        """
+        names = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+        given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        wanted = ["*.json", "*.txt", "*.safetensors"]  # nothing that is unpickled
+        return snapshot_download(pretrained_model_name, allow_patterns=wanted, **given)
 
     def install(self, attention_norm: AttentionNorm = "sample") -> None:
         """Plugs the mappers into this pipeline's UNet; done by the constructor."""
