@@ -54,7 +54,9 @@ def evaluated(name: str, steps: int, args: argparse.Namespace) -> Sampler:
         }
         words = [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
         subprocess.run([sys.executable, str(REPOSITORY / "evaluate.py"), *words], check=True)
-    return Sampler(name, steps, json.loads((folder / "results.json").read_text())["scores"])
+    return Sampler(
+        name, steps, json.loads((folder / "results.json").read_text(encoding="utf-8"))["scores"]
+    )
 
 
 def fewest(reference: Sampler, candidates: Sequence[Sampler]) -> Sampler:
@@ -96,7 +98,9 @@ def main() -> int:
     quiet_libraries()
     reference = evaluated(*REFERENCE, args)
     text = markdown(reference, [evaluated(*candidate, args) for candidate in CANDIDATES])
-    write_atomically(args.work_dir / "samplers.md", lambda path: path.write_text(text))
+    write_atomically(
+        args.work_dir / "samplers.md", lambda path: path.write_text(text, encoding="utf-8")
+    )
     print(text)
     return 0
 
