@@ -20,20 +20,22 @@ def test_the_first_two_blocks_install_and_draw_and_test() -> None:
     assert test == "pip install -r requirements-dev.txt && python -m pytest -q\n"
 
 
-def test_the_snippet_draws(tmp_path: Path) -> None:
+def test_the_snippets_draw(tmp_path: Path) -> None:
     for name in ("checkpoints", "test_datasets"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
-    (snippet,) = blocks("python")
-    fast = snippet.replace("seed=0", "seed=0, num_inference_steps=4")
-    assert fast != snippet
+    encode_and_draw, redraw = blocks("python")
+    fast = encode_and_draw.replace("seed=0", "seed=0, num_inference_steps=4")
+    assert fast != encode_and_draw
     env = {
         **os.environ,
         "PYTHONPATH": str(REPOSITORY),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    subprocess.run([sys.executable, "-c", fast], cwd=tmp_path, env=env, check=True, timeout=300)
-    assert (tmp_path / "mug_on_the_grass.png").stat().st_size > 500
+    both = [sys.executable, "-c", f"{fast}\n{redraw}"]
+    subprocess.run(both, cwd=tmp_path, env=env, check=True, timeout=300)
+    for name in ("mug_on_the_grass.png", "mug_in_place_of_the_star.png"):
+        assert (tmp_path / name).stat().st_size > 500
     assert (tmp_path / "mug.safetensors").exists()
 
 

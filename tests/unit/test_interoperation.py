@@ -98,6 +98,15 @@ def test_fused_lora_draws_as_a_loaded_one(pipe, concept, make_lora):
     assert relative(draw(pipe, concept=concept), expected) < CLOSE
 
 
+def test_a_lora_that_was_fused_and_unloaded_is_not_in_elites_projections(pipe, concept, make_lora):
+    """It has gone into weights that ELITE does not read: a limit that the README names."""
+    expected = draw(pipe, concept=concept)
+    pipe.load_lora_weights(make_lora(CROSS_KV))
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    assert torch.equal(draw(pipe, concept=concept), expected)
+
+
 # --- the prompt -----------------------------------------------------------------------------------
 
 
