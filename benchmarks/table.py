@@ -103,7 +103,7 @@ def read_results(folder: Path) -> dict[str, dict[str, Any]]:
     results = {}
     for path in sorted(folder.glob("*.json")):
         try:
-            results[path.stem] = json.loads(path.read_text())
+            results[path.stem] = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path}: not a file of results ({error}); measure again") from None
     return results

@@ -7,7 +7,7 @@ concept (see `local_inputs`), or the `KeysValues` of every layer, computed once 
 generation. So no state hides in the UNet and two pipelines cannot disturb each other.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +84,7 @@ class EliteAttnProcessor:
         if isinstance(given, dict):
             K, V, local, visible = given[self.layer]
         else:
-            K, V, local, visible = self.keys_values(attn.heads, text, given)
+            K, V, local, visible = self.keys_values(attn, text, given)
 
         Q = _heads(attn.to_q(hidden_states), attn.heads)
         if visible is not None:
@@ -103,9 +103,16 @@ class EliteAttnProcessor:
         out = out.transpose(1, 2).flatten(2).to(hidden_states.dtype)  # (B, queries, C)
         return attn.to_out[1](attn.to_out[0](out))
 
-    def keys_values(self, heads: int, text: Tensor, local: list[Tensor]) -> KeysValues:
-        """K and V of these inputs: text (B, 77, D), and nothing or `local_inputs` of R rows."""
-        K, V = _heads(self.K_g(text), heads), _heads(self.V_g(text), heads)
+    def keys_values(
+        self, attn: Attention, text: Tensor, local: list[Tensor], lora_scale: float = 1.0
+    ) -> KeysValues:
+        """K and V of these inputs: text (B, 77, D), and nothing or `local_inputs` of R rows.
+
+        LoRA adapters of the UNet's own to_k and to_v, which ELITE replaces, add to K_g and V_g.
+        """
+        heads = attn.heads
+        K = _heads(self.K_g(text) + _lora(attn.to_k, text, lora_scale), heads)
+        V = _heads(self.V_g(text) + _lora(attn.to_v, text, lora_scale), heads)
         if not local or self.K_l is None or self.V_l is None:
             return KeysValues(K, V)
         concepts, visible = split_local_inputs(local)
@@ -138,6 +145,14 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
+def _lora(layer: Any, x: Tensor, scale: float) -> Tensor | float:
+    """What the active LoRA adapters of a projection add to its output, merged into it or not."""
+    if getattr(layer, "disable_adapters", True):  # a plain Linear has none
+        return 0.0
+    weights = (layer.get_delta_weight(a) for a in layer.active_adapters if a in layer.lora_A)
+    return sum((scale * F.linear(x, weight.to(x)) for weight in weights), 0.0)
+
+
 def _attend(Q: Tensor, K: Tensor, V: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """softmax(Q K^T s + mask) V, where V may be wider than K.
 
@@ -167,7 +182,7 @@ def _add_to_last_rows(x: Tensor, added: Tensor) -> Tensor:
 
 
 def keys_values(
-    unet: UNet2DConditionModel, text: Tensor, local: list[Tensor]
+    unet: UNet2DConditionModel, text: Tensor, local: list[Tensor], lora_scale: float = 1.0
 ) -> dict[str, KeysValues]:
     """What every attn2 of a UNet with ELITE installed reads, to be passed to it as `image_embeds`
     for as long as text and local inputs stay the same.
@@ -175,10 +190,21 @@ def keys_values(
     Args:
         text: (B, 77, D), all rows of the denoising batch.
         local: `local_inputs` of the last R of these rows, or empty.
+        lora_scale: of the UNet's LoRA adapters, if it has any.
+
+    Raises:
+        ValueError: something has put other attention processors in ELITE's place.
     """
+    layers = cross_attention_layers(unet)
+    for layer, attn in layers.items():
+        if not isinstance(attn.processor, EliteAttnProcessor):
+            raise ValueError(
+                f"{layer} has the attention processor {type(attn.processor).__name__} instead of "
+                "ELITE's; call pipe.install() after changing the UNet's processors"
+            )
     return {
-        layer: attn.processor.keys_values(attn.heads, text, local)
-        for layer, attn in cross_attention_layers(unet).items()
+        layer: attn.processor.keys_values(attn, text, local, lora_scale)
+        for layer, attn in layers.items()
     }
 
 

@@ -239,14 +239,16 @@ def report(cases: Sequence[Case], rows: Sequence[dict], output_dir: Path, settin
     )
     write_atomically(output_dir / "results.csv", partial(_write_csv, rows))
     text = markdown(summary, subjects)
-    write_atomically(output_dir / "results.md", lambda path: path.write_text(text + "\n"))
+    write_atomically(
+        output_dir / "results.md", lambda path: path.write_text(text + "\n", encoding="utf-8")
+    )
     for number, sheet in enumerate(contact_sheets(cases, output_dir)):
         write_atomically(output_dir / f"grid_{number:02d}.png", sheet.save)
     return text
 
 
 def _write_csv(rows: Sequence[dict], path: Path) -> None:
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

@@ -45,6 +45,5 @@ def _is_disk_error(error: Exception) -> bool:
 
 
 def write_json(path: Path | str, value: object) -> None:
-    write_atomically(
-        path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n")
-    )
+    text = json.dumps(value, indent=2) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -16,6 +16,8 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
+from elite.cards import Carded, mapper_card
+
 HIDDEN_LAYERS = (4, 8, 12, 16)  # of CLIP ViT-L/14's 24
 
 
@@ -78,7 +80,7 @@ def cross_attention_layers(unet: UNet2DConditionModel) -> dict[str, Attention]:
     }
 
 
-class Mapper(ModelMixin, ConfigMixin):
+class Mapper(Carded, ModelMixin, ConfigMixin):
     """What both mapping networks share: an MLP pair per CLIP level, and K and V of every
     cross-attention.
 
@@ -148,6 +150,10 @@ class Mapper(ModelMixin, ConfigMixin):
                         getattr(attn, projection).weight
                     )
         return mapper
+
+    def card(self) -> str:
+        """The model card that is saved with it."""
+        return mapper_card(type(self).__name__, dict(self.config))
 
     @property
     def num_levels(self) -> int:

@@ -17,6 +17,7 @@ from elite.text import encode_text, tokenize
 
 WORD_PENALTY = 0.01  # stage 1, weight of mean |w|
 VALUE_PENALTY = 1e-4  # stage 2, weight of mean |V_l f|
+PREDICTIONS = ("epsilon", "v_prediction")
 POSTERIOR_STREAM, NOISE_STREAM, TIMESTEP_STREAM = 0, 1, 2  # independent draws of one sample seed
 
 Batch = Mapping[str, Any]  # tensors, and the list of captions
@@ -50,10 +51,19 @@ class DenoisingObjective(nn.Module):
 
     Args:
         parts: vae, text_encoder, unet, scheduler, as `loading.load_stable_diffusion` gives them.
+
+    Raises:
+        ValueError: the UNet predicts neither noise nor velocity.
     """
 
     def __init__(self, parts: Mapping[str, Any]) -> None:
         super().__init__()
+        prediction = parts["scheduler"].config.get("prediction_type", "epsilon")
+        if prediction not in PREDICTIONS:
+            raise ValueError(
+                f"the model's scheduler has prediction_type {prediction!r}; training knows "
+                f"{' and '.join(PREDICTIONS)}"
+            )
         self.vae, self.text_encoder = parts["vae"], parts["text_encoder"]
         self.unet = parts["unet"]
         # The release trains on DDPM noise whatever the sampler.
@@ -133,7 +143,8 @@ class DenoisingObjective(nn.Module):
         return (mean + std * noise) * self.vae.config.scaling_factor
 
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the UNet predicts: the noise, or the velocity of models trained for that."""
+        """What the UNet predicts: the noise, or the velocity (v = alpha eps - sigma z) of models
+        trained for that, as Stable Diffusion 2.x at 768 px."""
         if self.scheduler.config.prediction_type == "v_prediction":
             return self.scheduler.get_velocity(latents, noise, t)
         return noise

@@ -2,7 +2,8 @@
 many times."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from diffusers import (
 )
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.schedulers import KarrasDiffusionSchedulers
+from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModel
@@ -33,12 +35,13 @@ from elite.attention import (
     uninstall,
     visibility,
 )
+from elite.cards import Carded, pipeline_card
 from elite.checkpoint import load_mapper
 from elite.concept import Concept
 from elite.images import fit_mask, object_views, to_mask, to_rgb
 from elite.loading import DEFAULT_STEPS, inside, load_parts, pixels_per_latent, side_in_pixels
 from elite.mappers import GlobalMapper, LocalMapper, Mapper, clip_levels, clip_levels_of_views
-from elite.text import encode_text, tokenize, word_positions
+from elite.text import injected, tokenize, word_positions
 
 ImageLike = Image.Image | np.ndarray
 Words = int | Literal["all"]
@@ -46,7 +49,7 @@ Concepts = Mapping[str, Concept | Sequence[Concept]]  # by placeholder: one, or 
 Weights = float | Sequence[float]  # one, or one per prompt
 
 
-class ElitePipeline(StableDiffusionPipeline):
+class ElitePipeline(Carded, StableDiffusionPipeline):
     """Text-to-image with one-picture concepts (ELITE, arXiv 2302.13848).
 
     A call without a concept draws the prompt through the mappers' K_g, V_g, as the release does for
@@ -54,6 +57,8 @@ class ElitePipeline(StableDiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
+    # The UNet reads their K and V; a hook on the whole mapper would not see that.
+    _exclude_from_cpu_offload = ["global_mapper", "local_mapper"]  # noqa: RUF012
     _optional_components = ["safety_checker", "feature_extractor", "local_mapper"]  # noqa: RUF012
 
     def __init__(
@@ -128,25 +133,71 @@ class ElitePipeline(StableDiffusionPipeline):
                 f"{model}: has no global_mapper/; pass the path of a global mapper "
                 "(--global_mapper_path)"
             )
-        return cls(**parts, **mappers).to(dtype=torch_dtype)
+        pipe = cls(**parts, **mappers)
+        for part in pipe.components.values():
+            if isinstance(part, torch.nn.Module) and part.dtype != torch_dtype:
+                part.to(torch_dtype)
+        return pipe
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
+        """Fetches a pipeline from the hub for `from_pretrained` and returns its folder.
+
+        Diffusers' own refuses parts of classes that are not its own, such as the mappers.
+        """
+        names = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+        given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        wanted = ["*.json", "*.txt", "*.safetensors"]  # nothing that is unpickled
+        return snapshot_download(pretrained_model_name, allow_patterns=wanted, **given)
 
     def install(self, attention_norm: AttentionNorm = "sample") -> None:
         """Plugs the mappers into this pipeline's UNet; done by the constructor."""
+        self.attention_norm = attention_norm
         install(self.unet, self.global_mapper, self.local_mapper, attention_norm)
 
     def uninstall(self) -> None:
         """Gives the plain Stable Diffusion back, bit for bit."""
         uninstall(self.unet)
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Saves the whole in diffusers layout; the UNet's files are plain Stable Diffusion."""
+    @contextmanager
+    def _plain_unet(self) -> Iterator[None]:
+        """Within it the UNet is plain Stable Diffusion."""
         installed = is_installed(self.unet)
         self.uninstall()
         try:
-            super().save_pretrained(*args, **kwargs)
+            yield
         finally:
             if installed:
-                self.install()
+                self.install(self.attention_norm)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Saves the whole in diffusers layout, with a model card; the UNet's files are plain Stable
+        Diffusion."""
+        with self._plain_unet():
+            super().save_pretrained(*args, **kwargs)
+
+    def card(self) -> str:
+        """The model card that is saved with it."""
+        base = str(self.unet.config.get("_name_or_path") or "")
+        return pipeline_card(base, self.local_mapper is not None, self.resolution)
+
+    # These exchange the processors of every attention: of ELITE's only the ones it stands in for.
+
+    def set_attention_slice(self, *args: Any) -> None:
+        with self._plain_unet():
+            super().set_attention_slice(*args)
+
+    def set_use_memory_efficient_attention_xformers(self, *args: Any) -> None:
+        with self._plain_unet():
+            super().set_use_memory_efficient_attention_xformers(*args)
+
+    def fuse_qkv_projections(self, *args: Any, **kwargs: Any) -> None:
+        with self._plain_unet():
+            super().fuse_qkv_projections(*args, **kwargs)
+
+    def unfuse_qkv_projections(self, *args: Any, **kwargs: Any) -> None:
+        with self._plain_unet():
+            super().unfuse_qkv_projections(*args, **kwargs)
 
     @property
     def grid(self) -> int:
@@ -255,18 +306,11 @@ class ElitePipeline(StableDiffusionPipeline):
                 counts; unknown names in `lambda_` or `regions`.
         """
         local = kwargs.pop("ip_adapter_image_embeds", None) or []
-        if concept is not None:
-            if concepts is not None:
-                raise ValueError("concept and concepts are both given; put all into concepts")
-            concepts = {placeholder_token: concept}
+        concepts = _named(concept, concepts, placeholder_token)
         if concepts and prompt is not None:
             prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-            factor = pixels_per_latent(self.vae)
-            sides = (kwargs.get(side) or self.resolution for side in ("width", "height"))
-            width, height = (side // factor for side in sides)
-            given_regions = _latent_regions(regions or {}, list(concepts), width, height)
             kwargs["prompt_embeds"], local = self._condition(
-                prompts, concepts, lambda_, words, given_regions
+                prompts, concepts, lambda_, words, regions or {}, kwargs
             )
             if isinstance(kwargs.get("negative_prompt"), str):
                 kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(prompts)
@@ -285,6 +329,71 @@ class ElitePipeline(StableDiffusionPipeline):
             ip_adapter_image=_Conditioning(text, local),
             **kwargs,
         )
+
+    @torch.no_grad()
+    def condition(
+        self,
+        prompt: str,
+        concept: Concept | None = None,
+        concepts: Mapping[str, Concept] | None = None,
+        lambda_: float | Mapping[str, float] = 0.8,
+        words: Words = 0,
+        placeholder_token: str = "S",
+        regions: Mapping[str, ImageLike] | None = None,
+        negative_prompt: str | None = None,
+        guidance_scale: float = 5.0,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """A prompt with concepts for the call of a stock pipeline of diffusers that shares this
+        UNet: image-to-image, inpainting, ControlNet and others that take IP-Adapter embeddings.
+
+        Args:
+            prompt: one, with the placeholders; stock pipelines repeat its local inputs for the
+                batch.
+            concept, concepts, lambda_, words, placeholder_token, regions, guidance_scale: as for a
+                call of this pipeline.
+            kwargs: `clip_skip` and `cross_attention_kwargs`, if the stock pipeline gets them too;
+                `height` and `width`, if regions are given for other than the usual size.
+
+        Returns:
+            {prompt_embeds (1, 77, D), negative_prompt_embeds (the same, None without guidance),
+            ip_adapter_image_embeds (list), guidance_scale}.
+
+        Raises:
+            ValueError: as for a call of this pipeline, or no concept.
+        """
+        if not isinstance(prompt, str):
+            raise ValueError(f"expected one prompt, not {prompt!r}; call once per prompt")
+        named = _named(concept, concepts, placeholder_token)
+        if not named:
+            raise ValueError("no concept; pass concept or concepts")
+        context, local = self._condition([prompt], named, lambda_, words, regions or {}, kwargs)
+        given = {**kwargs, "prompt_embeds": context, "negative_prompt": negative_prompt}
+        text = self._encode_text(None, guidance_scale, given)
+        if not local:  # stock pipelines want some; this adds nothing
+            nothing = context.new_zeros(1, 1, context.shape[2])
+            index = torch.zeros(1, dtype=torch.int64, device=context.device)
+            local = local_inputs(nothing, index, 0.0, context.shape[1])
+        if len(text) > 1:
+            local = [torch.cat([torch.zeros_like(x), x]) for x in local]
+        return {
+            "prompt_embeds": given["prompt_embeds"],
+            "negative_prompt_embeds": given["negative_prompt_embeds"],
+            "ip_adapter_image_embeds": local,
+            "guidance_scale": guidance_scale,
+        }
+
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As diffusers', whose clip_skip looks for the `text_model` that transformers 5 has
+        dissolved."""
+        encoder = self.text_encoder
+        if kwargs.get("clip_skip") is None or hasattr(encoder, "text_model"):
+            return super().encode_prompt(*args, **kwargs)
+        encoder.__dict__["text_model"] = encoder  # past nn.Module, which would register it
+        try:
+            return super().encode_prompt(*args, **kwargs)
+        finally:
+            del encoder.__dict__["text_model"]
 
     def _encode_text(
         self, prompt: str | Sequence[str] | None, guidance_scale: float, kwargs: dict
@@ -305,8 +414,7 @@ class ElitePipeline(StableDiffusionPipeline):
             self._execution_device,
             1,
             guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None,
-            lora_scale=(kwargs.get("cross_attention_kwargs") or {}).get("scale"),
-            clip_skip=kwargs.get("clip_skip"),
+            **_text_options(kwargs),
             **given,
         )
         kwargs |= {"prompt_embeds": context, "negative_prompt_embeds": negative}
@@ -318,19 +426,25 @@ class ElitePipeline(StableDiffusionPipeline):
         concepts: Concepts,
         lambda_: Weights | Mapping[str, Weights],
         words: Words,
-        regions: Tensor | None,
+        regions: Mapping[str, ImageLike],
+        kwargs: dict,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Text context (B, 77, D) and the local inputs for these prompts; regions (N, h, w)."""
+        """Text context (B, 77, D) and the local inputs for these prompts."""
         names, device, count = list(concepts), self._execution_device, len(prompts)
         if len(names) > COLUMNS:
             raise ValueError(f"{len(names)} concepts in one prompt; at most {COLUMNS} are possible")
         weights = _by_name(lambda_, names)
+        sides = (kwargs.get(side) or self.resolution for side in ("height", "width"))
+        shares = _latent_regions(regions, names, *(s // pixels_per_latent(self.vae) for s in sides))
         rows = [self._row_per_prompt(concepts[name], count) for name in names]
         chosen = torch.stack([pick_words(row.words, words) for row in rows], dim=1).to(device)
         num_words = chosen.shape[2]  # of (B, N, L, D)
-        input_ids, index = tokenize(self.tokenizer, prompts, names, num_words)
+        # Words of textual inversion may be several tokens; encode_prompt spells them out itself.
+        spelled = self.maybe_convert_prompt(prompts, self.tokenizer)
+        input_ids, index = tokenize(self.tokenizer, spelled, names, num_words)
         index = index.to(device)
-        context = encode_text(self.text_encoder, input_ids.to(device), chosen, index)
+        with injected(self.text_encoder, chosen, index, input_ids.to(device)):
+            context, _ = self.encode_prompt(prompts, device, 1, False, **_text_options(kwargs))
         index = word_positions(index, num_words)
         local: list[Tensor] = []
         for n, (name, row) in enumerate(zip(names, rows, strict=True)):
@@ -343,8 +457,8 @@ class ElitePipeline(StableDiffusionPipeline):
                 )
             f = row.feature_tokens.to(device, self.unet.dtype)
             local += local_inputs(f, index[:, n], weight.to(device), context.shape[1])
-        if regions is not None and local:
-            local.append(visibility(regions.to(local[0]), index, num_words, context.shape[1]))
+        if shares is not None and local:
+            local.append(visibility(shares.to(local[0]), index, num_words, context.shape[1]))
         return context, local
 
     def _row_per_prompt(self, concept: Concept | Sequence[Concept], count: int) -> Concept:
@@ -378,9 +492,9 @@ class ElitePipeline(StableDiffusionPipeline):
         local = [repeated(x) for x in ip_adapter_image.local]
         if not ip_adapter_image.text or not is_installed(self.unet):
             return local
-        return keys_values(
-            self.unet, torch.cat([repeated(x) for x in ip_adapter_image.text]), local
-        )
+        text = torch.cat([repeated(x) for x in ip_adapter_image.text])
+        lora_scale = (self.cross_attention_kwargs or {}).get("scale", 1.0)
+        return keys_values(self.unet, text, local, lora_scale)
 
     def _initial_noise(
         self, seed: int | Sequence[int], prompt: str | Sequence[str] | None, kwargs: dict
@@ -412,6 +526,17 @@ class _Conditioning:
     local: list[Tensor]  # `local_inputs`, or empty
 
 
+def _named(
+    concept: Concept | Sequence[Concept] | None, concepts: Concepts | None, placeholder: str
+) -> Concepts:
+    """Concepts by their placeholders, of either way to give them."""
+    if concept is None:
+        return concepts or {}
+    if concepts is not None:
+        raise ValueError("concept and concepts are both given; put all into concepts")
+    return {placeholder: concept}
+
+
 def _by_name(lambda_: Weights | Mapping[str, Weights], names: Sequence[str]) -> dict[str, Weights]:
     """The weight of every concept."""
     if not isinstance(lambda_, Mapping):
@@ -425,7 +550,7 @@ def _by_name(lambda_: Weights | Mapping[str, Weights], names: Sequence[str]) -> 
 
 
 def _latent_regions(
-    regions: Mapping[str, ImageLike], names: Sequence[str], width: int, height: int
+    regions: Mapping[str, ImageLike], names: Sequence[str], height: int, width: int
 ) -> Tensor | None:
     """The share of each latent that lies in a concept's region, (N, height, width); 1 where a
     concept has none."""
@@ -447,6 +572,12 @@ def _latent_regions(
         pixels = torch.from_numpy(mask.astype(np.float32))[None, None]
         shares[names.index(name)] = F.adaptive_avg_pool2d(pixels, (height, width))[0, 0]
     return shares
+
+
+def _text_options(kwargs: dict) -> dict[str, Any]:
+    """What the arguments of a call say about the text encoder."""
+    lora_scale = (kwargs.get("cross_attention_kwargs") or {}).get("scale")
+    return {"clip_skip": kwargs.get("clip_skip"), "lora_scale": lora_scale}
 
 
 def _may_change_text(kwargs: dict) -> bool:
@@ -477,6 +608,7 @@ def _fingerprint(*mappers: Mapper | None) -> str:
     digest = hashlib.sha256()
     for mapper in mappers:
         for key, value in sorted(mapper.state_dict().items()) if mapper is not None else ():
-            sums = torch.stack([value.double().sum(), value.double().abs().sum()])
-            digest.update(key.encode() + sums.cpu().numpy().tobytes())
+            value = value.cpu().double()  # MPS has no double
+            sums = torch.stack([value.sum(), value.abs().sum()])
+            digest.update(key.encode() + sums.numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -143,17 +143,25 @@ def _inject(embeddings: Tensor, words: Tensor, index: Tensor) -> Tensor:
 
 
 @contextmanager
-def injected(text_encoder: CLIPTextModel, words: Tensor, index: Tensor) -> Iterator[None]:
-    """Within it, this text encoder (no other instance) reads `words` where the placeholders
-    stand."""
-    embedding = text_encoder.get_input_embeddings()
-    hook = embedding.register_forward_hook(
-        lambda module, inputs, output: inject_words(output, words, index)
-    )
+def injected(
+    text_encoder: CLIPTextModel, words: Tensor, index: Tensor, input_ids: Tensor | None = None
+) -> Iterator[None]:
+    """Within it, this text encoder (no other instance) reads `words` where the placeholders stand,
+    and `input_ids`, if given, in place of the ids it is called with."""
+    hooks = [
+        text_encoder.get_input_embeddings().register_forward_hook(
+            lambda module, inputs, output: inject_words(output, words, index)
+        )
+    ]
+    if input_ids is not None:
+        hooks.append(
+            text_encoder.register_forward_pre_hook(lambda module, args: (input_ids, *args[1:]))
+        )
     try:
         yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def encode_text(

@@ -280,19 +280,23 @@ class _Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
         text = "".join(line + "\n" for line in kept)
-        write_atomically(self.metrics_file, lambda temporary: temporary.write_text(text))
+        write_atomically(
+            self.metrics_file, lambda temporary: temporary.write_text(text, encoding="utf-8")
+        )
         self.board = SummaryWriter(str(self.logging_dir), purge_step=step + 1)
 
     def _lines(self) -> Iterator[str]:
         if self.metrics_file.exists():
             yield from (
-                line for line in self.metrics_file.read_text().splitlines() if line.endswith("}")
+                line
+                for line in self.metrics_file.read_text(encoding="utf-8").splitlines()
+                if line.endswith("}")
             )
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         if self.board is None:
             return
-        with self.metrics_file.open("a") as file:
+        with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         for key, value in metrics.items():
             self.board.add_scalar(key, value, step)

@@ -21,7 +21,10 @@ from elite.files import write_atomically
 def read_metric(folder: Path, metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values. Raises ValueError where there are none."""
     try:
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line)
+            for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
     except FileNotFoundError:
         raise ValueError(f"{folder}: has no metrics.jsonl; expected the folder of a run") from None
     known = [(row["step"], row[metric]) for row in rows if metric in row]

@@ -40,7 +40,7 @@ def invert(model: Path, case: Case, folder: Path, step_counts: Sequence[int]) ->
         Seconds of training by number of steps.
     """
     times = folder / "seconds.json"
-    seconds = json.loads(times.read_text()) if times.exists() else {}
+    seconds = json.loads(times.read_text(encoding="utf-8")) if times.exists() else {}
     if seconds.keys() != {str(steps) for steps in step_counts}:
         write_atomically(
             folder / "picture" / "0.png", lambda path: Image.fromarray(case.source[0]).save(path)

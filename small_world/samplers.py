@@ -121,7 +121,9 @@ def main() -> int:
     quiet_libraries()
     reference = evaluated(*REFERENCE, args)
     text = markdown(reference, [evaluated(*candidate, args) for candidate in CANDIDATES])
-    write_atomically(args.work_dir / "samplers.md", lambda path: path.write_text(text))
+    write_atomically(
+        args.work_dir / "samplers.md", lambda path: path.write_text(text, encoding="utf-8")
+    )
     print(text)
     return 0
 

@@ -143,12 +143,12 @@ def render_samples(
             records += described
     images.flush()
     temporary = folder / "records.json.tmp"
-    temporary.write_text(json.dumps(records))
+    temporary.write_text(json.dumps(records), encoding="utf-8")
     temporary.replace(folder / "records.json")
 
 
 def load_samples(folder: Path) -> tuple[np.ndarray, list[dict]]:
     """The memory-mapped pictures and the records."""
     return np.load(folder / "images.npy", mmap_mode="r"), json.loads(
-        (folder / "records.json").read_text()
+        (folder / "records.json").read_text(encoding="utf-8")
     )

@@ -183,7 +183,9 @@ class Table:
         claims = judge_claims(rows, LAMBDAS)
         costs = {method.name: self._cost(method) for method in self.methods}
         text = f"{score_table(rows, costs)}\n\n{claims_table(claims)}"
-        write_atomically(self.folder / "results.md", lambda path: path.write_text(text + "\n"))
+        write_atomically(
+            self.folder / "results.md", lambda path: path.write_text(text + "\n", encoding="utf-8")
+        )
         results = {
             "settings": {**self.settings, "inversions": len(self.inverted)},
             "seconds": self.seconds,

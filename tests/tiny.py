@@ -13,6 +13,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
+from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -21,7 +22,7 @@ from transformers import (
     CLIPVisionModel,
 )
 
-from elite import GlobalMapper, LocalMapper
+from elite import Concept, ElitePipeline, GlobalMapper, LocalMapper
 from elite.checkpoint import save_official
 from elite.loading import load_parts
 from small_world.tokenizer import build_tokenizer
@@ -31,7 +32,9 @@ TEXT_LENGTH = 77
 STEPS = 3  # of `draw`
 
 
-def build_models(seed: int = 0) -> dict[str, torch.nn.Module]:
+def build_models(
+    seed: int = 0, text_width: int = 24, **unet_config: object
+) -> dict[str, nn.Module]:
     """unet, vae, text_encoder, image_encoder: 16 x 16 latents, 32 px pictures, a 4 x 4 patch
     grid."""
     torch.manual_seed(seed)
@@ -43,8 +46,8 @@ def build_models(seed: int = 0) -> dict[str, torch.nn.Module]:
         block_out_channels=(16, 32),
         layers_per_block=1,
         norm_num_groups=8,
-        cross_attention_dim=24,
-        attention_head_dim=4,
+        cross_attention_dim=text_width,
+        **{"attention_head_dim": 4, **unet_config},
     )
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -55,7 +58,7 @@ def build_models(seed: int = 0) -> dict[str, torch.nn.Module]:
     )
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=24,
+        hidden_size=text_width,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -81,7 +84,7 @@ def build_models(seed: int = 0) -> dict[str, torch.nn.Module]:
     return {name: model.eval() for name, model in models.items()}
 
 
-def build_xl_models() -> dict[str, torch.nn.Module]:
+def build_xl_models() -> dict[str, nn.Module]:
     """The parts in which SDXL differs: a second text encoder, and a UNet that reads both."""
     torch.manual_seed(3)
     models = build_models(seed=3)
@@ -110,9 +113,11 @@ def save_xl_folder(folder: Path) -> Path:
     return folder
 
 
-def save_model_folder(folder: Path, seed: int = 0) -> Path:
+def save_model_folder(
+    folder: Path, seed: int = 0, prediction_type: str = "epsilon", **sizes: object
+) -> Path:
     """The models, tokenizer and v1-4's own scheduler config in diffusers layout."""
-    for name, model in build_models(seed).items():
+    for name, model in build_models(seed, **sizes).items():
         model.save_pretrained(folder / name)
     tokenizer = build_tokenizer()
     tokenizer.model_max_length = TEXT_LENGTH
@@ -121,11 +126,38 @@ def save_model_folder(folder: Path, seed: int = 0) -> Path:
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
+        prediction_type=prediction_type,
         skip_prk_steps=True,
         steps_offset=1,
     )
     scheduler.save_pretrained(folder / "scheduler")
     return folder
+
+
+def build_untouched(model_folder: Path) -> ElitePipeline:
+    """A pipeline of fresh mappers: their K and V are still the UNet's."""
+    parts = load_parts(model_folder)
+    models = parts["unet"], parts["image_encoder"], 32, HIDDEN_LAYERS
+    pipe = ElitePipeline(
+        **parts,
+        global_mapper=GlobalMapper.for_models(*models),
+        local_mapper=LocalMapper.for_models(*models),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def word_as_concept(pipe: ElitePipeline, word: str = "S") -> Concept:
+    """A concept whose words are the embedding of a word of the tokenizer: it changes nothing but
+    what the local branch adds."""
+    token = pipe.tokenizer(word)["input_ids"][1]
+    embedding = pipe.text_encoder.get_input_embeddings().weight[token].detach()
+    concept = pipe.encode_concept(*picture(0))
+    return Concept(embedding.expand(1, 3, -1), concept.feature_tokens, concept.fingerprint)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
 
 
 def build_mappers(model_folder: Path, seed: int = 1) -> tuple[GlobalMapper, LocalMapper]:

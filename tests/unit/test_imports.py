@@ -13,10 +13,11 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 # A module imports only from lines above its own.
 LAYERS = (
+    ("files",),
+    ("cards",),
     (
         "augment",
         "console",
-        "files",
         "images",
         "loading",
         "mappers",
@@ -38,7 +39,7 @@ SAME_LAYER = {("augment", "images")}  # a leaf that uses another
 def imported_from(path: Path) -> set[str]:
     """Dotted names of everything a file imports, inside functions too."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
         elif isinstance(node, ast.Import):

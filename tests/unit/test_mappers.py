@@ -107,6 +107,7 @@ def test_saved_mapper_comes_back_bit_for_bit(tmp_path, mappers, which):
     loaded = type(mapper).from_pretrained(tmp_path)
     assert isinstance(loaded, (GlobalMapper, LocalMapper)[which])
     assert {p.name for p in tmp_path.iterdir()} == {
+        "README.md",
         "config.json",
         "diffusion_pytorch_model.safetensors",
     }

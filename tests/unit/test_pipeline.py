@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 
-from elite import Concept, ElitePipeline, GlobalMapper, LocalMapper
+from elite import Concept, ElitePipeline
 from elite.attention import local_inputs
 from elite.images import object_views
 from elite.loading import DEFAULT_SAMPLER, DEFAULT_STEPS, SCHEDULERS, load_parts, make_scheduler
@@ -17,15 +17,11 @@ from elite.settings import SAMPLERS
 from elite.text import encode_text
 from tests import tiny
 from tests.conftest import make_pipe
-from tests.tiny import STEPS, draw
+from tests.tiny import STEPS, draw, relative
 
 # Batched matrix products add in another order than single ones: some 1e-6 of the largest value,
 # and guidance and sampling multiply that by about 10.
 BATCH_TOLERANCE = 1e-4
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max())
 
 
 @pytest.fixture
@@ -101,16 +97,7 @@ def test_nothing_is_left_from_earlier_pictures(pipe, concept, concepts):
 
 @pytest.fixture
 def untouched(model_folder) -> ElitePipeline:
-    """With fresh mappers: their K and V are still the UNet's."""
-    parts = load_parts(model_folder)
-    models = parts["unet"], parts["image_encoder"], 32, tiny.HIDDEN_LAYERS
-    pipe = ElitePipeline(
-        **parts,
-        global_mapper=GlobalMapper.for_models(*models),
-        local_mapper=LocalMapper.for_models(*models),
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return tiny.build_untouched(model_folder)
 
 
 def test_untouched_projections_without_concept_are_stock(parts, untouched):
@@ -121,10 +108,7 @@ def test_untouched_projections_without_concept_are_stock(parts, untouched):
 
 def test_untouched_projections_at_lambda_0_are_stock(parts, untouched):
     """The word injected is the placeholder's own embedding."""
-    token = untouched.tokenizer("S")["input_ids"][1]
-    word = untouched.text_encoder.get_input_embeddings().weight[token].detach()
-    concept = untouched.encode_concept(*tiny.picture(0))
-    concept = Concept(word.expand(1, 3, -1), concept.feature_tokens, concept.fingerprint)
+    concept = tiny.word_as_concept(untouched)
     expected = draw_stock(stock_pipeline(parts))
     # One more column in V changes the kernel's order of sums.
     assert relative(draw(untouched, concept=concept, lambda_=0.0), expected) < BATCH_TOLERANCE

@@ -1,0 +1,141 @@
+"""Model cards: the README.md beside saved weights, from which a stranger can use them."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers.utils import PushToHubMixin
+
+from elite.files import write_atomically
+
+CARD = "README.md"
+EMPTY_CARD = "This model card has been automatically generated"  # in those of diffusers
+
+PIPELINE = """\
+---
+{front_matter}
+---
+
+# ELITE pipeline
+
+A Stable Diffusion {base}with the mapping networks of ELITE (Wei et al., ICCV 2023,
+arXiv 2302.13848): one picture of an object and its mask become a word of the prompt, in one
+forward pass. {branch} Pictures are {resolution} x {resolution} px by default.
+
+## How to use
+
+It is a pipeline of the package `elite-diffusion`, which has to be installed; diffusers alone loads
+the folder as the plain Stable Diffusion inside.
+
+```python
+from PIL import Image
+
+from elite import ElitePipeline
+
+pipe = ElitePipeline.from_pretrained("THIS REPOSITORY OR FOLDER")
+concept = pipe.encode_concept(Image.open("object.jpg"), Image.open("object_bg.png"))
+pipe("a photo of a S", concept=concept, seed=0).images[0].save("drawn.png")
+```
+
+The mask is black except on the object.
+
+## Data, licence, limits
+
+To be written by whoever publishes this: what the mappers were trained on and for how long, under
+which licence they are given, and what was measured. The base model's own licence, data and biases
+apply to all pictures drawn here.
+"""
+
+MAPPER = """\
+---
+{front_matter}
+---
+
+# {name} of ELITE
+
+{what} (Wei et al., ICCV 2023, arXiv 2302.13848), together with its K and V for {attention}
+cross-attention layers of the Stable Diffusion it was trained with. It reads {levels} levels of CLIP
+features, {input_dim} wide, and writes vectors {output_dim} wide; it fits no other sizes.
+
+## How to use
+
+It is a part of a pipeline of the package `elite-diffusion`:
+
+```python
+from elite import ElitePipeline
+
+pipe = ElitePipeline.from_stable_diffusion("STABLE DIFFUSION", {argument}="THIS FOLDER")
+```
+
+## Data, licence, limits
+
+To be written by whoever publishes this: data, steps and licence. `config.yaml` of the training run
+has the settings. The base model's own licence and limits apply to what is drawn.
+"""
+
+WHAT = {
+    "GlobalMapper": "The global mapping network, one word for each level of CLIP features",
+    "LocalMapper": "The local mapping network, one feature token for each patch of the object",
+}
+
+
+class Carded(PushToHubMixin):
+    """Saves and uploads a model card with the weights."""
+
+    def card(self) -> str:
+        """The text of the model card."""
+        raise NotImplementedError
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, *args, **kwargs)
+        self._save_card(save_directory)
+
+    def _upload_folder(self, working_dir: str | Path, *args: Any, **kwargs: Any) -> Any:
+        self._save_card(working_dir)
+        return super()._upload_folder(working_dir, *args, **kwargs)
+
+    def _save_card(self, folder: str | Path) -> None:
+        """Leaves a card alone that somebody has written."""
+        path = Path(folder) / CARD
+        if not path.exists() or EMPTY_CARD in path.read_text(encoding="utf-8"):
+            write_atomically(path, lambda new: new.write_text(self.card(), encoding="utf-8"))
+
+
+def pipeline_card(base_model: str, local_branch: bool, resolution: int) -> str:
+    """The card of a whole pipeline.
+
+    Args:
+        base_model: where the UNet came from; named only if it is a name on the hub.
+        local_branch: whether there is a local mapper.
+        resolution: side of its pictures in pixels.
+    """
+    named = re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) and not Path(base_model).exists()
+    return PIPELINE.format(
+        front_matter=_front_matter("text-to-image", base_model if named else None),
+        base=f"({base_model}) " if named else "",
+        branch="It has both the global and the local branch."
+        if local_branch
+        else "It has the global branch only.",
+        resolution=resolution,
+    )
+
+
+def mapper_card(name: str, config: Mapping[str, Any]) -> str:
+    """The card of a mapper, by the name of its class and its configuration."""
+    return MAPPER.format(
+        front_matter=_front_matter("image-feature-extraction", None),
+        name=name,
+        what=WHAT.get(name, "A mapping network"),
+        argument="local_mapper" if name == "LocalMapper" else "global_mapper",
+        attention=len(config["attention"] or {}),
+        levels=1 + len(config["hidden_layers"]),
+        input_dim=config["input_dim"],
+        output_dim=config["output_dim"],
+    )
+
+
+def _front_matter(task: str, base_model: str | None) -> str:
+    lines = ["library_name: diffusers", f"pipeline_tag: {task}", "tags:", "- elite"]
+    lines += ["- stable-diffusion", "- personalization"]
+    return "\n".join(lines + ([f"base_model: {base_model}"] if base_model else []))

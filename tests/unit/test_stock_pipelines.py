@@ -1,0 +1,164 @@
+"""Diffusers' own pipelines around a UNet with ELITE installed, fed by `ElitePipeline.condition`."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    ControlNetModel,
+    DiffusionPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+)
+from PIL import Image
+
+from elite import ElitePipeline
+from elite.loading import load_parts, make_scheduler
+from tests import tiny
+from tests.tiny import draw, relative
+
+# Fused and unfused attention, and batches of other sizes, add in another order.
+CLOSE = 1e-4
+PROMPT = "a photo of a S"
+LATENT_SIDE = 16
+
+
+def start() -> Image.Image:
+    return Image.fromarray(tiny.picture(4, 32, 32)[0])
+
+
+def inpainted() -> Image.Image:
+    """The right half."""
+    mask = np.zeros((32, 32), np.uint8)
+    mask[:, 16:] = 255
+    return Image.fromarray(mask)
+
+
+def controlnet(model_folder) -> ControlNetModel:
+    torch.manual_seed(11)
+    unet = load_parts(model_folder)["unet"]
+    net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))
+    with torch.no_grad():
+        for parameter in net.parameters():  # its outputs start at zero
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return net.eval()
+
+
+TASKS = {
+    "text-to-image": (StableDiffusionPipeline, lambda: {"height": 32, "width": 32}),
+    "image-to-image": (
+        StableDiffusionImg2ImgPipeline,
+        lambda: {"image": start(), "strength": 0.6},
+    ),
+    "inpainting": (
+        StableDiffusionInpaintPipeline,
+        lambda: {"image": start(), "mask_image": inpainted(), "height": 32, "width": 32},
+    ),
+    "controlnet": (StableDiffusionControlNetPipeline, lambda: {"image": start()}),
+}
+every_task = pytest.mark.parametrize("task", TASKS)
+
+
+def stock(task: str, pipe: DiffusionPipeline, model_folder) -> DiffusionPipeline:
+    """Diffusers' pipeline for a task, on the parts of another."""
+    parts = {"controlnet": controlnet(model_folder)} if task == "controlnet" else {}
+    made = TASKS[task][0].from_pipe(pipe, **parts)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def draw_stock(task: str, pipe: DiffusionPipeline, seed: int = 7, **options) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = {"num_inference_steps": 5, "output_type": "latent", "generator": generator}
+    return pipe(**TASKS[task][1](), **{**inputs, **options}).images
+
+
+@every_task
+def test_equals_stable_diffusion_where_elite_changes_nothing(model_folder, task):
+    """K and V still the UNet's, the word the placeholder's own, lambda 0."""
+    untouched = tiny.build_untouched(model_folder)
+    given = untouched.condition(PROMPT, tiny.word_as_concept(untouched), lambda_=0.0)
+    drawn = draw_stock(task, stock(task, untouched, model_folder), **given)
+    untouched.uninstall()
+    plain = stock(task, untouched, model_folder)
+    expected = draw_stock(task, plain, prompt=PROMPT, guidance_scale=5.0)
+    assert relative(drawn, expected) < CLOSE
+
+
+@every_task
+def test_concept_and_lambda_change_the_picture(model_folder, pipe, concept, task):
+    other = pipe.encode_concept(*tiny.picture(1))
+    made = stock(task, pipe, model_folder)
+    drawn = draw_stock(task, made, **pipe.condition(PROMPT, concept))
+    assert relative(draw_stock(task, made, **pipe.condition(PROMPT, other)), drawn) > 1e-3
+    weak = draw_stock(task, made, **pipe.condition(PROMPT, concept, lambda_=0.1))
+    assert relative(weak, drawn) > 1e-3
+
+
+# Not inpainting: diffusers draws its noise in another order there for a batch.
+@pytest.mark.parametrize("task", ["text-to-image", "image-to-image", "controlnet"])
+def test_several_pictures_of_a_prompt_equal_single_ones(model_folder, pipe, concept, task):
+    made = stock(task, pipe, model_folder)
+    given = pipe.condition(PROMPT, concept)
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    both = draw_stock(task, made, num_images_per_prompt=2, **{**given, "generator": generators})
+    for row, seed in enumerate((1, 2)):
+        assert relative(both[row : row + 1], draw_stock(task, made, seed, **given)) < CLOSE
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"guidance_scale": 1.0},
+        {"negative_prompt": "a red mug"},
+        {"words": "all", "lambda_": 0.3},
+    ],
+    ids=str,
+)
+def test_text_to_image_is_what_elite_draws(model_folder, pipe, concept, options):
+    noise = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(7))
+    made = stock("text-to-image", pipe, model_folder)
+    given = pipe.condition(PROMPT, concept, **options)
+    drawn = draw_stock("text-to-image", made, latents=noise, num_inference_steps=3, **given)
+    assert relative(drawn, draw(pipe, concept=concept, **options)) < CLOSE
+
+
+def test_inpainting_keeps_what_is_outside_the_mask(model_folder, pipe, concept):
+    made = stock("inpainting", pipe, model_folder)
+    other = pipe.encode_concept(*tiny.picture(1))
+    a, b = (draw_stock("inpainting", made, **pipe.condition(PROMPT, c)) for c in (concept, other))
+    half = LATENT_SIDE // 2
+    assert torch.equal(a[..., :half], b[..., :half])
+    assert relative(a[..., half:], b[..., half:]) > 1e-3
+
+
+def test_global_branch_alone_needs_no_local_inputs(model_folder, mapper_folder):
+    pipe = ElitePipeline.from_stable_diffusion(
+        model_folder, global_mapper=mapper_folder / "global_mapper"
+    )
+    pipe.set_progress_bar_config(disable=True)
+    concept = pipe.encode_concept(*tiny.picture(0))
+    made = stock("text-to-image", pipe, model_folder)
+    noise = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(7))
+    given = pipe.condition(PROMPT, concept)
+    drawn = draw_stock("text-to-image", made, latents=noise, num_inference_steps=3, **given)
+    assert relative(drawn, draw(pipe, concept=concept)) < CLOSE
+
+
+def test_another_scheduler_of_a_stock_pipeline_is_its_own(model_folder, pipe, concept):
+    expected = draw(pipe, concept=concept)
+    made = stock("image-to-image", pipe, model_folder)
+    made.scheduler = make_scheduler("ddim")
+    assert torch.isfinite(
+        draw_stock("image-to-image", made, **pipe.condition(PROMPT, concept))
+    ).all()
+    assert torch.equal(draw(pipe, concept=concept), expected)
+
+
+def test_mistakes_are_named(pipe, concept):
+    with pytest.raises(ValueError, match="no placeholder 'S'"):
+        pipe.condition("a photo", concept)
+    with pytest.raises(ValueError, match="expected one prompt, not"):
+        pipe.condition([PROMPT, PROMPT], concept)
