@@ -24,7 +24,6 @@ from elite.loading import (
 from elite.pipeline import ElitePipeline, Words
 from elite.settings import (
     ConceptConfig,
-    DrawConfig,
     EliteConfig,
     EncodeConfig,
     InferenceConfig,
@@ -73,7 +72,7 @@ def run_textual_inversion(config: TextualInversionInferenceConfig) -> int:
         range(config.seed, config.seed + config.num_images),
         output_dir,
         batch_size=config.batch_size,
-        metadata=_origin(config),
+        metadata={"scheduler": config.scheduler, "model": config.pretrained_model_name_or_path},
         resolution=config.resolution,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
@@ -82,8 +81,10 @@ def run_textual_inversion(config: TextualInversionInferenceConfig) -> int:
     return OK
 
 
-def _origin(config: DrawConfig) -> dict[str, str]:
-    return {"scheduler": config.scheduler, "model": config.pretrained_model_name_or_path}
+def _models(config: ConceptConfig) -> dict[str, str]:
+    """The models of a concept by name; mappers are known by their fingerprint."""
+    encoder = config.image_encoder_name_or_path
+    return {"model": config.pretrained_model_name_or_path, "image_encoder": str(encoder)}
 
 
 def place(pipe: DiffusionPipeline, config: ModelConfig) -> None:
@@ -194,7 +195,8 @@ def run_inference(
         seeds=range(config.seed, config.seed + config.num_images),
         indices=None if config.selected_data < 0 else [config.selected_data],
         batch_size=config.batch_size,
-        metadata=_origin(config),
+        skip_existing=config.skip_existing,
+        metadata={"scheduler": config.scheduler, **_models(config)},
     )
     chosen = 1 if config.selected_data >= 0 else len(folder)
     said = f"pictures in {output_dir}; look at {output_dir / 'grid.png'} first"
@@ -204,7 +206,9 @@ def run_inference(
 def run_encoding(config: EncodeConfig, pipe: ElitePipeline) -> int:
     """Encodes the configuration's pairs into OUTPUT_DIR. Returns the exit status."""
     pairs, output_dir = read_pairs(config), Path(config.output_dir)
-    failures = encode_folder(pipe, pairs, output_dir, batch_size=config.batch_size)
+    failures = encode_folder(
+        pipe, pairs, output_dir, skip_existing=config.skip_existing, metadata=_models(config)
+    )
     count = len(pairs) - len(failures)
     said = f"{count} concepts in {output_dir}; look at {output_dir / 'grid.png'} first"
     return _report(failures, len(pairs), "pairs could not be encoded", said)

@@ -304,11 +304,7 @@ class ElitePipeline(StableDiffusionPipeline):
         """Text context (B, 77, D) and the local inputs for these prompts."""
         concepts = [concept] if isinstance(concept, Concept) else list(concept)
         concept = Concept.stack(concepts)
-        if concept.fingerprint != self.fingerprint:
-            raise ValueError(
-                f"concept was made by other mappers (fingerprint {concept.fingerprint}, these are "
-                f"{self.fingerprint}); encode it again with this pipeline"
-            )
+        concept.check_mappers(self.fingerprint)
         if len(concept) not in (1, len(prompts)):
             raise ValueError(
                 f"{len(concept)} concepts for {len(prompts)} prompts; pass one, or one per prompt"
