@@ -27,6 +27,7 @@ from elite.pipeline import ElitePipeline, Words, initial_noise
 from elite.sheets import SHEET_ROWS, tile_rows
 
 WRITES_WAITING = 64  # pictures kept in memory until they are written
+PNG_END = bytes.fromhex("00000000 49454E44 AE426082")
 VERSIONS = {name: version(name) for name in ("diffusers", "transformers", "torch")}
 
 
@@ -111,8 +112,9 @@ def is_drawn(path: Path, text: Mapping[str, str]) -> bool:
     """Whether the picture is there, whole, and its PNG says all of this text."""
     try:
         with Image.open(path) as picture:
-            picture.verify()  # to its last byte
-            return text.items() <= picture.info.items()
+            picture.verify()
+            is_whole = path.read_bytes().endswith(PNG_END)  # `verify` stops a little before
+            return is_whole and text.items() <= picture.info.items()
     except (OSError, SyntaxError, ValueError):
         return False
 

@@ -23,7 +23,7 @@ from elite.data import PairFolder
 from elite.files import write_atomically
 from elite.images import cut_out
 from elite.pipeline import ElitePipeline
-from elite.sheets import SHEET_ROWS, label_tile, tile_rows
+from elite.sheets import SHEET_ROWS, fit_tile, label_tile, tile_rows
 
 T = TypeVar("T")
 PAIR_COLUMNS, CONCEPT_COLUMNS = ("input", "object"), ("concept",)
@@ -181,8 +181,8 @@ def _write_sheet(pairs: PairFolder, path: Path) -> None:
 
 
 def shown(folder: PairFolder | ConceptFolder, index: int) -> list[Image.Image]:
-    """What a contact sheet shows of an object beside its pictures: the pair's picture and cut-out,
-    or the concept file's name.
+    """What a contact sheet shows of an object beside its pictures, as tiles: the pair's picture and
+    cut-out, or the concept file's name.
 
     Raises:
         ValueError: the pair cannot be read.
@@ -190,7 +190,7 @@ def shown(folder: PairFolder | ConceptFolder, index: int) -> list[Image.Image]:
     if isinstance(folder, ConceptFolder):
         return [label_tile(folder.paths[index].stem)]
     image, mask = folder.read(index)
-    return [Image.fromarray(image), Image.fromarray(cut_out(image, mask))]
+    return [fit_tile(Image.fromarray(picture)) for picture in (image, cut_out(image, mask))]
 
 
 def columns(folder: PairFolder | ConceptFolder) -> tuple[str, ...]:

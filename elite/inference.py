@@ -32,6 +32,11 @@ from elite.settings import (
 )
 from elite.textual_inversion import load_into, merge_embeddings
 
+NO_MASK_COST = (
+    "note: with --no_mask a picture's background becomes part of its concept and is drawn with it "
+    "in every scene; python data_scripts/make_masks.py makes masks"
+)
+
 
 def pick_device(name: str | None) -> torch.device:
     """The device of this process: the one named, else CUDA, MPS or the CPU, as there is.
@@ -149,6 +154,8 @@ def read_pairs(config: EncodeConfig | InferenceConfig) -> PairFolder:
         ValueError: no folder, no picture, or not a single mask though masks are to be read.
     """
     pairs = PairFolder(config.test_data_dir, whole=config.no_mask)
+    if config.no_mask and PartialState().is_main_process:
+        print(NO_MASK_COST, file=sys.stderr)
     if not config.no_mask and not any(pair.mask_path.exists() for pair in pairs.pairs):
         raise ValueError(
             f"{config.test_data_dir}: no picture has a mask, {pairs.pairs[0].mask_path.name} for "
