@@ -332,3 +332,10 @@ def test_two_launched_processes_write_the_same_files(script, tmp_path, whole_mod
         assert files(one / name) == files(two / name) and same_pictures(one / name, two / name)
     assert same_concepts(one / "concepts", two / "concepts")
     assert [(two / name).stat().st_mtime_ns for name in names] == before
+
+
+def test_help(capsys):
+    assert run_script("encode.py", "--help") == 0
+    text = capsys.readouterr().out
+    for flag in ("--test_data_dir", "--output_dir", "--no_mask", "--skip_existing"):
+        assert flag in text

@@ -138,6 +138,8 @@ def test_saved_means_whole_and_of_the_same_origin(tmp_path):
     assert not is_saved(path, origin | {"source": "beef"})
     assert not is_saved(path, origin | {"fingerprint": "other mappers"})
     assert not is_saved(path, origin | {"dtype": "said nowhere"})
+    save_file({"words": torch.zeros(1, 3, 24)}, tmp_path / "other.safetensors", origin)
+    assert not is_saved(tmp_path / "other.safetensors", origin)
     path.write_bytes(path.read_bytes()[:-1])
     assert not is_saved(path, origin)
 
