@@ -9,14 +9,16 @@ For those that are wrong write boxes.csv, with the columns name,left,top,right,b
 the upright picture (right and bottom are the first ones outside), and call again with `--boxes
 boxes.csv --overwrite`: pictures without a row keep their mask.
 
-Masks that are there stay as they are without --overwrite. Exit code 2: nothing could be done; 3:
-some masks could not be made (they are listed, the rest is made).
+Masks that are there stay as they are without --overwrite. Folders of more than 48 pictures get
+several sheets. Exit code 2: nothing could be done; 3: some masks could not be made (they are
+listed, the rest is made).
 """
 
 import argparse
 import csv
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import cv2
@@ -31,62 +33,70 @@ from elite.data import Pair, PairFolder
 from elite.files import write_atomically
 from elite.images import cut_out, read_image
 from elite.masks import Box, centred_prior, grab_cut, prior_of_box
-from elite.sheets import SHEET_ROWS, TILE, label_tile, tile_rows
+from elite.sheets import SHEET_ROWS, TILE, fit_tile, label_tile, tile_rows
 
-COLUMNS = ("name", "left", "top", "right", "bottom")
+BOX_COLUMNS = ("name", "left", "top", "right", "bottom")
 OUTLINE = (255, 0, 255)
+SHEET_COLUMNS = ["name", "input", "outline", "object"]
 
 
 # --- boxes ----------------------------------------------------------------------------------------
 
 
-def read_boxes(path: Path, names: set[str]) -> tuple[dict[str, Box], list[str]]:
-    """Boxes by name, and one line per row that is wrong.
+def read_boxes(path: Path, names: set[str]) -> dict[str, Box]:
+    """Boxes by name.
 
     Args:
         names: of the pictures there are.
 
     Raises:
-        ValueError: no such file, or no CSV with the columns.
+        ValueError: no such file, no CSV with the columns, or a wrong row; the message names it.
     """
     boxes: dict[str, Box] = {}
-    failures = []
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file)
-            missing = [name for name in COLUMNS if name not in (rows.fieldnames or ())]
-            if missing:
-                raise ValueError(
-                    f"{path}: no column {', '.join(missing)}; expected {','.join(COLUMNS)}"
-                )
+            _check_columns(rows.fieldnames or ())
             for row in rows:
-                try:
-                    name, box = _read_row(row, names)
-                    if name in boxes:
-                        raise ValueError(f"{name} has a box already")
-                    boxes[name] = box
-                except ValueError as error:
-                    failures.append(f"{path}, line {rows.line_num}: {error}")
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+                name, box = _read_row(row, names - boxes.keys(), f"line {rows.line_num}")
+                boxes[name] = box
+    except (OSError, ValueError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path}: {reason}; expected a CSV file of {','.join(COLUMNS)}") from None
-    return boxes, failures
+        raise ValueError(f"{path}: {reason}") from None
+    return boxes
 
 
-def _read_row(row: Mapping[str, str | None], names: set[str]) -> tuple[str, Box]:
-    name = (row["name"] or "").strip()
+def _check_columns(found: Sequence[str]) -> None:
+    missing = [name for name in BOX_COLUMNS if name not in found]
+    if missing:
+        raise ValueError(f"no column {', '.join(missing)}; expected {','.join(BOX_COLUMNS)}")
+
+
+def _read_row(row: Mapping[str, str | None], names: set[str], line: str) -> tuple[str, Box]:
+    name, *sides = ((row[column] or "").strip() for column in BOX_COLUMNS)
     if name not in names:
         raise ValueError(
-            f"no picture of the name {name!r}; expected a file name without its ending"
+            f"{line}: {name!r} is no picture of the folder, or has a box already; expected a file "
+            "name without its ending"
         )
     try:
-        return name, Box(*(int(row[side] or "") for side in COLUMNS[1:]))
+        return name, Box(*map(int, sides))
     except ValueError:
-        sides = ",".join(row[side] or "" for side in COLUMNS[1:])
-        raise ValueError(f"{name} has the box {sides}; expected four whole numbers") from None
+        raise ValueError(
+            f"{line}: {name} has the box {','.join(sides)}; expected four whole numbers"
+        ) from None
 
 
 # --- masks ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one picture."""
+
+    made: bool = False  # a new mask was written
+    row: list[Image.Image] = field(default_factory=list)  # of the sheet
+    failure: str = ""  # one line where it has no mask
 
 
 def make_mask(pair: Pair, box: Box | None) -> None:
@@ -118,29 +128,25 @@ def is_wanted(pair: Pair, boxes: Mapping[str, Box] | None, overwrite: bool) -> b
 
 
 def make_masks(
-    pairs: PairFolder, boxes: Mapping[str, Box] | None, overwrite: bool
-) -> tuple[set[str], list[str]]:
-    """Makes the masks that are wanted, with a progress bar.
+    pairs: Iterable[Pair], boxes: Mapping[str, Box] | None, overwrite: bool
+) -> Iterator[Result]:
+    """Makes the masks that are wanted, one after the other.
 
     Args:
         boxes: by name; None takes the middle of each picture.
         overwrite: make those that are there, too.
-
-    Returns:
-        Names of the masks that were made, and one line per mask that could not be.
     """
-    made, failures = set(), []
-    for pair in tqdm(pairs.pairs, desc="masks", unit="picture"):
+    for pair in pairs:
         try:
-            if is_wanted(pair, boxes, overwrite):
+            wanted = is_wanted(pair, boxes, overwrite)
+            if wanted:
                 make_mask(pair, None if boxes is None else boxes[pair.name])
-                made.add(pair.name)
+            yield Result(made=wanted, row=sheet_row(pair, wanted))
         except ValueError as error:
-            failures.append(str(error))
-    return made, failures
+            yield Result(failure=str(error))
 
 
-# --- the sheet ------------------------------------------------------------------------------------
+# --- the sheets -----------------------------------------------------------------------------------
 
 
 def outlined(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -150,18 +156,26 @@ def outlined(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return cv2.drawContours(image.copy(), contours, -1, OUTLINE, thickness)
 
 
-def sheet(pairs: list[Pair], made: set[str]) -> Image.Image | None:
-    """Name, picture, outline and cut-out of the first pairs; None where none can be read."""
-    rows = []
-    for pair in pairs[:SHEET_ROWS]:
-        try:
-            image, mask = pair.read()
-        except ValueError:
-            continue
-        pictures = image, outlined(image, mask), cut_out(image, mask)
-        name = label_tile(pair.name if pair.name in made else f"{pair.name}\n(kept)")
-        rows.append([name, *map(Image.fromarray, pictures)])
-    return tile_rows(rows, ["name", "input", "outline", "object"]) if rows else None
+def sheet_row(pair: Pair, made: bool) -> list[Image.Image]:
+    """Name, picture, outline and cut-out as tiles. Raises ValueError where a file cannot be
+    read."""
+    image, mask = pair.read()
+    pictures = image, outlined(image, mask), cut_out(image, mask)
+    name = label_tile(pair.name if made else f"{pair.name}\n(kept)")
+    return [name, *(fit_tile(Image.fromarray(picture)) for picture in pictures)]
+
+
+def write_sheets(rows: list[list[Image.Image]], path: Path) -> list[str]:
+    """Writes all rows, the first ones to `path`, the next to its name with _2. Returns the
+    paths."""
+    paths = []
+    for start in range(0, len(rows), SHEET_ROWS):
+        number = start // SHEET_ROWS + 1
+        target = path if number == 1 else path.with_stem(f"{path.stem}_{number}")
+        picture = tile_rows(rows[start : start + SHEET_ROWS], SHEET_COLUMNS)
+        write_atomically(target, picture.save)
+        paths.append(str(target))
+    return paths
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -198,18 +212,18 @@ def main(arguments: list[str] | None = None) -> int:
     pairs = PairFolder(args.folder)
     pairs.check_names()
     check_sheet(args.sheet, args.folder)
-    boxes, failures = None, []
-    if args.boxes is not None:
-        boxes, failures = read_boxes(args.boxes, {pair.name for pair in pairs.pairs})
-    made, not_made = make_masks(pairs, boxes, args.overwrite)
-    failures += not_made
+    names = {pair.name for pair in pairs.pairs}
+    boxes = None if args.boxes is None else read_boxes(args.boxes, names)
+    bar = tqdm(pairs.pairs, desc="masks", unit="picture")
+    results = list(make_masks(bar, boxes, args.overwrite))
+    failures = [result.failure for result in results if result.failure]
+    made = sum(result.made for result in results)
+    sheets = write_sheets([result.row for result in results if result.row], args.sheet)
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
-    picture = sheet(pairs.pairs, made)
-    if picture is None:
+    if not sheets:
         return BAD_INPUT
-    write_atomically(args.sheet, picture.save)
-    print(f"{args.folder}: {len(made)} masks made; look at {args.sheet} first")
+    print(f"{args.folder}: {made} masks made; look at {', '.join(sheets)} first")
     return PARTLY_FAILED if failures else OK
 
 

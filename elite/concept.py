@@ -1,6 +1,8 @@
 """A concept: what ELITE needs to know of one object, encoded once from its picture and mask, and
 the file of it."""
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from torch import Tensor
 from elite.files import write_atomically
 
 FORMAT_VERSION = "1"
+HEADER = {"format": "elite-concept", "version": FORMAT_VERSION}
 
 
 @dataclass(frozen=True)
@@ -57,18 +60,32 @@ class Concept:
                 f"{fingerprint}); encode it again with this pipeline"
             )
 
-    def save(self, path: Path | str) -> None:
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What its file holds, on the CPU."""
+        parts = {"words": self.words, "feature_tokens": self.feature_tokens}
+        return {k: x.detach().cpu().contiguous() for k, x in parts.items() if x is not None}
+
+    @property
+    def digest(self) -> str:
+        """A short name for these values, the same for a file written again."""
+        digest = hashlib.sha256()
+        for name, tensor in self.tensors.items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def save(self, path: Path | str, origin: Mapping[str, str] | None = None) -> None:
         """Writes a safetensors file (a few hundred kB at Stable Diffusion size), whole or not at
-        all."""
-        tensors = {"words": self.words.detach().cpu().contiguous()}
-        if self.feature_tokens is not None:
-            tensors["feature_tokens"] = self.feature_tokens.detach().cpu().contiguous()
-        metadata = {
-            "format": "elite-concept",
-            "version": FORMAT_VERSION,
-            "fingerprint": self.fingerprint,
-        }
-        content = save(tensors, metadata)  # save_file would make a file that others cannot read
+        all.
+
+        Args:
+            origin: what it was encoded from, for `is_saved`.
+        """
+        metadata = {**(origin or {}), **HEADER, "fingerprint": self.fingerprint}
+        content = save(
+            self.tensors, metadata
+        )  # save_file would make a file that others cannot read
         write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
     @classmethod
@@ -84,7 +101,7 @@ class Concept:
             raise ValueError(
                 f"{path}: not a safetensors file ({error}); encode the concept again"
             ) from None
-        is_concept = metadata.get("format") == "elite-concept" and "fingerprint" in metadata
+        is_concept = metadata.get("format") == HEADER["format"] and "fingerprint" in metadata
         if not is_concept or "words" not in tensors:
             raise ValueError(f"{path}: not a concept; expected a file written by Concept.save")
         if metadata.get("version") != FORMAT_VERSION:
@@ -107,6 +124,16 @@ class Concept:
             torch.cat(tokens) if len(tokens) == len(concepts) else None,
             concepts[0].fingerprint,
         )
+
+
+def is_saved(path: Path, origin: Mapping[str, str]) -> bool:
+    """Whether the concept file is there, whole, and says that it is of this origin."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = file.metadata() or {}
+    except (SafetensorError, OSError):
+        return False
+    return {**origin, **HEADER}.items() <= found.items()
 
 
 class ConceptFolder:
@@ -144,3 +171,10 @@ class ConceptFolder:
                 f"{path}: holds {len(concept)} objects, expected one; save each row on its own"
             )
         return concept
+
+    def digest(self, index: int) -> str:
+        """A short name for the object of a file; empty where there is none."""
+        try:
+            return self.read(index).digest
+        except ValueError:  # whoever draws it says why
+            return ""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from elite.augment import clip_view, object_view, scaled_target
-from elite.files import write_atomically
+from elite.files import digest_files, write_atomically
 from elite.images import (
     fit_mask,
     read_image,
@@ -404,6 +404,11 @@ class Pair:
             )
         return image, fit_mask(read_mask(self.mask_path), image, str(self.mask_path))
 
+    @property
+    def digest(self) -> str:
+        """A short name for what is in the files that `read` reads."""
+        return digest_files(self.image_path, *(() if self.whole else (self.mask_path,)))
+
 
 def pair_of(image_path: Path, whole: bool = False) -> Pair:
     """The pair that a picture makes with the file of its mask, NAME_bg.png."""
@@ -441,6 +446,10 @@ class PairFolder:
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Image and mask of a pair; see `Pair.read`."""
         return self.pairs[index].read()
+
+    def digest(self, index: int) -> str:
+        """A short name for image and mask of a pair; see `Pair.digest`."""
+        return self.pairs[index].digest
 
     def check_names(self) -> None:
         """Raises ValueError where two pictures share a NAME, and so the files made from it."""

@@ -4,12 +4,14 @@ metadata), concept files or prompts, and one contact sheet of each."""
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
@@ -18,13 +20,14 @@ from tqdm import tqdm
 
 from elite.concept import Concept, ConceptFolder
 from elite.data import PairFolder
-from elite.encoding import Entry, batches, columns, read_entries, shown
+from elite.encoding import batches, columns, progress_bar, read_entries, shown
 from elite.files import write_atomically
 from elite.loading import DEFAULT_STEPS, side_in_pixels
 from elite.pipeline import ElitePipeline, Words, initial_noise
 from elite.sheets import SHEET_ROWS, tile_rows
 
 WRITES_WAITING = 64  # pictures kept in memory until they are written
+PNG_END = bytes.fromhex("00000000 49454E44 AE426082")
 VERSIONS = {name: version(name) for name in ("diffusers", "transformers", "torch")}
 
 
@@ -67,6 +70,7 @@ class Drawing:
         """What a picture's metadata says of it: all that it depends on besides prompt and seed."""
         return {
             "fingerprint": pipe.fingerprint,
+            "placeholder_token": self.placeholder_token,
             "lambda": str(self.lambda_),
             "words": str(self.words),
             "resolution": str(self.resolution or pipe.resolution),
@@ -80,13 +84,39 @@ class Drawing:
 class Job:
     """One picture to draw."""
 
-    entry: Entry
+    index: int
     seed: int
+    text: Mapping[str, str] = field(repr=False)  # of its PNG: all that the picture depends on
 
     @property
     def stem(self) -> str:
         """File name of the release: index and seed."""
-        return f"{self.entry.index:05d}_{self.seed:05d}"
+        return f"{self.index:05d}_{self.seed:05d}"
+
+
+def make_jobs(
+    folder: PairFolder | ConceptFolder,
+    indices: Sequence[int],
+    seeds: Sequence[int],
+    settings: Mapping[str, str],
+) -> list[Job]:
+    """Each object once per seed, object by object."""
+    jobs = []
+    for index in indices:
+        text = {**settings, "source": folder.digest(index)}
+        jobs += [Job(index, seed, {**text, "seed": str(seed)}) for seed in seeds]
+    return jobs
+
+
+def is_drawn(path: Path, text: Mapping[str, str]) -> bool:
+    """Whether the picture is there, whole, and its PNG says all of this text."""
+    try:
+        with Image.open(path) as picture:
+            picture.verify()
+            is_whole = path.read_bytes().endswith(PNG_END)  # `verify` stops a little before
+            return is_whole and text.items() <= picture.info.items()
+    except (OSError, SyntaxError, ValueError):
+        return False
 
 
 def draw_folder(
@@ -99,6 +129,7 @@ def draw_folder(
     seeds: Sequence[int],
     indices: Sequence[int] | None = None,
     batch_size: int = 1,
+    skip_existing: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> list[str]:
     """Draws each pair or concept file once per seed; every process of `accelerate launch` takes its
@@ -111,7 +142,9 @@ def draw_folder(
     Args:
         prompt: with the placeholder in it.
         indices: pairs or concepts to draw; None draws all.
-        metadata: more text for the PNGs.
+        skip_existing: keep pictures whose PNGs are whole and say that they are of this prompt, seed
+            and drawing, of these mappers, of the same input and of this metadata.
+        metadata: what else a picture depends on; more text for the PNGs.
 
     Returns:
         One line per pair or concept that could not be read, from all processes.
@@ -123,30 +156,30 @@ def draw_folder(
     indices = range(len(folder)) if indices is None else indices
     share = indices[state.process_index :: state.num_processes]
     failures: list[str] = []
-    settings = {"prompt": prompt, **drawing.text(pipe), **(metadata or {}), **VERSIONS}
-    bar = tqdm(
-        total=len(share) * len(seeds),
-        desc="draw",
-        unit="picture",
-        disable=not state.is_main_process,
-    )
-    with ThreadPoolExecutor(max_workers=2) as pool, bar as progress:
+    settings = {"prompt": prompt, **drawing.text(pipe), **(metadata or {})}
+    jobs = make_jobs(folder, share, seeds, settings)
+    count = len(jobs)
+    if skip_existing:
+        jobs = [job for job in jobs if not is_drawn(output_dir / f"{job.stem}.png", job.text)]
+    left = {index: list(group) for index, group in groupby(jobs, lambda job: job.index)}
+    progress = progress_bar("draw", "picture", count, len(jobs))
+    with ThreadPoolExecutor(max_workers=2) as pool, progress as bar:
 
         def failed(message: str) -> None:
             failures.append(message)
-            progress.update(len(seeds))
+            bar.update(len(seeds))
 
-        entries = read_entries(pool, pipe, folder, share, batch_size, failed)
-        jobs = (Job(entry, seed) for entry in entries for seed in seeds)
+        entries = read_entries(pool, pipe, folder, list(left), batch_size, failed)
         writing: deque[Future] = deque()
-        for batch in batches(jobs, batch_size):
-            concepts, noise = [job.entry.concept for job in batch], [job.seed for job in batch]
+        work = ((job, entry) for entry in entries for job in left[entry.index])
+        for batch in batches(work, batch_size):
+            concepts, noise = [entry.concept for _, entry in batch], [job.seed for job, _ in batch]
             pictures = drawing(pipe, [prompt] * len(batch), concepts, noise)
             while len(writing) > WRITES_WAITING:
                 writing.popleft().result()
-            for job, picture in zip(batch, pictures, strict=True):
-                writing.append(pool.submit(write_picture, output_dir, job, picture, settings))
-            progress.update(len(batch))
+            for (job, entry), picture in zip(batch, pictures, strict=True):
+                writing.append(pool.submit(write_picture, output_dir, job, picture, entry.image))
+            bar.update(len(batch))
         for written in writing:
             written.result()
     failures = gather_object(failures)
@@ -222,21 +255,20 @@ def png_text(values: Mapping[str, str]) -> PngImagePlugin.PngInfo:
     return info
 
 
-def write_picture(
-    folder: Path, job: Job, picture: Image.Image, settings: Mapping[str, str]
-) -> None:
-    """The PNG of one picture, and where there is an input picture the JPEG of both."""
-    info = png_text({**settings, "seed": str(job.seed)})
-    write_atomically(folder / f"{job.stem}.png", partial(picture.save, pnginfo=info))
+def write_picture(folder: Path, job: Job, picture: Image.Image, image: np.ndarray | None) -> None:
+    """The JPEG of the picture and the input image, uint8 (H, W, 3), where there is one; then the
+    PNG, which so tells that both are there."""
     both = folder / f"{job.stem}.jpg"
-    if job.entry.image is None:
+    if image is None:
         both.unlink(missing_ok=True)  # of an earlier run on pairs
-        return
-    side_by_side = Image.new("RGB", (2 * picture.width, picture.height))
-    side_by_side.paste(picture, (0, 0))
-    seen = Image.fromarray(job.entry.image).resize(picture.size, Image.Resampling.BICUBIC)
-    side_by_side.paste(seen, (picture.width, 0))
-    write_atomically(both, lambda path: side_by_side.save(path, quality=95, subsampling=0))
+    else:
+        side_by_side = Image.new("RGB", (2 * picture.width, picture.height))
+        side_by_side.paste(picture, (0, 0))
+        seen = Image.fromarray(image).resize(picture.size, Image.Resampling.BICUBIC)
+        side_by_side.paste(seen, (picture.width, 0))
+        write_atomically(both, lambda path: side_by_side.save(path, quality=95, subsampling=0))
+    info = png_text({**job.text, **VERSIONS})
+    write_atomically(folder / f"{job.stem}.png", partial(picture.save, pnginfo=info))
 
 
 def contact_sheet(

@@ -3,7 +3,7 @@ files of what was encoded."""
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,12 +18,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from elite.concept import Concept, ConceptFolder
+from elite.concept import Concept, ConceptFolder, is_saved
 from elite.data import PairFolder
 from elite.files import write_atomically
 from elite.images import cut_out
 from elite.pipeline import ElitePipeline
-from elite.sheets import SHEET_ROWS, label_tile, tile_rows
+from elite.sheets import SHEET_ROWS, fit_tile, label_tile, tile_rows
 
 T = TypeVar("T")
 PAIR_COLUMNS, CONCEPT_COLUMNS = ("input", "object"), ("concept",)
@@ -108,11 +108,21 @@ def _encode_pairs(pipe: ElitePipeline, pairs: list[ReadPair]) -> Iterator[Entry]
 
 
 def encode_folder(
-    pipe: ElitePipeline, pairs: PairFolder, output_dir: Path, *, batch_size: int = 1
+    pipe: ElitePipeline,
+    pairs: PairFolder,
+    output_dir: Path,
+    *,
+    skip_existing: bool = False,
+    metadata: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """Encodes each pair once; every process of `accelerate launch` takes its share.
+    """Encodes each pair on its own, so that a concept does not depend on its neighbours; every
+    process of `accelerate launch` takes its share.
 
     Writes `NAME.safetensors` per pair, and at last `grid.png`: name, picture, cut-out.
+
+    Args:
+        skip_existing: keep files that say they are of this pair, these mappers and this metadata.
+        metadata: what else a concept depends on.
 
     Returns:
         One line per pair that could not be read, from all processes.
@@ -124,21 +134,38 @@ def encode_folder(
     state = PartialState()
     share = range(len(pairs))[state.process_index :: state.num_processes]
     failures: list[str] = []
-    bar = tqdm(total=len(share), desc="encode", unit="pair", disable=not state.is_main_process)
-    with ThreadPoolExecutor(max_workers=2) as pool, bar as progress:
+    paths = [output_dir / f"{pair.name}.safetensors" for pair in pairs.pairs]
+    made_by = {**(metadata or {}), "fingerprint": pipe.fingerprint, "dtype": str(pipe.unet.dtype)}
+    origins = {index: {**made_by, "source": pairs.digest(index)} for index in share}
+    left = [i for i in share if not (skip_existing and is_saved(paths[i], origins[i]))]
+    progress = progress_bar("encode", "pair", len(share), len(left))
+    with ThreadPoolExecutor(max_workers=2) as pool, progress as bar:
 
         def failed(message: str) -> None:
             failures.append(message)
-            progress.update()
+            bar.update()
 
-        for entry in read_entries(pool, pipe, pairs, share, batch_size, failed):
-            entry.concept.save(output_dir / f"{pairs.pairs[entry.index].name}.safetensors")
-            progress.update()
+        for entry in read_entries(pool, pipe, pairs, left, 1, failed):
+            entry.concept.save(paths[entry.index], origins[entry.index])
+            bar.update()
     failures = gather_object(failures)
     if state.is_main_process:
         _write_sheet(pairs, output_dir / "grid.png")
     state.wait_for_everyone()
     return failures
+
+
+def progress_bar(what: str, unit: str, total: int, left: int) -> tqdm:
+    """Of the main process's share, what an earlier run has done counted; the others show none."""
+    done = total - left
+    return tqdm(
+        desc=what,
+        unit=unit,
+        total=total,
+        initial=done,
+        postfix=f"{done} there already" if done else None,
+        disable=not PartialState().is_main_process,
+    )
 
 
 def _write_sheet(pairs: PairFolder, path: Path) -> None:
@@ -154,8 +181,8 @@ def _write_sheet(pairs: PairFolder, path: Path) -> None:
 
 
 def shown(folder: PairFolder | ConceptFolder, index: int) -> list[Image.Image]:
-    """What a contact sheet shows of an object beside its pictures: the pair's picture and cut-out,
-    or the concept file's name.
+    """What a contact sheet shows of an object beside its pictures, as tiles: the pair's picture and
+    cut-out, or the concept file's name.
 
     Raises:
         ValueError: the pair cannot be read.
@@ -163,7 +190,7 @@ def shown(folder: PairFolder | ConceptFolder, index: int) -> list[Image.Image]:
     if isinstance(folder, ConceptFolder):
         return [label_tile(folder.paths[index].stem)]
     image, mask = folder.read(index)
-    return [Image.fromarray(image), Image.fromarray(cut_out(image, mask))]
+    return [fit_tile(Image.fromarray(picture)) for picture in (image, cut_out(image, mask))]
 
 
 def columns(folder: PairFolder | ConceptFolder) -> tuple[str, ...]:

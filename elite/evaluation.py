@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elite.concept import Concept
-from elite.drawing import Drawing, png_text
+from elite.drawing import Drawing, is_drawn, png_text
 from elite.files import write_atomically, write_json
 from elite.images import cut_out
 from elite.metrics import Clip, Dino, bootstrap, mean_cosine
@@ -138,7 +138,10 @@ def draw_cases(
         image, mask = subject.pair.read()
         return pipe.encode_concept(image, mask)
 
-    missing = [case for case in cases if not _is_drawn(output_dir / case.path, settings)]
+    def text(case: Case) -> dict[str, str]:
+        return {**settings, "prompt": case.template, "source": case.subject.pair.digest}
+
+    missing = [case for case in cases if not is_drawn(output_dir / case.path, text(case))]
     progress = tqdm(
         total=len(cases),
         initial=len(cases) - len(missing),
@@ -161,20 +164,10 @@ def draw_cases(
                 prompts = [case.template.replace("{}", drawing.placeholder_token) for case in batch]
                 pictures = drawing(pipe, prompts, concepts, [case.seed for case in batch])
                 for case, picture in zip(batch, pictures, strict=True):
-                    info = png_text({**settings, "prompt": case.template})
+                    info = png_text(text(case))
                     write_atomically(output_dir / case.path, partial(picture.save, pnginfo=info))
             progress.update(len(missing[start : start + batch_size]))
     return list(failures.values())
-
-
-def _is_drawn(path: Path, settings: Mapping[str, str]) -> bool:
-    """Whether the picture is there, drawn with these settings."""
-    try:
-        with Image.open(path) as picture:
-            found = getattr(picture, "text", {})
-    except (OSError, SyntaxError):
-        return False
-    return all(found.get(key) == value for key, value in settings.items())
 
 
 # --- scoring --------------------------------------------------------------------------------------

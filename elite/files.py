@@ -1,5 +1,6 @@
 """Files appear whole or not at all: everything is written to a temporary name and renamed."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -42,6 +43,18 @@ def _is_disk_error(error: Exception) -> bool:
     in_torch = isinstance(error, RuntimeError) and "inline_container" in str(error)
     in_torch = in_torch or "PytorchStreamWriter" in str(error)
     return in_torch or isinstance(error, OSError | SafetensorError)
+
+
+def digest_files(*paths: Path) -> str:
+    """A short name for what is in these files; one that cannot be read counts as empty."""
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            content = path.read_bytes()
+        except OSError:  # whoever reads the picture in it says why
+            content = b""
+        digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()[:16]
 
 
 def write_json(path: Path | str, value: object) -> None:

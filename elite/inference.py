@@ -24,7 +24,6 @@ from elite.loading import (
 from elite.pipeline import ElitePipeline, Words
 from elite.settings import (
     ConceptConfig,
-    DrawConfig,
     EliteConfig,
     EncodeConfig,
     InferenceConfig,
@@ -32,6 +31,11 @@ from elite.settings import (
     TextualInversionInferenceConfig,
 )
 from elite.textual_inversion import load_into, merge_embeddings
+
+NO_MASK_COST = (
+    "note: with --no_mask a picture's background becomes part of its concept and is drawn with it "
+    "in every scene; python data_scripts/make_masks.py makes masks"
+)
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -73,7 +77,7 @@ def run_textual_inversion(config: TextualInversionInferenceConfig) -> int:
         range(config.seed, config.seed + config.num_images),
         output_dir,
         batch_size=config.batch_size,
-        metadata=_origin(config),
+        metadata={"scheduler": config.scheduler, "model": config.pretrained_model_name_or_path},
         resolution=config.resolution,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
@@ -82,8 +86,10 @@ def run_textual_inversion(config: TextualInversionInferenceConfig) -> int:
     return OK
 
 
-def _origin(config: DrawConfig) -> dict[str, str]:
-    return {"scheduler": config.scheduler, "model": config.pretrained_model_name_or_path}
+def _models(config: ConceptConfig) -> dict[str, str]:
+    """The models of a concept by name; mappers are known by their fingerprint."""
+    encoder = config.image_encoder_name_or_path
+    return {"model": config.pretrained_model_name_or_path, "image_encoder": str(encoder)}
 
 
 def place(pipe: DiffusionPipeline, config: ModelConfig) -> None:
@@ -148,6 +154,8 @@ def read_pairs(config: EncodeConfig | InferenceConfig) -> PairFolder:
         ValueError: no folder, no picture, or not a single mask though masks are to be read.
     """
     pairs = PairFolder(config.test_data_dir, whole=config.no_mask)
+    if config.no_mask and PartialState().is_main_process:
+        print(NO_MASK_COST, file=sys.stderr)
     if not config.no_mask and not any(pair.mask_path.exists() for pair in pairs.pairs):
         raise ValueError(
             f"{config.test_data_dir}: no picture has a mask, {pairs.pairs[0].mask_path.name} for "
@@ -194,7 +202,8 @@ def run_inference(
         seeds=range(config.seed, config.seed + config.num_images),
         indices=None if config.selected_data < 0 else [config.selected_data],
         batch_size=config.batch_size,
-        metadata=_origin(config),
+        skip_existing=config.skip_existing,
+        metadata={"scheduler": config.scheduler, **_models(config)},
     )
     chosen = 1 if config.selected_data >= 0 else len(folder)
     said = f"pictures in {output_dir}; look at {output_dir / 'grid.png'} first"
@@ -204,7 +213,9 @@ def run_inference(
 def run_encoding(config: EncodeConfig, pipe: ElitePipeline) -> int:
     """Encodes the configuration's pairs into OUTPUT_DIR. Returns the exit status."""
     pairs, output_dir = read_pairs(config), Path(config.output_dir)
-    failures = encode_folder(pipe, pairs, output_dir, batch_size=config.batch_size)
+    failures = encode_folder(
+        pipe, pairs, output_dir, skip_existing=config.skip_existing, metadata=_models(config)
+    )
     count = len(pairs) - len(failures)
     said = f"{count} concepts in {output_dir}; look at {output_dir / 'grid.png'} first"
     return _report(failures, len(pairs), "pairs could not be encoded", said)

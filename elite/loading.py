@@ -27,13 +27,6 @@ from transformers import (
 )
 
 HUB_IMAGE_ENCODER = "openai/clip-vit-large-patch14"
-HUB_IMAGE_ENCODER_SIZES = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "patch_size": 14,
-}
 SCHEDULERS = {
     "lms": LMSDiscreteScheduler,
     "dpm++": DPMSolverMultistepScheduler,
@@ -108,19 +101,14 @@ def load_parts(
 def image_encoder_sizes(
     model: str | Path, image_encoder: str | Path | None = None
 ) -> CLIPVisionModel:
-    """The image encoder without weights, for drawing concepts that are encoded already: mappers are
-    checked against its sizes, but it cannot compute.
+    """The image encoder without its weights, for drawing concepts that are encoded already: mappers
+    are checked against its sizes, but it cannot compute.
 
-    Nothing is downloaded for CLIP ViT-L/14. Args, Raises: as `load_parts`.
+    Args, Raises: as `load_parts`.
     """
-    source = image_encoder or inside(model, "image_encoder")
-    config = (
-        load_part(CLIPVisionConfig, source)
-        if source
-        else CLIPVisionConfig(**HUB_IMAGE_ENCODER_SIZES)
-    )
+    source = image_encoder or inside(model, "image_encoder") or HUB_IMAGE_ENCODER
     with torch.device("meta"):
-        return CLIPVisionModel(config)
+        return CLIPVisionModel(load_part(CLIPVisionConfig, source))
 
 
 def load_stable_diffusion(

@@ -71,7 +71,7 @@ def grab_cut(image: np.ndarray, prior: np.ndarray) -> np.ndarray:
     height, width = prior.shape
     scale = min(1, WORKING_SIDE / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    small = np.ascontiguousarray(resize(image, *size)[..., ::-1])  # BGR
+    small = resize(image, *size)
     labels = cv2.resize(prior, size, interpolation=cv2.INTER_NEAREST)
     cv2.setRNGSeed(0)
     background, foreground = np.zeros((1, 65)), np.zeros((1, 65))  # colour models, filled in

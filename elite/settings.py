@@ -285,13 +285,16 @@ class ConceptConfig(ModelConfig):
 
 
 @dataclass(kw_only=True)
-class MaskConfig:
-    """What counts as the object of a picture."""
+class FolderConfig:
+    """How the objects of a folder are gone through."""
 
     no_mask: bool = setting(
         False,
         "Read no masks and take each whole picture as the object; "
         "its background then becomes part of the concept.",
+    )
+    skip_existing: bool = setting(
+        True, "Keep files of an earlier run that say they are of the same input and settings."
     )
 
 
@@ -339,15 +342,14 @@ class LocalConfig(LocalMapperConfig):
 
 
 @dataclass(kw_only=True)
-class EncodeConfig(MaskConfig, LocalMapperConfig, ConceptConfig):
+class EncodeConfig(FolderConfig, LocalMapperConfig, ConceptConfig):
     """Concept files of the pairs of a folder, to be drawn with --concept_path."""
 
     output_dir: str = setting("outputs/concepts", "Folder that receives the concept files.")
-    batch_size: int = setting(8, "Pairs encoded at once.", at_least=1)
 
 
 @dataclass(kw_only=True)
-class InferenceConfig(MaskConfig, EliteConfig):
+class InferenceConfig(FolderConfig, EliteConfig):
     """What both inference scripts of ELITE share."""
 
     concept_path: str | None = setting(

@@ -1,14 +1,17 @@
 """Tiny models that tests share, on the CPU, with one thread so that sums keep one order."""
 
 import runpy
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
 
 from elite import Concept, ElitePipeline
 from elite.loading import load_parts
@@ -16,6 +19,8 @@ from elite.mappers import Mapper
 from tests import tiny
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+FAST = ("--num_inference_steps", "2", "--mixed_precision", "no", "--device", "cpu")
 
 torch.set_num_threads(1)
 
@@ -43,6 +48,22 @@ def run_script(name: str, *arguments: str | Path) -> int:
     return int(exit.value.code or 0)
 
 
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def same_pictures(a: Path, b: Path) -> bool:
+    names = {name for name in files(a) if name.endswith(".png")}
+    return names == {name for name in files(b) if name.endswith(".png")} and all(
+        np.array_equal(pixels(a / name), pixels(b / name)) for name in names
+    )
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Stable Diffusion with an image encoder, without mappers. Read only."""
@@ -68,6 +89,21 @@ def mapper_folder(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) 
     """`global_mapper/` and `local_mapper/` for the model folder. Read only."""
     folder = tmp_path_factory.mktemp("mappers")
     tiny.save_mappers(folder, model_folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory) -> Path:
+    """Two pairs. Read only."""
+    return tiny.save_pairs(tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture(scope="session")
+def whole_model(tmp_path_factory, model_folder, mapper_folder) -> Path:
+    """A model folder with both mappers inside. Read only."""
+    folder = tmp_path_factory.mktemp("whole") / "model"
+    shutil.copytree(model_folder, folder)
+    shutil.copytree(mapper_folder, folder, dirs_exist_ok=True)
     return folder
 
 

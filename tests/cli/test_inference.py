@@ -16,24 +16,7 @@ from elite import ElitePipeline, GlobalMapper
 from elite.checkpoint import save_official
 from elite.pipeline import load_parts
 from tests import tiny
-from tests.conftest import REPOSITORY, run_script
-
-FAST = ("--num_inference_steps", "2", "--mixed_precision", "no", "--device", "cpu")
-
-
-@pytest.fixture(scope="session")
-def pairs(tmp_path_factory) -> Path:
-    """Two pairs. Read only."""
-    return tiny.save_pairs(tmp_path_factory.mktemp("pairs"))
-
-
-@pytest.fixture(scope="session")
-def whole_model(tmp_path_factory, model_folder, mapper_folder) -> Path:
-    """A model folder with both mappers inside. Read only."""
-    folder = tmp_path_factory.mktemp("whole") / "model"
-    shutil.copytree(model_folder, folder)
-    shutil.copytree(mapper_folder, folder, dirs_exist_ok=True)
-    return folder
+from tests.conftest import FAST, REPOSITORY, files, pixels, run_script, same_pictures
 
 
 @pytest.fixture
@@ -49,22 +32,6 @@ def script(whole_model, pairs, tmp_path):
         return run_script(name, *FAST, *defaults, *arguments)
 
     return run
-
-
-def files(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
-
-
-def pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
-
-
-def same_pictures(a: Path, b: Path) -> bool:
-    names = {name for name in files(a) if name.endswith(".png")}
-    return names == {name for name in files(b) if name.endswith(".png")} and all(
-        np.array_equal(pixels(a / name), pixels(b / name)) for name in names
-    )
 
 
 # --- what is written ------------------------------------------------------------------------------
@@ -243,31 +210,6 @@ def test_old_naming_draws_the_same(script, tmp_path, whole_model):
 
 
 # --- real processes -------------------------------------------------------------------------------
-
-
-def test_two_launched_processes_write_the_same_files(tmp_path, whole_model):
-    """Three pairs, one of them unreadable: one process gets two, the other one."""
-    folder = tiny.save_pairs(tmp_path / "pairs", count=4)
-    (folder / "pair1.png").write_bytes(b"not a picture")
-    flags = [
-        "inference_local.py",
-        *("--pretrained_model_name_or_path", whole_model, "--test_data_dir", folder, *FAST),
-    ]
-    alone = run_script(*flags, "--output_dir", tmp_path / "one")
-    launch = [sys.executable, "-m", "accelerate.commands.launch"]
-    launch += ["--config_file", "configs/cpu_2.json", "tests/run_scripts.py", *map(str, flags)]
-    run = subprocess.run(
-        [*launch, "--output_dir", tmp_path / "two"],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    one, two = tmp_path / "one" / "object_l0p8", tmp_path / "two" / "object_l0p8"
-    assert len(files(one)) == 7 and files(one) == files(two), run.stderr[-3000:]
-    assert same_pictures(one, two)
-    assert alone == 3 and run.returncode != 0
-    assert run.stderr.count("error: ") == 1 and "pair1.png: not a readable image" in run.stderr
 
 
 def test_script_from_another_directory(tmp_path, whole_model, pairs):

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from elite import Concept
-from elite.concept import FORMAT_VERSION
+from elite.concept import FORMAT_VERSION, ConceptFolder, is_saved
 
 
 def make_concept(fingerprint: str = "f00d", tokens: bool = True, seed: int = 0) -> Concept:
@@ -101,15 +101,77 @@ def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "x.safetensors"
     make_concept(seed=1).save(path)
 
-    def full(tensors, filename, metadata):
-        filename.write_bytes(b"half")
+    def full(file, content):
+        with open(file, "wb") as opened:
+            opened.write(content[: len(content) // 2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("elite.concept.save_file", full)
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
     with pytest.raises(ValueError, match="No space left on device"):
         make_concept(seed=2).save(path)
     assert torch.equal(load_file(path)["words"], make_concept(seed=1).words)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_everyone_may_read_the_file(tmp_path):
+    make_concept().save(tmp_path / "x.safetensors")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_digest_is_of_the_values_alone(tmp_path):
+    concept = make_concept()
+    for name, origin in (("a", {}), ("b", {"source": "another picture"})):
+        concept.save(tmp_path / f"{name}.safetensors", origin)
+    folder = ConceptFolder(tmp_path)
+    assert folder.digest(0) == folder.digest(1) == concept.digest
+    half = Concept(concept.words.half(), concept.feature_tokens.half(), "f00d")
+    others = [make_concept(seed=1), make_concept(tokens=False), half]
+    assert len({concept.digest, *(other.digest for other in others)}) == 4
+
+
+def test_saved_means_whole_and_of_the_same_origin(tmp_path):
+    path, origin = tmp_path / "x.safetensors", {"source": "cafe", "fingerprint": "f00d"}
+    assert not is_saved(path, origin)
+    make_concept().save(path, {"source": "cafe"})
+    assert is_saved(path, origin) and len(Concept.load(path)) == 1
+    assert not is_saved(path, origin | {"source": "beef"})
+    assert not is_saved(path, origin | {"fingerprint": "other mappers"})
+    assert not is_saved(path, origin | {"dtype": "said nowhere"})
+    save_file({"words": torch.zeros(1, 3, 24)}, tmp_path / "other.safetensors", origin)
+    assert not is_saved(tmp_path / "other.safetensors", origin)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert not is_saved(path, origin)
+
+
+def test_folder_reads_files_by_name(tmp_path):
+    for seed, name in enumerate(("b", "a")):
+        make_concept(seed=seed).save(tmp_path / f"{name}.safetensors")
+    (tmp_path / ".a.1.tmp.safetensors").write_bytes(b"left by a killed run")
+    (tmp_path / "grid.png").touch()
+    folder = ConceptFolder(tmp_path)
+    assert [path.stem for path in folder.paths] == ["a", "b"] and len(folder) == 2
+    assert torch.equal(folder.read(1).words, make_concept(seed=0).words)
+    assert ConceptFolder(tmp_path / "a.safetensors").read(0).digest == make_concept(seed=1).digest
+
+
+def test_folder_names_what_is_wrong(tmp_path):
+    with pytest.raises(ValueError, match="nothing: no such file or folder"):
+        ConceptFolder(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="no concept file"):
+        ConceptFolder(tmp_path)
+    path = tmp_path / "two.safetensors"
+    Concept.stack([make_concept(), make_concept()]).save(path)
+    with pytest.raises(ValueError, match=r"two.safetensors: holds 2 objects, expected one"):
+        ConceptFolder(tmp_path).read(0)
+    path.write_bytes(b"")
+    assert ConceptFolder(tmp_path).digest(0) == ""
+
+
+def test_other_mappers_are_refused_in_one_line():
+    make_concept("f00d").check_mappers("f00d")
+    with pytest.raises(ValueError, match=r"other mappers \(fingerprint f00d, these are cafe\)"):
+        make_concept("f00d").check_mappers("cafe")
 
 
 def test_stack():

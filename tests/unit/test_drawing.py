@@ -2,13 +2,15 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
+from elite import ElitePipeline
 from elite import drawing as drawing_module
-from elite.concept import Concept
+from elite.concept import Concept, ConceptFolder
 from elite.data import PairFolder
 from elite.drawing import Drawing, draw_folder
 from elite.encoding import ahead
@@ -18,8 +20,8 @@ QUICK = Drawing(num_inference_steps=2)
 
 
 def draw(pipe, pairs, output_dir, **options) -> list[str]:
-    options = {"prompt": "a S", "seeds": [1, 2], **options}
-    return draw_folder(pipe, PairFolder(pairs), output_dir, QUICK, **options)
+    options = {"prompt": "a S", "seeds": [1, 2], "drawing": QUICK, **options}
+    return draw_folder(pipe, PairFolder(pairs), output_dir, **options)
 
 
 def test_ahead_keeps_the_order_and_begins_no_more_than_asked():
@@ -104,3 +106,150 @@ def test_metadata_names_all_that_a_picture_depends_on(pipe, tmp_path):
     expected |= {"num_inference_steps": "2", "guidance_scale": "5.0", "resolution": "32"}
     assert expected.items() <= text.items()
     assert text["fingerprint"] == pipe.fingerprint and text["torch"] == torch.__version__
+
+
+# --- a run that goes on ---------------------------------------------------------------------------
+
+
+def go_on(pipe, pairs, output_dir, **options) -> set[str]:
+    """Draws what is missing into a folder; returns the names of the files that were written."""
+    before = {path.name: path.stat().st_mtime_ns for path in output_dir.iterdir()}
+    draw(pipe, pairs, output_dir, **{"skip_existing": True, **options})
+    after = {path.name: path.stat().st_mtime_ns for path in output_dir.iterdir()}
+    return {name for name, time in after.items() if time != before.get(name)} - {"grid.png"}
+
+
+def both(*stems: str) -> set[str]:
+    return {f"{stem}.{kind}" for stem in stems for kind in ("jpg", "png")}
+
+
+@pytest.fixture
+def drawn(pipe, tmp_path):
+    """Two pairs, and a folder of their pictures with the seeds 1 and 2."""
+    pairs, output_dir = tiny.save_pairs(tmp_path / "pairs"), tmp_path / "out"
+    draw(pipe, pairs, output_dir)
+    return pairs, output_dir
+
+
+def test_what_is_there_is_kept_and_what_is_missing_drawn(pipe, drawn):
+    pairs, output_dir = drawn
+    assert go_on(pipe, pairs, output_dir) == set()
+    content = (output_dir / "00001_00002.png").read_bytes()
+    (output_dir / "00001_00002.png").unlink()
+    assert go_on(pipe, pairs, output_dir, seeds=[1, 2, 3]) == both(
+        "00001_00002", "00000_00003", "00001_00003"
+    )
+    assert (output_dir / "00001_00002.png").read_bytes() == content
+
+
+def test_without_skip_existing_all_is_drawn_anew(pipe, drawn):
+    pairs, output_dir = drawn
+    assert len(go_on(pipe, pairs, output_dir, skip_existing=False)) == 8
+
+
+def test_nothing_is_read_or_drawn_for_a_finished_folder(pipe, drawn, monkeypatch):
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("encoded again")
+
+    pairs, output_dir = drawn
+    (output_dir / "grid.png").unlink()
+    monkeypatch.setattr(pipe, "encode_views", never)
+    assert go_on(pipe, pairs, output_dir) == set()
+    assert (output_dir / "grid.png").exists()
+
+
+OTHER_SETTINGS = [
+    {"prompt": "the S"},
+    {"prompt": "a S \N{SNOWMAN}"},
+    {"metadata": {"model": "another"}},
+    {"drawing": replace(QUICK, lambda_=0.7)},
+    {"drawing": replace(QUICK, num_inference_steps=3)},
+    {"drawing": replace(QUICK, guidance_scale=4.0)},
+    {"drawing": replace(QUICK, words="all")},
+    {"drawing": replace(QUICK, resolution=40)},
+    {"prompt": "S a"},
+    {"prompt": "S a", "drawing": replace(QUICK, placeholder_token="a")},
+]
+
+
+def test_other_settings_are_drawn_anew_once(pipe, drawn):
+    pairs, output_dir = drawn
+    for change in OTHER_SETTINGS:  # each differs from the one before
+        one_pair = {"indices": [0], "seeds": [1], **change}
+        assert go_on(pipe, pairs, output_dir, **one_pair) == both("00000_00001"), change
+        assert go_on(pipe, pairs, output_dir, **one_pair) == set(), change
+
+
+def test_other_mappers_draw_anew(pipe, drawn):
+    pairs, output_dir = drawn
+    with torch.no_grad():
+        for parameter in pipe.local_mapper.parameters():
+            parameter.mul_(1.01)
+    other = ElitePipeline(**{**pipe.components, "local_mapper": pipe.local_mapper})
+    other.set_progress_bar_config(disable=True)
+    assert other.fingerprint != pipe.fingerprint
+    assert go_on(other, pairs, output_dir, seeds=[1]) == both("00000_00001", "00001_00001")
+
+
+def test_changed_input_is_drawn_anew(pipe, drawn):
+    pairs, output_dir = drawn
+    for name in ("pair0.png", "pair0_bg.png"):
+        Image.new("L", (40, 40), 255).save(pairs / name)
+        assert go_on(pipe, pairs, output_dir) == both("00000_00001", "00000_00002"), name
+
+
+def test_pairs_with_and_without_masks_are_different_inputs(pipe, drawn):
+    pairs, output_dir = drawn
+    (pairs / "pair1_bg.png").write_bytes(b"not read")
+    for drawn_now in (both("00000_00001", "00001_00001"), set()):
+        before = {path.name: path.stat().st_mtime_ns for path in output_dir.iterdir()}
+        whole = PairFolder(pairs, whole=True)
+        draw_folder(pipe, whole, output_dir, QUICK, prompt="a S", seeds=[1], skip_existing=True)
+        after = {path.name: path.stat().st_mtime_ns for path in output_dir.iterdir()}
+        assert {n for n in after if after[n] != before[n]} - {"grid.png"} == drawn_now
+
+
+def test_changed_concept_is_drawn_anew(pipe, concept, tmp_path):
+    path, output_dir = tmp_path / "it.safetensors", tmp_path / "out"
+    drawn = []
+    for one in (concept, concept, Concept(concept.words * 1.1, None, concept.fingerprint)):
+        one.save(path)
+        options = {"prompt": "a S", "seeds": [1], "skip_existing": True}
+        draw_folder(pipe, ConceptFolder(path), output_dir, QUICK, **options)
+        drawn.append((output_dir / "00000_00001.png").stat().st_mtime_ns)
+    assert drawn[0] == drawn[1] < drawn[2]
+
+
+def cut(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def without_end(content: bytes) -> bytes:
+    return content[:-1]
+
+
+def flipped(content: bytes) -> bytes:
+    return content[:-40] + bytes([content[-40] ^ 1]) + content[-39:]
+
+
+def nothing(content: bytes) -> bytes:
+    return b""
+
+
+def test_damaged_picture_is_drawn_anew(pipe, drawn):
+    pairs, output_dir = drawn
+    path = output_dir / "00001_00001.png"
+    whole = path.read_bytes()
+    for damage in (cut, without_end, flipped, nothing):
+        path.write_bytes(damage(whole))
+        assert go_on(pipe, pairs, output_dir) == both("00001_00001"), damage
+        assert path.read_bytes() == whole
+
+
+def test_png_is_written_last(pipe, drawn, monkeypatch):
+    """Where there is a PNG, an interrupted run left its JPEG too."""
+    written: list[str] = []
+    monkeypatch.setattr(drawing_module, "write_atomically", lambda path, _: written.append(path))
+    pairs, output_dir = drawn
+    draw(pipe, pairs, output_dir, indices=[0], seeds=[1])
+    assert [path.suffix for path in written] == [".jpg", ".png", ".png"]  # the last is the sheet

@@ -1,0 +1,190 @@
+"""`data_scripts/make_masks.py`: masks that the other scripts read, a sheet, and what it says."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_scripts import make_masks
+from elite.data import PairFolder
+from elite.images import read_mask
+from elite.sheets import TILE
+from small_world.render import Pose, draw
+from small_world.world import Thing
+from tests.conftest import pixels, run_script
+
+SCRIPT = "data_scripts/make_masks.py"
+HEADER = "name,left,top,right,bottom\n"
+SIZE = 64
+
+
+def save_render(path: Path, x: float = 0.5, half_width: float = 0.32) -> np.ndarray:
+    """A purple heart on wood; returns its mask, bool (H, W)."""
+    heart = Thing("heart", "solid", "purple", None)
+    pose = Pose(x, 0.5, half_width, 0, False)
+    image, mask = draw(heart, "table", np.random.default_rng(0), SIZE, pose)
+    Image.fromarray(image).save(path)
+    return mask > 0
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Hearts: large.png in the middle, corner.png small at the left."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    save_render(folder / "large.png")
+    save_render(folder / "corner.png", x=0.25, half_width=0.18)
+    return folder
+
+
+@pytest.fixture
+def script(photos, tmp_path):
+    """Runs the script on the pictures, with the sheet in another folder."""
+
+    def run(*arguments: str | Path) -> int:
+        return run_script(SCRIPT, photos, "--sheet", tmp_path / "sheet.png", *arguments)
+
+    return run
+
+
+@pytest.fixture
+def boxes(tmp_path) -> Path:
+    """A box for corner.png."""
+    path = tmp_path / "boxes.csv"
+    path.write_text(HEADER + "corner,2,18,31,47\n")
+    return path
+
+
+def overlap(one: np.ndarray, other: np.ndarray) -> float:
+    return float((one & other).sum() / (one | other).sum())
+
+
+def errors(capsys) -> list[str]:
+    text = capsys.readouterr().err
+    assert "Traceback" not in text
+    return [line for line in text.splitlines() if line.startswith("error: ")]
+
+
+def test_masks_are_what_the_other_scripts_read(script, photos, tmp_path, capsys):
+    (photos / "corner.png").unlink()
+    Image.open(photos / "large.png").save(photos / "also.jpg", quality=95)
+    assert script() == 0
+    pairs = PairFolder(photos)
+    assert [pair.name for pair in pairs.pairs] == ["also", "large"]
+    for index in range(2):
+        _, mask = pairs.read(index)
+        assert overlap(mask, save_render(tmp_path / "true.png")) > 0.95
+    assert f"2 masks made; look at {tmp_path / 'sheet.png'} first" in capsys.readouterr().out
+
+
+def test_sheet_shows_picture_outline_and_object(script, photos, tmp_path):
+    script()
+    sheet = pixels(tmp_path / "sheet.png")
+    row = sheet[-TILE:].reshape(TILE, 4, TILE, 3).swapaxes(0, 1)  # of large.png, the last name
+    assert (row[0] < 128).any(), "a name"
+    true = np.asarray(Image.fromarray(read_mask(photos / "large_bg.png")).resize((TILE, TILE), 0))
+    np.testing.assert_array_equal(row[3][~true], 0)
+    np.testing.assert_array_equal(row[3][true], row[1][true])
+    outline = (row[2] == make_masks.OUTLINE).all(-1)
+    assert outline.any() and np.array_equal(row[2][~outline], row[1][~outline])
+
+
+def test_box_mends_one_mask_and_keeps_the_others(script, photos, boxes, tmp_path, capsys):
+    true = save_render(tmp_path / "true.png", x=0.25, half_width=0.18)
+    Image.new("L", (SIZE, SIZE), 255).save(photos / "corner_bg.png")
+    Image.new("L", (SIZE, SIZE), 255).save(photos / "large_bg.png")
+    assert script("--boxes", boxes) == 0
+    assert read_mask(photos / "corner_bg.png").all(), "kept without --overwrite"
+    assert "0 masks made" in capsys.readouterr().out
+    assert script("--boxes", boxes, "--overwrite") == 0
+    assert overlap(read_mask(photos / "corner_bg.png"), true) > 0.95
+    assert read_mask(photos / "large_bg.png").all(), "no box, so kept"
+    assert "1 masks made" in capsys.readouterr().out
+
+
+def test_overwrite_makes_all_anew(script, photos):
+    Image.new("L", (SIZE, SIZE), 255).save(photos / "large_bg.png")
+    (photos / "corner.png").unlink()
+    assert script("--overwrite") == 0
+    assert not read_mask(photos / "large_bg.png").all()
+
+
+def test_picture_without_mask_and_box_is_named(script, photos, boxes, capsys):
+    assert script("--boxes", boxes) == 3
+    (line,) = errors(capsys)
+    assert "large.png: has neither a mask nor a box; add a row for large" in line
+    assert (photos / "corner_bg.png").exists()
+
+
+def test_bad_pictures_cost_a_line_each(script, photos, capsys):
+    (photos / "broken.png").write_bytes(b"\x89PNG broken")
+    Image.new("RGB", (1, 1)).save(photos / "dot.png")
+    shutil.copy(photos / "large.png", photos / "old.png")
+    (photos / "old_bg.png").write_bytes(b"no mask")
+    (photos / "corner.png").unlink()
+    assert script() == 3
+    broken, dot, old = errors(capsys)
+    assert "broken.png: not a readable image" in broken
+    assert "dot.png: GrabCut found no object" in dot
+    assert "old_bg.png: not a readable image" in old
+    assert (photos / "large_bg.png").exists() and not (photos / "dot_bg.png").exists()
+
+
+def test_nothing_could_be_done(script, photos, tmp_path, capsys):
+    for path in photos.iterdir():
+        path.write_bytes(b"")
+    assert script() == 2
+    assert len(errors(capsys)) == 2 and not (tmp_path / "sheet.png").exists()
+
+
+def test_many_pictures_get_several_sheets(script, photos, tmp_path, monkeypatch, capsys):
+    shutil.copy(photos / "large.png", photos / "third.png")
+    monkeypatch.setattr("elite.sheets.SHEET_ROWS", 2)
+    assert script() in (0, 3)
+    names = sorted(path.name for path in tmp_path.glob("sheet*.png"))
+    assert names == ["sheet.png", "sheet_2.png"]
+    assert f"{tmp_path / 'sheet.png'}, {tmp_path / 'sheet_2.png'} first" in capsys.readouterr().out
+
+
+BAD_BOXES = [
+    ("", "no column name, left, top, right, bottom; expected name,left,top,right,bottom"),
+    ("name,left,top,right\n", "no column bottom"),
+    (HEADER + "corner,2,18,31\n", "line 2: corner has the box 2,18,31,; expected four whole"),
+    (HEADER + "corner,2,18,31,4.5\n", "expected four whole numbers"),
+    (HEADER + "dog,2,18,31,47\n", "line 2: 'dog' is no picture of the folder"),
+    (HEADER + "corner,2,18,31,47\n" * 2, "line 3: 'corner' is no picture of the folder, or has"),
+    (HEADER + "corner,\xff\n", "codec can't decode"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_BOXES, ids=[m[:20] for _, m in BAD_BOXES])
+def test_mistakes_in_the_boxes_are_one_line_and_2(script, photos, boxes, capsys, text, message):
+    boxes.write_text(text, encoding="latin-1")
+    assert script("--boxes", boxes) == 2
+    (line,) = errors(capsys)
+    assert line.startswith(f"error: {boxes}: ") and message in line
+    assert not list(photos.glob("*_bg.png"))
+
+
+def test_box_that_does_not_fit_costs_a_line(script, boxes, capsys):
+    boxes.write_text(HEADER + "corner,2,18,65,47\nlarge,4,4,60,60\n")
+    assert script("--boxes", boxes) == 3
+    (line,) = errors(capsys)
+    assert "corner.png: box 2,18,65,47 is empty or outside the picture of 64 x 64" in line
+
+
+def test_mistakes_on_the_command_line(script, photos, tmp_path, capsys):
+    shutil.copy(photos / "large.png", photos / "large.webp")
+    for arguments, message in (
+        ((), "large.webp: has the name of large.png; rename one of them"),
+        (("--boxes", tmp_path / "none.csv"), "none.csv: No such file or directory"),
+        (("--sheet", tmp_path / "sheet.jpg"), "expected a file name that ends in .png"),
+        (("--sheet", photos / "sheet.png"), "lies among the pictures; choose another folder"),
+    ):
+        assert script(*arguments) == 2
+        (line,) = errors(capsys)
+        assert message in line
+        (photos / "large.webp").unlink(missing_ok=True)
+    assert not list(photos.glob("*_bg.png"))

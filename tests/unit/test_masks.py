@@ -1,0 +1,152 @@
+"""Masks by GrabCut: what it starts from, what it finds, and where it says that it cannot."""
+
+import cv2
+import numpy as np
+import pytest
+
+from elite.masks import Box, centred_prior, grab_cut, prior_of_box, without_specks
+from small_world import masks
+from small_world.render import Pose, draw
+from small_world.world import Thing
+
+HEART = Thing("heart", "solid", "purple", None)
+
+
+def render(
+    x: float = 0.5, y: float = 0.5, half_width: float = 0.32, size: int = 96, thing: Thing = HEART
+) -> tuple[np.ndarray, np.ndarray]:
+    """A thing on wood, uint8 (H, W, 3), and its true mask, bool (H, W)."""
+    rng = np.random.default_rng(0)
+    image, mask = draw(thing, "table", rng, size, Pose(x, y, half_width, 5, False))
+    return image, mask > 0
+
+
+def overlap(one: np.ndarray, other: np.ndarray) -> float:
+    """Intersection over union."""
+    return float((one & other).sum() / (one | other).sum())
+
+
+def around(mask: np.ndarray, margin: int = 3) -> Box:
+    rows, columns = np.nonzero(mask)
+    return Box(
+        max(0, columns.min() - margin),
+        max(0, rows.min() - margin),
+        min(mask.shape[1], columns.max() + 1 + margin),
+        min(mask.shape[0], rows.max() + 1 + margin),
+    )
+
+
+# --- what GrabCut starts from ---------------------------------------------------------------------
+
+
+def test_prior_of_a_box_is_likely_object_inside_and_background_outside():
+    prior = prior_of_box(10, 20, Box(2, 3, 7, 9))
+    assert prior.shape == (10, 20) and prior.dtype == np.uint8
+    assert (prior[3:9, 2:7] == cv2.GC_PR_FGD).all()
+    assert (prior != cv2.GC_BGD).sum() == 6 * 5
+
+
+@pytest.mark.parametrize(
+    "box", [(5, 5, 5, 9), (5, 9, 6, 9), (7, 5, 2, 9), (-1, 0, 5, 5), (0, 0, 21, 5), (0, 0, 5, 11)]
+)
+def test_empty_boxes_and_boxes_outside_are_refused(box):
+    with pytest.raises(ValueError) as caught:
+        prior_of_box(10, 20, Box(*box))
+    text = ",".join(map(str, box))
+    assert f"box {text} is empty or outside the picture of 20 x 10" in str(caught.value)
+
+
+def test_box_of_the_whole_picture_leaves_no_background():
+    with pytest.raises(ValueError, match="box 0,0,20,10 is the whole picture"):
+        prior_of_box(10, 20, Box(0, 0, 20, 10))
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 40), (30, 90), (91, 31)])
+def test_centred_prior_has_object_in_the_middle_and_background_at_the_border(height, width):
+    prior = centred_prior(height, width)
+    assert prior.shape == (height, width)
+    assert np.array_equal(prior, prior[::-1]) and np.array_equal(prior, prior[:, ::-1])
+    assert prior[height // 2, width // 2] == cv2.GC_PR_FGD
+    border = np.concatenate([prior[0], prior[-1], prior[:, 0], prior[:, -1]])
+    assert (border == cv2.GC_BGD).all()
+    assert 0.4 < (prior == cv2.GC_PR_FGD).mean() < 0.7
+
+
+# --- what it finds --------------------------------------------------------------------------------
+
+
+def test_object_in_the_middle_is_found_without_a_box():
+    image, mask = render()
+    assert overlap(grab_cut(image, centred_prior(*mask.shape)), mask) > 0.97
+
+
+def test_hole_of_a_mug_is_no_object():
+    image, mask = render(thing=Thing("mug", "solid", "blue", None))
+    found = grab_cut(image, centred_prior(*mask.shape))
+    assert overlap(found, mask) > 0.97
+    holes = cv2.connectedComponents((~found).astype(np.uint8), connectivity=4)[0] - 1
+    assert holes == 2, "the background, and the one in the handle"
+
+
+def test_object_at_the_border_needs_a_box():
+    image, mask = render(x=0.2, y=0.2, half_width=0.15)
+    with pytest.raises(ValueError, match="give it a box"):
+        grab_cut(image, centred_prior(*mask.shape))
+    assert overlap(grab_cut(image, prior_of_box(*mask.shape, around(mask))), mask) > 0.97
+
+
+def test_large_pictures_keep_their_size_and_find_the_same(monkeypatch):
+    monkeypatch.setattr("elite.masks.WORKING_SIDE", 96)
+    image, mask = render(size=180)
+    found = grab_cut(image[:150], centred_prior(150, 180))
+    assert found.shape == (150, 180) and found.dtype == bool
+    assert overlap(found, mask[:150]) > 0.95
+
+
+def test_same_picture_same_mask():
+    image, mask = render(thing=Thing("umbrella", "striped", "blue", "red"))
+    noisy = np.random.default_rng(1).normal(image, 30).clip(0, 255).astype(np.uint8)
+    found = set()
+    for seed in range(6):  # other draws would give other colour models here
+        cv2.setRNGSeed(seed)
+        found.add(grab_cut(noisy, centred_prior(*mask.shape)).tobytes())
+    assert len(found) == 1
+
+
+def test_small_parts_are_dropped_and_large_ones_kept():
+    mask = np.zeros((40, 40), bool)
+    mask[2:22, 2:22] = True  # 400
+    mask[30:36, 30:36] = True  # 36: part of the object
+    mask[30, 2] = mask[38, 38] = True
+    kept = without_specks(mask)
+    assert kept[5, 5] and kept[32, 32] and not kept[30, 2] and not kept[38, 38]
+    assert kept.sum() == 436
+
+
+def test_speck_of_the_objects_colour_is_no_object():
+    image, mask = render(half_width=0.25)
+    image[70:73, 70:73] = image[48, 48]
+    assert not mask[65:75, 65:75].any()
+    assert not grab_cut(image, centred_prior(*mask.shape))[65:75, 65:75].any()
+
+
+# --- what it cannot find --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 300)], ids=str)
+def test_pictures_of_few_pixels_are_refused(size):
+    with pytest.raises(ValueError, match="GrabCut found no object; give it a box, or paint"):
+        grab_cut(np.zeros((*size, 3), np.uint8), centred_prior(*size))
+
+
+def test_box_of_few_pixels_is_refused():
+    image, mask = render()
+    with pytest.raises(ValueError, match="GrabCut found no object"):
+        grab_cut(image, prior_of_box(*mask.shape, Box(3, 3, 4, 4)))
+
+
+def test_measuring_prints_a_row_per_case(capsys):
+    assert masks.main(["--count", "3", "--size", "128"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(masks.CASES) and all(line.count("|") == 4 for line in lines)
+    assert lines[3] == "| in the middle, 30 % | 1.00, 3 of 3 | 1.00, 3 of 3 |"
