@@ -17,7 +17,7 @@ def main() -> int:
     quiet_libraries()
     from elite.app import build_page
     from elite.app_handlers import AppHandlers
-    from elite.app_server import check_exposure, read_auth, serve
+    from elite.app_server import check_exposure, private_files, read_auth, serve
     from elite.data import PairFolder
     from elite.inference import load_pipeline
     from elite.studio import Studio
@@ -33,15 +33,16 @@ def main() -> int:
     )
     examples = PairFolder(config.test_data_dir)
     handlers = AppHandlers(studio, examples, round(config.max_megapixels * 1e6))
-    serve(
-        build_page(handlers),
-        host=config.host,
-        port=config.port,
-        share=config.share,
-        auth=auth,
-        max_upload=config.max_upload_mb * 2**20,
-        queue_size=config.queue_size,
-    )
+    with private_files():
+        serve(
+            build_page(handlers),
+            host=config.host,
+            port=config.port,
+            share=config.share,
+            auth=auth,
+            max_upload=config.max_upload_mb * 2**20,
+            queue_size=config.queue_size,
+        )
     return OK
 
 

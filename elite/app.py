@@ -3,15 +3,17 @@
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import gradio as gr
-from gradio.data_classes import ImageData
+from gradio.data_classes import FileData, ImageData
+from gradio.utils import get_upload_folder
 
 from elite.app_handlers import AppHandlers, Stop, Values, example_pictures
 from elite.settings import SAMPLERS
 from elite.studio import MAX_GUIDANCE, MAX_LAMBDA, MAX_STEPS
 
+T = TypeVar("T", gr.Image, gr.File)
 HERE = Path(__file__).parent
 SMALL = 128  # pictures of a side below this are shown with their pixels
 KEEP_FILES = (600, 3600)  # every so many seconds, files older than so many seconds are deleted
@@ -22,7 +24,7 @@ INTRODUCTION = (
 )
 OBJECT = ("picture", "squaring", "position", "method", "marks", "mask", "concept_file")
 DRAWING = ("prompts", "lambda_", "count", "guidance", "steps", "scheduler", "seed", "words")
-LOOKED = ("marks", "views", "object_message", "square", "mask")
+LOOKED = ("marks", "views", "object_message", "square", "mask_part")
 LOOK_AGAIN = (
     ("squaring", "change"),
     ("position", "release"),
@@ -32,18 +34,53 @@ LOOK_AGAIN = (
 )
 PICKED = ("picture", "mask", "method", "object_message")
 SAVED = ("saved", "object_message")
-DRAWN = ("gallery", "status", "strip")
+DRAWN = ("gallery", "status", "strip", "strip_part")
 BUTTONS = ("draw", "sweep", "stop_button")
 
 
-class PictureFile(gr.Image):
-    """An image component that hands on the uploaded file as it is, to be read by elite/images.py:
-    one way to read pictures, and one message where that fails."""
+def uploaded_path(payload: FileData | ImageData | None) -> str | None:
+    """The uploaded file as it is; refuses any other file of this machine, and addresses.
 
-    is_template = True
+    Gradio itself checks only payloads that call themselves files.
+    """
+    if payload is None:
+        return None
+    folder = Path(get_upload_folder()).resolve()
+    path = Path(payload.path or "").resolve()
+    if not path.is_relative_to(folder) or not path.is_file():
+        raise gr.Error("this is no uploaded file", print_exception=False)
+    return str(path)
 
-    def preprocess(self, payload: ImageData | None) -> str | None:
-        return payload.path if payload is not None else None
+
+def as_uploaded(control: T) -> T:
+    """Makes a control hand on the file as it is, to be read by elite/: one way to read pictures,
+    and a message where that fails.
+
+    Gradio's own reading comes back where the control itself is updated; update a group around it.
+    """
+    control.preprocess = uploaded_path  # type: ignore[method-assign,assignment]
+    return control
+
+
+def picture_input(**options: Any) -> gr.Image:
+    """A control for a picture file."""
+    return as_uploaded(
+        gr.Image(sources=["upload", "clipboard"], type="filepath", buttons=[], **options)
+    )
+
+
+def gallery(label: str, buttons: Sequence[Any] = (), **options: Any) -> gr.Gallery:
+    """Pictures below a line that says what they are; Gradio's own label would cover them."""
+    gr.Markdown(label)
+    return gr.Gallery(
+        label=label,
+        show_label=False,
+        object_fit="contain",
+        interactive=False,
+        format="png",
+        buttons=list(buttons),
+        **options,
+    )
 
 
 def build_page(handlers: AppHandlers) -> gr.Blocks:
@@ -60,6 +97,8 @@ def build_page(handlers: AppHandlers) -> gr.Blocks:
                 _object_part(controls, handlers)
             with gr.Column(min_width=320):
                 _prompt_part(controls, handlers)
+        for name, control in controls.items():
+            control.elem_id = name  # for the style sheet and the tests
         _wire(controls, handlers)
     return page
 
@@ -67,25 +106,16 @@ def build_page(handlers: AppHandlers) -> gr.Blocks:
 def _object_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
     """Picture, square, mask, what the model sees, and the object as a file."""
     gr.Markdown("## 1. Your object")
-    controls["picture"] = PictureFile(
-        label="Picture of one object (drop, click or paste)",
-        sources=["upload", "clipboard"],
-        type="filepath",
-        height=240,
-        buttons=[],
-        elem_id="picture",
+    controls["picture"] = picture_input(
+        label="Picture of one object (drop, click or paste)", height=240
     )
     if handlers.examples is not None:
-        controls["examples"] = gr.Gallery(
-            example_pictures(handlers.examples),
-            label="Or an example",
+        controls["examples"] = gallery(
+            "Or an example",
+            value=example_pictures(handlers.examples),
             columns=6,
             height=150,
             allow_preview=False,
-            buttons=[],
-            interactive=False,
-            format="png",
-            elem_id="examples",
         )
     with gr.Group(visible=False) as controls["square"]:
         controls["squaring"] = gr.Radio(
@@ -110,44 +140,33 @@ def _object_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
         ],
         value="centre",
         label="Where the object is: only this part lends its details to your pictures",
-        elem_id="method",
     )
-    controls["mask"] = PictureFile(
-        label="Mask of the picture: white where the object is, black elsewhere",
-        sources=["upload", "clipboard"],
-        type="filepath",
-        height=160,
-        visible=False,
-        buttons=[],
-        elem_id="mask",
-    )
+    with gr.Group(visible=False) as controls["mask_part"]:
+        controls["mask"] = picture_input(
+            label="Mask of the picture: white where the object is, black elsewhere",
+            height=160,
+        )
     controls["marks"] = gr.HTML(
         value="",
         html_template=(HERE / "app_marker.html").read_text(encoding="utf-8"),
         js_on_load=(HERE / "app_marker.js").read_text(encoding="utf-8"),
         picture="",
         method="centre",
-        elem_id="marker",
     )
-    controls["object_message"] = gr.HTML(elem_id="object_message")
-    controls["views"] = gr.Gallery(
-        label="What the model sees: the picture, the object, the patches it reads (not pink)",
+    controls["object_message"] = gr.HTML()
+    controls["views"] = gallery(
+        "What the model sees: the picture, the object, the patches it reads (not pink)",
         columns=3,
-        height=170,
-        object_fit="contain",
         allow_preview=False,
-        buttons=[],
-        interactive=False,
-        format="png",
-        elem_id="views",
     )
     with gr.Accordion("Keep the object as a file, or use one", open=False):
         controls["save"] = gr.Button("Make a file of this object")
         controls["saved"] = gr.File(label="The object's file, for download", interactive=False)
-        controls["concept_file"] = gr.File(
-            label="Draw the object of this file instead of the picture",
-            file_types=[".safetensors"],
-            elem_id="concept_file",
+        controls["concept_file"] = as_uploaded(
+            gr.File(
+                label="Draw the object of this file instead of the picture",
+                file_types=[".safetensors"],
+            )
         )
 
 
@@ -162,9 +181,8 @@ def _prompt_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
         info=f"{word} stands for your object, once in each prompt; several prompts: one a line.",
         lines=2,
         max_lines=8,
-        elem_id="prompts",
     )
-    controls["prompt_message"] = gr.HTML(elem_id="prompt_message")
+    controls["prompt_message"] = gr.HTML()
     controls["lambda_"] = gr.Slider(
         0,
         MAX_LAMBDA,
@@ -173,7 +191,6 @@ def _prompt_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
         label="Likeness to your object (lambda)",
         info="0: only a rough idea of it. 0.6: room for the prompt. 0.8: the object itself.",
         visible=studio.has_details,
-        elem_id="lambda",
     )
     controls["count"] = gr.Slider(1, 8, 2, step=1, label="Pictures of each prompt")
     with gr.Accordion("More settings", open=False):
@@ -199,7 +216,6 @@ def _prompt_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
             precision=0,
             label="Seed: the same number draws the same pictures",
             info="-1 picks one, which is shown with the pictures.",
-            elem_id="seed",
         )
         controls["words"] = gr.Radio(
             [("The object's word alone (w0)", "0"), ("All words, background and pose too", "all")],
@@ -207,33 +223,25 @@ def _prompt_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
             label="What is read from the whole picture",
         )
     with gr.Row():
-        controls["draw"] = gr.Button("Draw", variant="primary", elem_id="draw")
-        controls["sweep"] = gr.Button(
-            "Compare likeness 0 to 1.5", visible=studio.has_details, elem_id="sweep"
-        )
-        controls["stop_button"] = gr.Button(
-            "Stop", variant="stop", interactive=False, elem_id="stop"
-        )
-    controls["status"] = gr.HTML(min_height=80, elem_id="status")
-    controls["gallery"] = gr.Gallery(
-        label="Pictures, after your object; select one to enlarge and download it",
+        controls["draw"] = gr.Button("Draw", variant="primary")
+        controls["sweep"] = gr.Button("Compare likeness 0 to 1.5", visible=studio.has_details)
+        controls["stop_button"] = gr.Button("Stop", variant="stop", interactive=False)
+    controls["status"] = gr.HTML()
+    controls["gallery"] = gallery(
+        "Pictures, after your object; select one to enlarge and download it",
         columns=3,
-        object_fit="contain",
         buttons=["download", "download_all", "fullscreen"],
-        interactive=False,
-        format="png",
-        elem_id="gallery",
         elem_classes=pixels,
     )
-    controls["strip"] = gr.Image(
-        label="Likeness from 0 to 1.5, left to right, same seed",
-        visible=False,
-        interactive=False,
-        type="filepath",
-        buttons=["download", "fullscreen"],
-        elem_id="strip",
-        alt_text="A row of pictures with lambda growing from left to right",
-    )
+    with gr.Column(visible=False) as controls["strip_part"]:
+        gr.Markdown("Likeness from 0 to 1.5, left to right, same seed")
+        controls["strip"] = gr.Image(
+            show_label=False,
+            interactive=False,
+            type="filepath",
+            buttons=["download", "fullscreen"],
+            alt_text="A row of pictures with lambda growing from left to right",
+        )
 
 
 def _wire(controls: dict[str, Any], handlers: AppHandlers) -> None:
@@ -277,9 +285,6 @@ def _wire(controls: dict[str, Any], handlers: AppHandlers) -> None:
 
         return working
 
-    def save(data: dict) -> dict:
-        return parts(handlers.save_concept(values(data), Path(tempfile.mkdtemp())))
-
     def pick(event: gr.SelectData) -> dict:
         return parts(handlers.pick_example(event.index))
 
@@ -293,7 +298,7 @@ def _wire(controls: dict[str, Any], handlers: AppHandlers) -> None:
         listener(answer(handlers.check), chosen(DRAWING), listed(["prompt_message"]), **quick)
     if "examples" in controls:
         controls["examples"].select(pick, None, listed(PICKED), **quick)
-    controls["save"].click(save, chosen(OBJECT), listed(SAVED), **working)
+    controls["save"].click(work(handlers.save_concept), chosen(OBJECT), listed(SAVED), **working)
 
     for name, handler in (("draw", handlers.draw), ("sweep", handlers.sweep)):
         begun = controls[name].click(_begin, None, listed(("stop", *BUTTONS)), **quick)

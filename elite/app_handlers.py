@@ -21,7 +21,7 @@ from elite.concept import Concept
 from elite.data import PairFolder
 from elite.marking import Shown, read_marks
 from elite.pipeline import Words
-from elite.studio import MAX_PICTURES, MAX_SEED, Drawn, OnProgress, Order, Studio, save_strip
+from elite.studio import MAX_PICTURES, Drawn, OnProgress, Order, Studio, save_strip
 
 Values = dict[str, Any]
 Tell = Callable[..., Any]  # gr.Progress: (steps done, steps in all), desc=, unit=
@@ -30,6 +30,7 @@ EDITOR_SIDE = 512  # pixels of the picture that is marked
 DIMMED = 0.3  # brightness left to what is not object
 SWEEP = (0.0, 0.3, 0.6, 0.8, 1.0, 1.2, 1.5)
 VIEWS = ("picture", "object", "patches read")
+DRAWN_SEEDS = 100_000  # easy to write down
 BROKEN = "something went wrong in the program; its terminal says what"
 
 
@@ -125,7 +126,7 @@ class AppHandlers:
             "views": views,
             "object_message": said,
             "square": gr.update(visible=oblong),
-            "mask": gr.update(visible=method == "file"),
+            "mask_part": gr.update(visible=method == "file"),
         }
 
     def new_picture(self, values: Values) -> Values:
@@ -133,9 +134,10 @@ class AppHandlers:
         looked = self.look({**values, "marks": ""})
         return {**looked, "marks": {**looked["marks"], "value": ""}}
 
-    def pick_example(self, index: int) -> Values:
+    def pick_example(self, index: Any) -> Values:
         """An example's picture and mask."""
         try:
+            index = whole("example", index)
             if self.examples is None or not 0 <= index < len(self.examples):
                 raise ValueError(f"example {index}: no such example")
             picture, mask = self.examples.read(index)
@@ -163,15 +165,16 @@ class AppHandlers:
         square, mask = shown.square(picture), shown.read_mask(picture)
         return self.studio.encode(square, mask), self.studio.look(square, mask)[0]
 
-    def save_concept(self, values: Values, folder: Path) -> Values:
-        """The object as a file in the folder."""
+    def save_concept(self, values: Values, folder: Path, tell: Tell) -> Iterator[Values]:
+        """The object as a file in the folder, which the page copies."""
         try:
             concept, _ = self._concept(values)
             path = folder / "object.safetensors"
             concept.save(path)
         except Exception as error:
-            return {"saved": None, "object_message": problem(error)}
-        return {"saved": str(path), "object_message": ""}
+            yield {"saved": None, "object_message": problem(error)}
+            return
+        yield {"saved": str(path), "object_message": ""}
 
     # --- pictures ---------------------------------------------------------------------------------
 
@@ -200,7 +203,7 @@ class AppHandlers:
         count = 1 if sweep else whole("number of pictures", values["count"])
         seed = whole("seed", values["seed"])
         if seed < 0:
-            seed = secrets.randbelow(MAX_SEED - MAX_PICTURES)
+            seed = secrets.randbelow(DRAWN_SEEDS)
         return Order(
             prompts=self.studio.check_prompts(values["prompts"] or "", words),
             seeds=tuple(range(seed, seed + min(count, MAX_PICTURES + 1))),
@@ -216,18 +219,17 @@ class AppHandlers:
         tiles: list[Any] = []
         try:
             order = self._order(values, sweep)
-            yield {"gallery": [], "strip": gr.update(visible=False), "status": message("reading")}
+            yield {"gallery": [], "strip_part": gr.update(visible=False), "status": ""}
             concept, seen = self._concept(values)
             tiles += [] if seen is None else [(seen, "your object")]
-            told = self._teller(values["stop"], tell)
+            told = teller(values["stop"], tell)
             for batch in self.studio.draw(concept, order, told):
                 for one in batch:
                     path = folder / f"{len(drawn):05d}_{one.seed:05d}.png"
                     one.save(path)
                     tiles.append((str(path), caption(one)))
                     drawn.append(one)
-                said = message(f"{len(drawn)} of {order.count} pictures")
-                yield {"gallery": list(tiles), "status": said}
+                yield {"gallery": list(tiles)}
         except Stopped:
             yield {"status": message(f"stopped after {len(drawn)} pictures")}
             return
@@ -238,22 +240,26 @@ class AppHandlers:
         if sweep:
             path = folder / f"sweep_{order.seeds[0]:05d}.png"
             save_strip(drawn, seen, path)
-            done["strip"] = gr.update(value=str(path), visible=True)
+            done |= {"strip": str(path), "strip_part": gr.update(visible=True)}
         yield done
 
-    def _teller(self, stop: Stop, tell: Tell) -> OnProgress:
-        def on_progress(done: int, total: int, seconds: float) -> None:
-            if stop.requested:
-                raise Stopped
-            tell((done, total), desc=f"about {math.ceil(seconds)} s left", unit="steps")
 
+def teller(stop: Stop, tell: Tell) -> OnProgress:
+    """Tells the page of each step, and ends the drawing once that is wanted."""
+
+    def on_progress(done: int, total: int, seconds: float) -> None:
         if stop.requested:
             raise Stopped
-        return on_progress
+        tell((done, total), desc=f"about {math.ceil(seconds)} s left", unit="steps")
+
+    if stop.requested:
+        raise Stopped
+    return on_progress
 
 
 def caption(drawn: Drawn) -> str:
-    return f"{drawn.prompt}, seed {drawn.seed}, lambda {drawn.lambda_:g}"
+    """Of a thumbnail, which shows its beginning."""
+    return f"\u03bb {drawn.lambda_:g}, seed {drawn.seed}: {drawn.prompt}"
 
 
 def seeds_of(order: Order) -> str:

@@ -1,6 +1,9 @@
 """Serves the page: who may reach it, and how much they may send."""
 
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 AUTH_VARIABLE = "ELITE_APP_AUTH"
+FILES_VARIABLE = "GRADIO_TEMP_DIR"
 MAX_SESSIONS = 200  # whose state is kept; older ones start anew
 STYLE = Path(__file__).with_name("app.css")
 FONT, MONOSPACE = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")  # none to download
@@ -56,6 +60,24 @@ class _TooLong(Exception):
     pass
 
 
+@contextmanager
+def private_files() -> Iterator[Path]:
+    """Within it, what people upload and get lies in a folder of this process alone, deleted at the
+    end; Gradio's own is one for all its apps, which any user of the machine can read.
+
+    A page is to be built within it.
+    """
+    before = os.environ.get(FILES_VARIABLE)
+    with tempfile.TemporaryDirectory(prefix="elite_app_", ignore_cleanup_errors=True) as folder:
+        os.environ[FILES_VARIABLE] = folder
+        try:
+            yield Path(folder)
+        finally:
+            os.environ.pop(FILES_VARIABLE)
+            if before is not None:
+                os.environ[FILES_VARIABLE] = before
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches the address."""
     try:
@@ -97,6 +119,17 @@ def check_exposure(host: str, share: bool, auth: tuple[str, str] | None) -> str 
     return f"warning: {flag}: {where} with the password can draw with this machine"
 
 
+def theme() -> gr.themes.Base:
+    """Gradio's, with more contrast."""
+    colours = {
+        name + mode: f"*neutral_{shade}"
+        for name in ("block_info_text_color", "body_text_color_subdued", "block_label_text_color")
+        for mode, shade in (("", 600), ("_dark", 300))
+    }
+    base = gr.themes.Default(primary_hue="indigo", font=FONT, font_mono=MONOSPACE)
+    return base.set(**colours)
+
+
 def serve(
     page: gr.Blocks,
     *,
@@ -132,7 +165,7 @@ def serve(
             max_file_size=max_upload,
             app_kwargs={"middleware": [Middleware(BodyLimit, limit=max_upload + slack)]},
             state_session_capacity=MAX_SESSIONS,
-            theme=gr.themes.Default(font=FONT, font_mono=MONOSPACE),
+            theme=theme(),
             css_paths=[STYLE],
             footer_links=[],
             run_history=False,

@@ -144,7 +144,8 @@ def paint(mask: np.ndarray, strokes: tuple[Stroke, ...]) -> np.ndarray:
     side = len(mask)
     canvas = mask.astype(np.uint8)
     for stroke in strokes:
-        points = np.round(np.array(stroke.points) * side - 0.5).astype(np.int32)
+        line = np.array([*stroke.points, stroke.points[-1]])  # OpenCV draws no line of one point
+        points = np.round(line * side - 0.5).astype(np.int32)
         width = max(1, round(stroke.width * side))
         cv2.polylines(canvas, [points], False, int(not stroke.erase), width)
     return canvas > 0

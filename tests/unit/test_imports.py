@@ -14,6 +14,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # A module imports only from lines above its own.
 LAYERS = (
     (
+        "app_server",
         "augment",
         "console",
         "files",
@@ -26,10 +27,12 @@ LAYERS = (
         "text",
     ),
     ("attention", "checkpoint", "concept", "config", "data", "masks"),
-    ("latents", "metrics", "objectives", "pictures", "pipeline", "subjects", "training"),
+    ("latents", "marking", "metrics", "objectives", "pictures", "pipeline", "subjects", "training"),
     ("encoding", "textual_inversion"),
     ("drawing",),
-    ("evaluation", "inference", "stages"),
+    ("evaluation", "inference", "stages", "studio"),
+    ("app_handlers",),
+    ("app",),
 )
 LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
 SAME_LAYER = {("augment", "images")}  # a leaf that uses another
