@@ -63,9 +63,11 @@ def as_uploaded(control: T) -> T:
 
 
 def picture_input(**options: Any) -> gr.Image:
-    """A control for a picture file."""
+    """A control for a picture file; what the server puts there stays lossless, as masks must."""
     return as_uploaded(
-        gr.Image(sources=["upload", "clipboard"], type="filepath", buttons=[], **options)
+        gr.Image(
+            sources=["upload", "clipboard"], type="filepath", format="png", buttons=[], **options
+        )
     )
 
 

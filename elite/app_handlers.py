@@ -77,7 +77,7 @@ def example_pictures(examples: PairFolder) -> list[tuple[str, str]]:
 
 def whole(name: str, value: Any) -> int:
     """A whole number from a control. Raises ValueError."""
-    if not isinstance(value, int | float) or value != value or value != round(value):
+    if not isinstance(value, int | float) or not math.isfinite(value) or value != round(value):
         raise ValueError(f"{name} {value!r}: expected a whole number")
     return int(value)
 

@@ -11,6 +11,8 @@ from typing import Any
 import gradio as gr
 import httpx
 import pytest
+from gradio.utils import get_upload_folder
+from gradio_client.utils import apply_diff
 from PIL import Image
 
 from elite.app import build_page
@@ -56,6 +58,10 @@ class Client:
         self.ids = {part["props"].get("elem_id"): part["id"] for part in parts}
         self.names = {number: name for name, number in self.ids.items()}
 
+    @property
+    def files_folder(self) -> str:
+        return get_upload_folder()
+
     def dependency(self, name: str, event: str, then: bool = False) -> dict[str, Any]:
         """What an event of a control starts, or what follows that."""
         listeners = self.page.config["dependencies"]
@@ -87,22 +93,26 @@ class Client:
                     yield json.loads(line.removeprefix("data: "))
 
     def call(self, dependency: dict[str, Any], **values: Any) -> dict[str, Any]:
-        """What a request changes on the page, by control."""
+        """What a request leaves on the page, by control."""
         self.ask(dependency, **values).raise_for_status()
-        changed: dict[str, Any] = {}
+        names = [self.names.get(number) for number in dependency["outputs"]]
+        held: dict[str, Any] = {}
+        data: list[Any] = []
         for said in self.messages():
-            if said["msg"] in ("process_generating", "process_completed"):
-                if not said["success"]:
-                    raise RuntimeError(said["output"].get("error"))
-                if said["msg"] == "process_completed" or not changed:
-                    changed |= self.read(dependency, said["output"]["data"])
-            if said["msg"] in ("process_completed", "close_stream"):
-                return changed
-        return changed
-
-    def read(self, dependency: dict[str, Any], data: list[Any]) -> dict[str, Any]:
-        names = (self.names.get(number) for number in dependency["outputs"])
-        return {name: value for name, value in zip(names, data, strict=True) if name}
+            if said["msg"] not in ("process_generating", "process_completed"):
+                continue
+            if not said["success"]:
+                raise RuntimeError(said["output"]["error"])
+            new = said["output"].get("data", data)
+            if data and said["msg"] == "process_generating":  # only what differs
+                new = [apply_diff(*pair) for pair in zip(data, new, strict=True)]
+            data = new
+            for name, value in zip(names, data, strict=True):
+                if value != {"__type__": "update"}:  # stays as it is
+                    held[name or ""] = value
+            if said["msg"] == "process_completed":
+                break
+        return held
 
     def fetch(self, value: dict[str, Any]) -> bytes:
         """A file of an answer."""
