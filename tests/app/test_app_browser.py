@@ -180,7 +180,8 @@ def test_everything_works_by_keyboard(visit, disc):
     views(page)
     settings(page, steps=2)
     page.get_by_label("In the middle (found by GrabCut)").focus()
-    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Space")
     said(page, "object_message", "no box yet")
     page.locator("#marks canvas").focus()
     for key, times in (("ArrowLeft", 18), ("ArrowUp", 18), (" ", 1)):
@@ -227,7 +228,7 @@ def test_stop_stops(visit, pairs):
     views(page)
     settings(page, steps=30, count=8)
     page.click("#draw")
-    page.wait_for_selector("#gallery .grid-container button:nth-child(2)")
+    page.locator("#gallery .grid-container button").nth(1).wait_for()
     sync_api.expect(page.locator("#status")).to_contain_text(re.compile(r"about \d+ s left"))
     page.click("#stop_button")
     said(page, "status", "stopped after")
