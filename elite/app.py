@@ -143,7 +143,7 @@ def _object_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
         value="centre",
         label="Where the object is: only this part lends its details to your pictures",
     )
-    with gr.Group(visible=False) as controls["mask_part"]:
+    with gr.Column(visible=False) as controls["mask_part"]:
         controls["mask"] = picture_input(
             label="Mask of the picture: white where the object is, black elsewhere",
             height=160,

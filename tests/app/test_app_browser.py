@@ -16,7 +16,8 @@ from PIL import Image
 
 from tests.app.conftest import noise_file
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt install chromium")
 sync_api = pytest.importorskip("playwright.sync_api")
 
