@@ -17,7 +17,7 @@ from PIL import Image
 
 from elite.app import build_page
 from elite.app_handlers import AppHandlers, Stop
-from elite.app_server import serve
+from elite.app_server import private_files, serve
 from elite.data import PairFolder
 from elite.studio import Studio
 from tests import tiny
@@ -149,10 +149,11 @@ def values(pairs: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def served(handlers: AppHandlers) -> Iterator[tuple[gr.Blocks, str]]:
-    page = build_page(handlers)
-    url = serve(page, max_upload=MAX_UPLOAD, queue_size=QUEUE, prevent_thread_lock=True, quiet=True)
-    yield page, url
-    page.close()
+    with private_files():
+        page = build_page(handlers)
+        options = {"prevent_thread_lock": True, "quiet": True}
+        yield page, serve(page, max_upload=MAX_UPLOAD, queue_size=QUEUE, **options)
+        page.close()
 
 
 @pytest.fixture
