@@ -18,6 +18,7 @@ import yaml
 
 from elite.files import write_atomically
 from elite.settings import (
+    AppConfig,
     EncodeConfig,
     EvaluateConfig,
     InferenceGlobalConfig,
@@ -31,6 +32,7 @@ from elite.settings import (
 )
 
 __all__ = [
+    "AppConfig",
     "EncodeConfig",
     "EvaluateConfig",
     "InferenceGlobalConfig",

@@ -2,7 +2,7 @@
 metadata), concept files or prompts, and one contact sheet of each."""
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -48,9 +48,16 @@ class Drawing:
         prompts: Sequence[str],
         concepts: Sequence[Concept],
         seeds: Sequence[int],
+        on_step: Callable[[], None] | None = None,
     ) -> list[Image.Image]:
-        """One picture per prompt, concept and seed. Raises ValueError where a prompt does not
-        fit."""
+        """One picture per prompt, concept and seed; `on_step` is called after each denoising step.
+        Raises ValueError where a prompt does not fit, and what `on_step` raises."""
+
+        def step_ended(*_: Any) -> dict[str, Any]:
+            if on_step is not None:
+                on_step()
+            return {}
+
         if self.lambda_ == 0:  # the local branch would add zeros
             concepts = [replace(concept, feature_tokens=None) for concept in concepts]
         return pipe(
@@ -64,6 +71,7 @@ class Drawing:
             width=self.resolution,
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
+            callback_on_step_end=step_ended,
         ).images
 
     def text(self, pipe: ElitePipeline) -> dict[str, str]:

@@ -19,14 +19,17 @@ SAME_ASPECT = (
 )
 
 
-def _open(path: Path | str) -> Image.Image:
+def _open(path: Path | str, max_pixels: int | None = None) -> Image.Image:
     """The decoded picture, upright (EXIF rotation applied)."""
     try:
         with Image.open(path) as image:
+            _check_pixels(path, image, max_pixels)
             image.load()
             return ImageOps.exif_transpose(image)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; expected an image") from None
+    except _TooManyPixels:
+        raise
     except (
         OSError,
         UnidentifiedImageError,
@@ -37,6 +40,18 @@ def _open(path: Path | str) -> Image.Image:
         raise ValueError(
             f"{path}: not a readable image ({error}); save it again as PNG or JPEG"
         ) from None
+
+
+class _TooManyPixels(ValueError):
+    """Says itself what is wrong."""
+
+
+def _check_pixels(path: Path | str, image: Image.Image, max_pixels: int | None) -> None:
+    if max_pixels is not None and image.width * image.height > max_pixels:
+        raise _TooManyPixels(
+            f"{path}: {image.width} x {image.height} is more than {max_pixels / 1e6:g} million "
+            "pixels; make it smaller"
+        )
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
@@ -62,16 +77,15 @@ def to_mask(image: Image.Image) -> np.ndarray:
     return np.any(values > 0, axis=2) if values.ndim == 3 else values > 0
 
 
-def read_image(path: Path | str) -> np.ndarray:
+def read_image(path: Path | str, max_pixels: int | None = None) -> np.ndarray:
     """RGB picture, uint8 (H, W, 3), upright. Raises ValueError naming the file where it cannot be
-    read."""
-    return to_rgb(_open(path))
+    read, or has more than `max_pixels`, which are then not decoded."""
+    return to_rgb(_open(path, max_pixels))
 
 
-def read_mask(path: Path | str) -> np.ndarray:
-    """Object mask, bool (H, W), upright. Raises ValueError naming the file where it cannot be
-    read."""
-    return to_mask(_open(path))
+def read_mask(path: Path | str, max_pixels: int | None = None) -> np.ndarray:
+    """Object mask, bool (H, W), upright. Raises ValueError as `read_image`."""
+    return to_mask(_open(path, max_pixels))
 
 
 def fit_mask(mask: np.ndarray, image: np.ndarray, name: str = "mask") -> np.ndarray:
@@ -109,6 +123,12 @@ def to_pixels(image: np.ndarray) -> Tensor:
 def to_clip_pixels(image: np.ndarray) -> Tensor:
     """uint8 (H, W, 3) to float32 (3, H, W) with CLIP's mean and deviation."""
     return normalise(image, CLIP_MEAN, CLIP_STD)
+
+
+def from_clip_pixels(clip_pixels: Tensor) -> np.ndarray:
+    """`to_clip_pixels` backwards: float32 (3, H, W) to uint8 (H, W, 3)."""
+    pixels = clip_pixels.permute(1, 2, 0) * torch.tensor(CLIP_STD) + torch.tensor(CLIP_MEAN)
+    return (pixels * 255).round().clamp(0, 255).to(torch.uint8).numpy()
 
 
 def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:

@@ -430,3 +430,41 @@ class EvaluateConfig(WordConfig, LocalConfig, EliteConfig):
     crop_references: bool = setting(
         False, "Compare with the object's box in the concept's picture, not with all of it."
     )
+
+
+@dataclass(kw_only=True)
+class AppConfig(LocalMapperConfig, ConceptConfig):
+    """ELITE in the browser: a picture of an object, its mask, a prompt, pictures."""
+
+    test_data_dir: str = setting(
+        "test_datasets", "Folder of NAME.jpg and NAME_bg.png pairs, the examples.", shipped=True
+    )
+    placeholder_token: str = setting(
+        "S", "The word that stands for the object.", pattern=r"\S+", expected="one word"
+    )
+    resolution: int | None = setting(
+        None, "Side of the pictures in pixels; None means what the model draws.", at_least=8
+    )
+    batch_size: int = setting(1, "Pictures drawn at once; changes no picture.", at_least=1)
+    host: str = setting(
+        "127.0.0.1", "Address to listen at; any but this machine's own needs a password."
+    )
+    port: int | None = setting(
+        None, "Port to listen at; None means the first free one from 7860 on.", at_least=1
+    )
+    share: bool = setting(
+        False, "Open a public link through Gradio's servers as well; needs a password."
+    )
+    auth: str | None = setting(
+        None,
+        "USER:PASSWORD to log in with; None means what ELITE_APP_AUTH says, which other users of "
+        "the machine cannot see.",
+        pattern=r"[^:]+:.+",
+        expected="USER:PASSWORD",
+        secret=True,
+    )
+    max_upload_mb: int = setting(20, "Largest upload in megabytes.", at_least=1)
+    max_megapixels: float = setting(25.0, "Largest picture in million pixels.", above=0)
+    queue_size: int = setting(
+        32, "Requests that may wait; more are refused with a message.", at_least=1
+    )

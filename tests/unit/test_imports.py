@@ -16,6 +16,7 @@ LAYERS = (
     ("files",),
     ("cards",),
     (
+        "app_server",
         "augment",
         "console",
         "images",
@@ -27,10 +28,12 @@ LAYERS = (
         "text",
     ),
     ("attention", "checkpoint", "concept", "config", "data", "masks"),
-    ("latents", "metrics", "objectives", "pictures", "pipeline", "subjects", "training"),
+    ("latents", "marking", "metrics", "objectives", "pictures", "pipeline", "subjects", "training"),
     ("encoding", "textual_inversion"),
     ("drawing",),
-    ("evaluation", "inference", "stages"),
+    ("evaluation", "inference", "stages", "studio"),
+    ("app_handlers",),
+    ("app",),
 )
 LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
 SAME_LAYER = {("augment", "images")}  # a leaf that uses another

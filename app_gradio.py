@@ -1,0 +1,50 @@
+"""ELITE in the browser: upload a picture of an object, mark it, write a prompt, draw.
+
+python app_gradio.py                                  the small world, nothing to download
+python app_gradio.py --pretrained_model_name_or_path CompVis/stable-diffusion-v1-4 \\
+    --global_mapper_path global_mapper.pt --local_mapper_path local_mapper.pt
+ELITE_APP_AUTH=me:secret python app_gradio.py --host 0.0.0.0      others may use it too
+
+Only this machine reaches the page unless --host or --share say otherwise, which need a password.
+"""
+
+from elite.config import AppConfig, parse_config
+from elite.console import OK, quiet_libraries, run
+
+
+def main() -> int:
+    config = parse_config(AppConfig)
+    quiet_libraries()
+    from elite.app import build_page
+    from elite.app_handlers import AppHandlers
+    from elite.app_server import check_exposure, private_files, read_auth, serve
+    from elite.data import PairFolder
+    from elite.inference import load_pipeline
+    from elite.studio import Studio
+
+    auth = read_auth(config.auth)
+    check_exposure(config.host, config.share, auth)  # before the model is loaded
+    studio = Studio(
+        load_pipeline(config, config.local_mapper_path),
+        placeholder_token=config.placeholder_token,
+        resolution=config.resolution,
+        batch_size=config.batch_size,
+        model=config.pretrained_model_name_or_path,
+    )
+    examples = PairFolder(config.test_data_dir)
+    handlers = AppHandlers(studio, examples, round(config.max_megapixels * 1e6))
+    with private_files():
+        serve(
+            build_page(handlers),
+            host=config.host,
+            port=config.port,
+            share=config.share,
+            auth=auth,
+            max_upload=config.max_upload_mb * 2**20,
+            queue_size=config.queue_size,
+        )
+    return OK
+
+
+if __name__ == "__main__":
+    run(main)

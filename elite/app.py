@@ -1,0 +1,324 @@
+"""The page of app_gradio.py: its controls, and what wires them to `AppHandlers`."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import gradio as gr
+from gradio.data_classes import FileData, ImageData
+from gradio.utils import get_upload_folder
+
+from elite.app_handlers import AppHandlers, Stop, Values, example_pictures
+from elite.settings import SAMPLERS
+from elite.studio import MAX_GUIDANCE, MAX_LAMBDA, MAX_STEPS
+
+T = TypeVar("T", gr.Image, gr.File)
+HERE = Path(__file__).parent
+SMALL = 128  # pictures of a side below this are shown with their pixels
+KEEP_FILES = (600, 3600)  # every so many seconds, files older than so many seconds are deleted
+INTRODUCTION = (
+    "# ELITE\n"
+    "One picture of an object becomes a word, `{word}`; write it into a prompt and the object "
+    "appears there."
+)
+OBJECT = ("picture", "squaring", "position", "method", "marks", "mask", "concept_file")
+DRAWING = ("prompts", "lambda_", "count", "guidance", "steps", "scheduler", "seed", "words")
+LOOKED = ("marks", "views", "object_message", "square", "mask_part")
+LOOK_AGAIN = (
+    ("squaring", "change"),
+    ("position", "release"),
+    ("method", "change"),
+    ("mask", "change"),
+    ("marks", "input"),
+)
+PICKED = ("picture", "mask", "method", "object_message")
+SAVED = ("saved", "object_message")
+DRAWN = ("gallery", "status", "strip", "strip_part")
+BUTTONS = ("draw", "sweep", "stop_button")
+
+
+def uploaded_path(payload: FileData | ImageData | None) -> str | None:
+    """The uploaded file as it is; refuses any other file of this machine, and addresses.
+
+    Gradio itself checks only payloads that call themselves files.
+    """
+    if payload is None:
+        return None
+    folder = Path(get_upload_folder()).resolve()
+    path = Path(payload.path or "").resolve()
+    if not path.is_relative_to(folder) or not path.is_file():
+        raise gr.Error("this is no uploaded file", print_exception=False)
+    return str(path)
+
+
+def as_uploaded(control: T) -> T:
+    """Makes a control hand on the file as it is, to be read by elite/: one way to read pictures,
+    and a message where that fails.
+
+    Gradio's own reading comes back where the control itself is updated; update a group around it.
+    """
+    control.preprocess = uploaded_path  # type: ignore[method-assign,assignment]
+    return control
+
+
+def picture_input(**options: Any) -> gr.Image:
+    """A control for a picture file; what the server puts there stays lossless, as masks must."""
+    return as_uploaded(
+        gr.Image(
+            sources=["upload", "clipboard"], type="filepath", format="png", buttons=[], **options
+        )
+    )
+
+
+def gallery(label: str, buttons: Sequence[Any] = (), **options: Any) -> gr.Gallery:
+    """Pictures below a line that says what they are; Gradio's own label would cover them."""
+    gr.Markdown(label)
+    return gr.Gallery(
+        label=label,
+        show_label=False,
+        object_fit="contain",
+        interactive=False,
+        format="png",
+        buttons=list(buttons),
+        **options,
+    )
+
+
+def build_page(handlers: AppHandlers) -> gr.Blocks:
+    """The page over these handlers, with a bounded queue still to be set."""
+    controls: dict[str, Any] = {}
+    word = handlers.studio.placeholder_token
+    with gr.Blocks(
+        title="ELITE", analytics_enabled=False, delete_cache=KEEP_FILES, fill_width=True
+    ) as page:
+        gr.Markdown(INTRODUCTION.format(word=word))
+        controls["stop"] = gr.State(Stop())
+        with gr.Row():
+            with gr.Column(min_width=320):
+                _object_part(controls, handlers)
+            with gr.Column(min_width=320):
+                _prompt_part(controls, handlers)
+        for name, control in controls.items():
+            control.elem_id = name  # for the style sheet and the tests
+        _wire(controls, handlers)
+    return page
+
+
+def _object_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
+    """Picture, square, mask, what the model sees, and the object as a file."""
+    gr.Markdown("## 1. Your object")
+    controls["picture"] = picture_input(
+        label="Picture of one object (drop, click or paste)", height=240
+    )
+    if handlers.examples is not None:
+        controls["examples"] = gallery(
+            "Or an example",
+            value=example_pictures(handlers.examples),
+            columns=6,
+            height=150,
+            allow_preview=False,
+        )
+    with gr.Group(visible=False) as controls["square"]:
+        controls["squaring"] = gr.Radio(
+            [("Cut the longer side off", "crop"), ("Add white to the shorter side", "pad")],
+            value="crop",
+            label="The model reads squares: how the picture becomes one",
+        )
+        controls["position"] = gr.Slider(
+            0,
+            1,
+            0.5,
+            step=0.05,
+            label="Which part is kept, or where the picture lies: left or top 0, right or bottom 1",
+        )
+    controls["method"] = gr.Radio(
+        [
+            ("In the middle (found by GrabCut)", "centre"),
+            ("In a box (refined by GrabCut)", "box"),
+            ("Where I paint", "brush"),
+            ("White in a mask file", "file"),
+            ("The whole picture", "whole"),
+        ],
+        value="centre",
+        label="Where the object is: only this part lends its details to your pictures",
+    )
+    with gr.Column(visible=False) as controls["mask_part"]:
+        controls["mask"] = picture_input(
+            label="Mask of the picture: white where the object is, black elsewhere",
+            height=160,
+        )
+    controls["marks"] = gr.HTML(
+        value="",
+        html_template=(HERE / "app_marker.html").read_text(encoding="utf-8"),
+        js_on_load=(HERE / "app_marker.js").read_text(encoding="utf-8"),
+        picture="",
+        method="centre",
+    )
+    controls["object_message"] = gr.HTML()
+    controls["views"] = gallery(
+        "What the model sees: the picture, the object, the patches it reads (not pink)",
+        columns=3,
+        allow_preview=False,
+    )
+    with gr.Accordion("Keep the object as a file, or use one", open=False):
+        controls["save"] = gr.Button("Make a file of this object")
+        controls["saved"] = gr.File(label="The object's file, for download", interactive=False)
+        controls["concept_file"] = as_uploaded(
+            gr.File(
+                label="Draw the object of this file instead of the picture",
+                file_types=[".safetensors"],
+            )
+        )
+
+
+def _prompt_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
+    """Prompt and settings, buttons, pictures."""
+    studio = handlers.studio
+    word, pixels = studio.placeholder_token, ["pixels"] if studio.side < SMALL else []
+    gr.Markdown("## 2. What to draw")
+    controls["prompts"] = gr.Textbox(
+        f"a photo of a {word}",
+        label="Prompt",
+        info=f"{word} stands for your object, once in each prompt; several prompts: one a line.",
+        lines=2,
+        max_lines=8,
+    )
+    controls["prompt_message"] = gr.HTML()
+    controls["lambda_"] = gr.Slider(
+        0,
+        MAX_LAMBDA,
+        0.8,
+        step=0.05,
+        label="Likeness to your object (lambda)",
+        info="0: only a rough idea of it. 0.6: room for the prompt. 0.8: the object itself.",
+        visible=studio.has_details,
+    )
+    controls["count"] = gr.Slider(1, 8, 2, step=1, label="Pictures of each prompt")
+    with gr.Accordion("More settings", open=False):
+        controls["guidance"] = gr.Slider(
+            0,
+            MAX_GUIDANCE,
+            5,
+            step=0.5,
+            label="How closely pictures follow the prompt (guidance)",
+            info="1 or less: loosely. Very high: harsh colours.",
+        )
+        controls["steps"] = gr.Slider(
+            1, MAX_STEPS, 20, step=1, label="Steps: more take longer and draw cleaner"
+        )
+        controls["scheduler"] = gr.Dropdown(
+            list(SAMPLERS),
+            value="dpm++",
+            label="Sampler: how noise becomes a picture",
+            info="dpm++ needs few steps; lms with 100 steps is what the paper used.",
+        )
+        controls["seed"] = gr.Number(
+            -1,
+            precision=0,
+            label="Seed: the same number draws the same pictures",
+            info="-1 picks one, which is shown with the pictures.",
+        )
+        controls["words"] = gr.Radio(
+            [("The object's word alone (w0)", "0"), ("All words, background and pose too", "all")],
+            value="0",
+            label="What is read from the whole picture",
+        )
+    with gr.Row():
+        controls["draw"] = gr.Button("Draw", variant="primary")
+        controls["sweep"] = gr.Button("Compare likeness 0 to 1.5", visible=studio.has_details)
+        controls["stop_button"] = gr.Button("Stop", variant="stop", interactive=False)
+    controls["status"] = gr.HTML()
+    controls["gallery"] = gallery(
+        "Pictures, after your object; select one to enlarge and download it",
+        columns=3,
+        buttons=["download", "download_all", "fullscreen"],
+        elem_classes=pixels,
+    )
+    with gr.Column(visible=False) as controls["strip_part"]:
+        gr.Markdown("Likeness from 0 to 1.5, left to right, same seed")
+        controls["strip"] = gr.Image(
+            show_label=False,
+            interactive=False,
+            type="filepath",
+            buttons=["download", "fullscreen"],
+            alt_text="A row of pictures with lambda growing from left to right",
+        )
+
+
+def _wire(controls: dict[str, Any], handlers: AppHandlers) -> None:
+    """Which handler answers to what."""
+    quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    looking = {
+        "concurrency_id": "look",
+        "concurrency_limit": 2,
+        "trigger_mode": "always_last",
+        "show_progress": "hidden",
+        "api_visibility": "private",
+    }
+    working = {
+        "concurrency_id": "pipeline",
+        "concurrency_limit": 1,  # one at a time: a pipeline draws for one person
+        "show_progress": "full",
+        "show_progress_on": controls["status"],
+        "api_visibility": "private",
+    }
+
+    def chosen(names: Sequence[str]) -> set[Any]:
+        return {controls[name] for name in names}
+
+    def listed(names: Sequence[str]) -> list[Any]:
+        return [controls[name] for name in names]
+
+    def values(data: dict[Any, Any]) -> Values:
+        return {name: data[part] for name, part in controls.items() if part in data}
+
+    def parts(answer: Values) -> dict[Any, Any]:
+        return {controls[name]: value for name, value in answer.items()}
+
+    def answer(handler: Callable[[Values], Values]) -> Callable:
+        return lambda data: parts(handler(values(data)))
+
+    def work(handler: Callable[..., Iterator[Values]]) -> Callable:
+        def working(data: dict, tell: Any = gr.Progress()) -> Iterator[dict]:  # noqa: B008
+            with tempfile.TemporaryDirectory() as folder:
+                for answered in handler(values(data), Path(folder), tell):
+                    yield parts(answered)
+
+        return working
+
+    def pick(event: gr.SelectData) -> dict:
+        return parts(handlers.pick_example(event.index))
+
+    changed = controls["picture"].change
+    changed(answer(handlers.new_picture), chosen(OBJECT), listed(LOOKED), **looking)
+    for name, event in LOOK_AGAIN:
+        listener = getattr(controls[name], event)
+        listener(answer(handlers.look), chosen(OBJECT), listed(LOOKED), **looking)
+    for name in ("prompts", "words"):
+        listener = controls[name].change
+        listener(answer(handlers.check), chosen(DRAWING), listed(["prompt_message"]), **quick)
+    if "examples" in controls:
+        controls["examples"].select(pick, None, listed(PICKED), **quick)
+    controls["save"].click(work(handlers.save_concept), chosen(OBJECT), listed(SAVED), **working)
+
+    for name, handler in (("draw", handlers.draw), ("sweep", handlers.sweep)):
+        begun = controls[name].click(_begin, None, listed(("stop", *BUTTONS)), **quick)
+        everything = chosen(("stop", *OBJECT, *DRAWING))
+        worked = begun.then(work(handler), everything, listed(DRAWN), **working)
+        worked.then(_end, None, listed(BUTTONS), **quick)
+    controls["stop_button"].click(_stop, controls["stop"], None, **quick)
+
+
+def _begin() -> tuple[Any, ...]:
+    off, on = gr.update(interactive=False), gr.update(interactive=True)
+    return Stop(), off, off, on
+
+
+def _end() -> tuple[Any, ...]:
+    off, on = gr.update(interactive=False), gr.update(interactive=True)
+    return on, on, off
+
+
+def _stop(stop: Stop) -> None:
+    stop.requested = True

@@ -1,0 +1,267 @@
+"""What the page of app_gradio.py does, without its layout: values of controls by name in, new
+values by name out. A mistake comes back as a message."""
+
+import base64
+import html
+import io
+import math
+import secrets
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import torch
+from PIL import Image
+
+from elite.concept import Concept
+from elite.data import PairFolder
+from elite.marking import Shown, read_marks
+from elite.pipeline import Words
+from elite.studio import MAX_PICTURES, Drawn, OnProgress, Order, Studio, save_strip
+
+Values = dict[str, Any]
+Tell = Callable[..., Any]  # gr.Progress: (steps done, steps in all), desc=, unit=
+
+EDITOR_SIDE = 512  # pixels of the picture that is marked
+DIMMED = 0.3  # brightness left to what is not object
+SWEEP = (0.0, 0.3, 0.6, 0.8, 1.0, 1.2, 1.5)
+VIEWS = ("picture", "object", "patches read")
+DRAWN_SEEDS = 100_000  # easy to write down
+BROKEN = "something went wrong in the program; its terminal says what"
+
+
+class Stopped(Exception):
+    """Somebody pressed Stop."""
+
+
+@dataclass
+class Stop:
+    """Whether the work of one page is to end; a new one for each piece of work."""
+
+    requested: bool = False
+
+
+def message(text: str, error: bool = False) -> str:
+    """HTML of a line below a control, read aloud by screen readers."""
+    role = "alert" if error else "status"
+    return f'<p class="message" role="{role}">{html.escape(text)}</p>'
+
+
+def problem(error: Exception) -> str:
+    """What the person is told of an exception; what is no mistake of theirs goes to the
+    terminal."""
+    if isinstance(error, ValueError):
+        return message(f"{error}", error=True)
+    if isinstance(error, torch.OutOfMemoryError):
+        return message("the device's memory is full; draw fewer pictures at once", error=True)
+    traceback.print_exception(error)
+    return message(BROKEN, error=True)
+
+
+def data_url(picture: np.ndarray) -> str:
+    """The picture for an <img>, at most EDITOR_SIDE pixels a side."""
+    image, stream = Image.fromarray(picture), io.BytesIO()
+    image.thumbnail((EDITOR_SIDE, EDITOR_SIDE))
+    image.save(stream, "JPEG", quality=90)
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def example_pictures(examples: PairFolder) -> list[tuple[str, str]]:
+    """Picture files and names of the examples."""
+    return [(str(pair.image_path), pair.name.replace("_", " ")) for pair in examples.pairs]
+
+
+def whole(name: str, value: Any) -> int:
+    """A whole number from a control. Raises ValueError."""
+    if not isinstance(value, int | float) or not math.isfinite(value) or value != round(value):
+        raise ValueError(f"{name} {value!r}: expected a whole number")
+    return int(value)
+
+
+def words_of(value: Any) -> Words:
+    return "all" if value == "all" else 0
+
+
+def dimmed(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The picture with what is not object dark."""
+    return np.where(mask[..., None], picture, (picture * DIMMED).astype(np.uint8))
+
+
+class AppHandlers:
+    """Handlers of one app; what a person shows and gets is never kept between two calls.
+
+    Args:
+        examples: pairs to pick from; None offers none.
+        max_pixels: of uploaded pictures; None means any number.
+    """
+
+    def __init__(
+        self, studio: Studio, examples: PairFolder | None = None, max_pixels: int | None = None
+    ) -> None:
+        self.studio, self.examples, self.max_pixels = studio, examples, max_pixels
+
+    # --- the object -------------------------------------------------------------------------------
+
+    def look(self, values: Values) -> Values:
+        """What the model sees, and the picture to mark, dark where there is no object."""
+        method, views, said, marked, oblong = values["method"], [], "", "", False
+        try:
+            if values["picture"]:
+                shown = self._shown(values)
+                picture = shown.read_picture()
+                oblong = picture.shape[0] != picture.shape[1]
+                square = shown.square(picture)
+                marked = data_url(square)  # stays where no object is found
+                mask = shown.read_mask(picture)
+                marked = data_url(dimmed(square, mask))
+                views = list(zip(self.studio.look(square, mask), VIEWS, strict=True))
+        except Exception as error:
+            said = problem(error)
+        return {
+            "marks": gr.update(picture=marked, method=method),
+            "views": views,
+            "object_message": said,
+            "square": gr.update(visible=oblong),
+            "mask_part": gr.update(visible=method == "file"),
+        }
+
+    def new_picture(self, values: Values) -> Values:
+        """The same for another picture, without the marks on the last one."""
+        looked = self.look({**values, "marks": ""})
+        return {**looked, "marks": {**looked["marks"], "value": ""}}
+
+    def pick_example(self, index: Any) -> Values:
+        """An example's picture and mask."""
+        try:
+            index = whole("example", index)
+            if self.examples is None or not 0 <= index < len(self.examples):
+                raise ValueError(f"example {index}: no such example")
+            picture, mask = self.examples.read(index)
+        except Exception as error:
+            return {"object_message": problem(error)}
+        return {"picture": picture, "mask": mask.astype(np.uint8) * 255, "method": "file"}
+
+    def _shown(self, values: Values) -> Shown:
+        return Shown(
+            picture=values["picture"],
+            squaring=values["squaring"],
+            position=values["position"],
+            method=values["method"],
+            marks=read_marks(values["marks"]),
+            mask=values["mask"],
+            max_pixels=self.max_pixels,
+        )
+
+    def _concept(self, values: Values) -> tuple[Concept, np.ndarray | None]:
+        """The object to draw, and what the model sees of it where there is a picture."""
+        if values["concept_file"]:
+            return self.studio.load_concept(values["concept_file"]), None
+        shown = self._shown(values)
+        picture = shown.read_picture()
+        square, mask = shown.square(picture), shown.read_mask(picture)
+        return self.studio.encode(square, mask), self.studio.look(square, mask)[0]
+
+    def save_concept(self, values: Values, folder: Path, tell: Tell) -> Iterator[Values]:
+        """The object as a file in the folder, which the page copies."""
+        try:
+            concept, _ = self._concept(values)
+            path = folder / "object.safetensors"
+            concept.save(path)
+        except Exception as error:
+            yield {"saved": None, "object_message": problem(error)}
+            return
+        yield {"saved": str(path), "object_message": ""}
+
+    # --- pictures ---------------------------------------------------------------------------------
+
+    def check(self, values: Values) -> Values:
+        """Says what is wrong with the prompts, as they are typed."""
+        try:
+            self.studio.check_prompts(values["prompts"] or "", words_of(values["words"]))
+        except Exception as error:
+            return {"prompt_message": problem(error)}
+        return {"prompt_message": ""}
+
+    def draw(self, values: Values, folder: Path, tell: Tell) -> Iterator[Values]:
+        """The pictures, as they come; the page is told of every step.
+
+        Args:
+            folder: receives the files, which the page copies.
+        """
+        yield from self._work(values, folder, tell, sweep=False)
+
+    def sweep(self, values: Values, folder: Path, tell: Tell) -> Iterator[Values]:
+        """Each prompt at growing lambda, and at last all of them as one strip."""
+        yield from self._work(values, folder, tell, sweep=True)
+
+    def _order(self, values: Values, sweep: bool) -> Order:
+        words = words_of(values["words"])
+        count = 1 if sweep else whole("number of pictures", values["count"])
+        seed = whole("seed", values["seed"])
+        if seed < 0:
+            seed = secrets.randbelow(DRAWN_SEEDS)
+        return Order(
+            prompts=self.studio.check_prompts(values["prompts"] or "", words),
+            seeds=tuple(range(seed, seed + min(count, MAX_PICTURES + 1))),
+            lambdas=SWEEP if sweep else (values["lambda_"],),
+            words=words,
+            num_inference_steps=whole("steps", values["steps"]),
+            guidance_scale=values["guidance"],
+            scheduler=values["scheduler"],
+        )
+
+    def _work(self, values: Values, folder: Path, tell: Tell, sweep: bool) -> Iterator[Values]:
+        drawn: list[Drawn] = []
+        tiles: list[Any] = []
+        try:
+            order = self._order(values, sweep)
+            yield {"gallery": [], "strip_part": gr.update(visible=False), "status": ""}
+            concept, seen = self._concept(values)
+            tiles += [] if seen is None else [(seen, "your object")]
+            told = teller(values["stop"], tell)
+            for batch in self.studio.draw(concept, order, told):
+                for one in batch:
+                    path = folder / f"{len(drawn):05d}_{one.seed:05d}.png"
+                    one.save(path)
+                    tiles.append((str(path), caption(one)))
+                    drawn.append(one)
+                yield {"gallery": list(tiles)}
+        except Stopped:
+            yield {"status": message(f"stopped after {len(drawn)} pictures")}
+            return
+        except Exception as error:
+            yield {"status": problem(error)}
+            return
+        done: Values = {"status": message(f"{len(drawn)} pictures, {seeds_of(order)}")}
+        if sweep:
+            path = folder / f"sweep_{order.seeds[0]:05d}.png"
+            save_strip(drawn, seen, path)
+            done |= {"strip": str(path), "strip_part": gr.update(visible=True)}
+        yield done
+
+
+def teller(stop: Stop, tell: Tell) -> OnProgress:
+    """Tells the page of each step, and ends the drawing once that is wanted."""
+
+    def on_progress(done: int, total: int, seconds: float) -> None:
+        if stop.requested:
+            raise Stopped
+        tell((done, total), desc=f"about {math.ceil(seconds)} s left", unit="steps")
+
+    if stop.requested:
+        raise Stopped
+    return on_progress
+
+
+def caption(drawn: Drawn) -> str:
+    """Of a thumbnail, which shows its beginning."""
+    return f"\u03bb {drawn.lambda_:g}, seed {drawn.seed}: {drawn.prompt}"
+
+
+def seeds_of(order: Order) -> str:
+    first, last = order.seeds[0], order.seeds[-1]
+    return f"seed {first}" if first == last else f"seeds {first} to {last}"

@@ -1,0 +1,253 @@
+"""One pipeline for several people at once: look at an object, check prompts, encode, draw. Keeps
+nothing of anybody between calls."""
+
+import copy
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+from PIL import Image
+
+from elite.concept import Concept, ConceptFolder
+from elite.drawing import VERSIONS, Drawing, png_text
+from elite.encoding import batches
+from elite.files import write_atomically
+from elite.images import from_clip_pixels
+from elite.loading import make_scheduler
+from elite.marking import by_name
+from elite.pipeline import ElitePipeline, Words
+from elite.sheets import tile_rows
+from elite.text import tokenize
+
+MAX_PROMPTS, MAX_PICTURES, MAX_STEPS, MAX_LAMBDA, MAX_GUIDANCE = 8, 32, 150, 1.5, 20.0
+MAX_SEED = 2**31 - 1
+UNREAD = np.array(
+    (255, 0, 255), dtype=np.uint8
+)  # colour of patches that the local branch does not read
+
+# Steps done, steps in all, seconds left.
+OnProgress = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True)
+class Order:
+    """Every prompt with every seed at every lambda."""
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...] = (0,)
+    lambdas: tuple[float, ...] = (0.8,)
+    words: Words = 0
+    num_inference_steps: int = 20
+    guidance_scale: float = 5.0
+    scheduler: str = "dpm++"
+
+    def __post_init__(self) -> None:
+        _check("number of pictures", self.count, 1, MAX_PICTURES)
+        _check("steps", self.num_inference_steps, 1, MAX_STEPS)
+        _check("guidance", self.guidance_scale, 0, MAX_GUIDANCE)
+        for lambda_ in self.lambdas:
+            _check("lambda", lambda_, 0, MAX_LAMBDA)
+        for seed in self.seeds:
+            _check("seed", seed, 0, MAX_SEED)
+
+    @property
+    def count(self) -> int:
+        """Pictures in all."""
+        return len(self.prompts) * len(self.seeds) * len(self.lambdas)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture and what its metadata says."""
+
+    picture: Image.Image = field(repr=False)
+    prompt: str
+    seed: int
+    lambda_: float
+    text: dict[str, str] = field(repr=False)
+
+    def save(self, path: Path) -> None:
+        """A lossless PNG with the metadata in it."""
+        write_atomically(path, partial(self.picture.save, pnginfo=png_text(self.text)))
+
+
+def _check(name: str, value: float, low: float, high: float) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high:
+        raise ValueError(f"{name} {value!r}: expected {low} to {high}")
+
+
+class Clock:
+    """Counts steps and tells the time left."""
+
+    def __init__(self, total: int, tell: OnProgress) -> None:
+        self.done, self.total, self.tell = 0, total, tell
+        self.begin = time.monotonic()
+
+    def __call__(self) -> None:
+        self.done = min(self.done + 1, self.total)
+        passed = time.monotonic() - self.begin
+        self.tell(self.done, self.total, passed / self.done * (self.total - self.done))
+
+
+class Studio:
+    """What the app does with its one pipeline; draws for one person at a time.
+
+    Args:
+        resolution: side of the pictures in pixels; None means what the model draws.
+        batch_size: pictures drawn at once.
+        model: what the pictures' metadata calls the model.
+    """
+
+    def __init__(
+        self,
+        pipe: ElitePipeline,
+        *,
+        placeholder_token: str = "S",
+        resolution: int | None = None,
+        batch_size: int = 1,
+        model: str = "",
+    ) -> None:
+        self.pipe, self.placeholder_token = pipe, placeholder_token
+        self.resolution, self.batch_size, self.model = resolution, batch_size, model
+        self._lock = Lock()  # the pipeline holds scheduler and hooks while it draws
+        # A tokenizer serves one thread at a time, and prompts are checked while others draw.
+        self._tokenizer, self._tokenizer_lock = copy.deepcopy(pipe.tokenizer), Lock()
+
+    @property
+    def side(self) -> int:
+        """Side of the pictures in pixels."""
+        return self.resolution or self.pipe.resolution
+
+    @property
+    def has_details(self) -> bool:
+        """Whether there is a local branch for lambda to weigh."""
+        return self.pipe.local_mapper is not None
+
+    @property
+    def num_words(self) -> int:
+        return len(self.pipe.global_mapper.config.hidden_layers) + 1
+
+    def look(self, image: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
+        """What the networks see, uint8 (size, size, 3) each: the picture, the object alone, and
+        that object with the patches marked that the local branch does not read.
+
+        Args: as `ElitePipeline.concept_views`.
+        """
+        views = self.pipe.concept_views(image, mask)
+        picture, cut_out = (
+            from_clip_pixels(views[name][0]) for name in ("clip_pixels", "object_pixels")
+        )
+        grid, size = self.pipe.grid, len(picture)
+        cells = views["patch_mask"][0].reshape(grid, grid).numpy() > 0
+        row = np.arange(size) * grid // size
+        read = cells[row[:, None], row]  # (size, size)
+        return [picture, cut_out, np.where(read[..., None], cut_out, UNREAD)]
+
+    def check_prompts(self, text: str, words: Words = 0) -> tuple[str, ...]:
+        """The prompts of a text, one a line.
+
+        Raises:
+            ValueError: none or too many, or one in which the words have no place.
+        """
+        lines = (line.strip() for line in text.splitlines())
+        prompts = tuple(dict.fromkeys(line for line in lines if line))
+        if not 1 <= len(prompts) <= MAX_PROMPTS:
+            raise ValueError(f"{len(prompts)} prompts; write 1 to {MAX_PROMPTS}, one a line")
+        num_words = self.num_words if words == "all" else 1
+        with self._tokenizer_lock:
+            tokenize(self._tokenizer, prompts, self.placeholder_token, num_words)
+        return prompts
+
+    def encode(self, image: np.ndarray, mask: np.ndarray) -> Concept:
+        """Arguments and errors as `ElitePipeline.encode_concept`."""
+        with self._lock:
+            return self.pipe.encode_concept(image, mask)
+
+    def load_concept(self, path: Path | str) -> Concept:
+        """One object of a file of `Concept.save`.
+
+        Raises:
+            ValueError: the file is something else, or of other mappers.
+        """
+        with by_name(path):
+            concept = ConceptFolder(path).read(0)
+            concept.check_mappers(self.pipe.fingerprint)
+            width = self.pipe.text_encoder.config.hidden_size
+            shapes = [(1, self.num_words, width)]
+            if concept.feature_tokens is not None:
+                shapes.append((1, self.pipe.grid**2, width))
+            found = [t.shape for t in (concept.words, concept.feature_tokens) if t is not None]
+            if [tuple(shape) for shape in found] != shapes:
+                raise ValueError(f"{path}: concept of other sizes; encode it again")
+            return concept
+
+    def draw(
+        self, concept: Concept, order: Order, on_progress: OnProgress
+    ) -> Iterator[list[Drawn]]:
+        """The pictures of an order, as many at once as the batch size; what `on_progress` raises
+        ends the drawing.
+
+        Raises:
+            ValueError: a prompt does not fit, or the sampler is unknown.
+        """
+        pairs = list(itertools.product(order.prompts, order.seeds))
+        calls = -(-len(pairs) // self.batch_size) * len(order.lambdas)
+        clock = Clock(calls * order.num_inference_steps, on_progress)
+        for lambda_ in order.lambdas:
+            drawing = self._drawing(order, lambda_)
+            for batch in batches(iter(pairs), self.batch_size):
+                yield self._draw_batch(concept, order, drawing, batch, clock)
+
+    def _drawing(self, order: Order, lambda_: float) -> Drawing:
+        return Drawing(
+            words=order.words,
+            lambda_=lambda_,
+            placeholder_token=self.placeholder_token,
+            resolution=self.resolution,
+            num_inference_steps=order.num_inference_steps,
+            guidance_scale=order.guidance_scale,
+        )
+
+    def _draw_batch(
+        self,
+        concept: Concept,
+        order: Order,
+        drawing: Drawing,
+        batch: Sequence[tuple[str, int]],
+        on_step: Callable[[], None],
+    ) -> list[Drawn]:
+        prompts, seeds = zip(*batch, strict=True)
+        with self._lock:
+            scheduler = make_scheduler(order.scheduler, self.pipe.scheduler.config)
+            self.pipe.scheduler = scheduler
+            pictures = drawing(self.pipe, prompts, [concept] * len(batch), seeds, on_step)
+        text = {**drawing.text(self.pipe), "scheduler": order.scheduler, "model": self.model}
+        return [
+            Drawn(
+                picture,
+                prompt,
+                seed,
+                drawing.lambda_,
+                {"prompt": prompt, "seed": str(seed), **text, **VERSIONS},
+            )
+            for picture, prompt, seed in zip(pictures, prompts, seeds, strict=True)
+        ]
+
+
+def save_strip(drawn: Sequence[Drawn], seen: np.ndarray | None, path: Path) -> None:
+    """The pictures of a sweep as one PNG: a row per prompt, lambda from left to right, before them
+    what the networks see of the object; with the metadata of them all."""
+    prompts = list(dict.fromkeys(one.prompt for one in drawn))
+    lambdas = [f"{one.lambda_:g}" for one in drawn if one.prompt == prompts[0]]
+    first = [] if seen is None else [Image.fromarray(seen)]
+    rows = [[*first, *(one.picture for one in drawn if one.prompt == p)] for p in prompts]
+    columns = [*(["object"] if first else []), *(f"lambda {value}" for value in lambdas)]
+    text = {**drawn[0].text, "prompt": "\n".join(prompts), "lambda": " ".join(lambdas)}
+    sheet = tile_rows(rows, columns, "; ".join(prompts))
+    write_atomically(path, partial(sheet.save, pnginfo=png_text(text)))

@@ -1,0 +1,326 @@
+"""The page in a real browser, from the upload to the picture.
+
+`ELITE_SCREENSHOTS=FOLDER` keeps a screenshot of each test's end.
+"""
+
+import io
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.app.conftest import noise_file
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt install chromium")
+sync_api = pytest.importorskip("playwright.sync_api")
+
+PATIENCE = 60_000  # milliseconds, on a machine that others use too
+DESKTOP, PHONE = {"width": 1280, "height": 1700}, {"width": 390, "height": 844}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    with sync_api.sync_playwright() as playwright:
+        options = ["--no-sandbox", "--disable-dev-shm-usage"]
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def visit(browser, served, request):
+    """Opens the page; at the end nothing was fetched from elsewhere and no script has failed."""
+    pages, failures, elsewhere = [], [], []
+
+    def open_page(viewport=DESKTOP, **options):
+        page = browser.new_page(viewport=viewport, **options)
+        page.set_default_timeout(PATIENCE)
+        page.on("pageerror", lambda error: failures.append(str(error)))
+        page.on("request", lambda sent: elsewhere.append(sent.url))
+        page.goto(served[1])
+        page.wait_for_selector("#draw")
+        pages.append(page)
+        return page
+
+    yield open_page
+    for page in pages:
+        if folder := os.environ.get("ELITE_SCREENSHOTS"):
+            page.screenshot(path=Path(folder) / f"{request.node.name}.png", full_page=True)
+        page.close()
+    assert not failures
+    assert [url for url in elsewhere if not url.startswith((served[1], "data:", "blob:"))] == []
+
+
+@pytest.fixture
+def disc(tmp_path) -> Path:
+    """A red disc on green, which GrabCut finds."""
+    y, x = np.mgrid[:64, :64]
+    inside = np.hypot(x - 32, y - 32) < 16
+    picture = np.where(inside[..., None], np.uint8((220, 60, 40)), np.uint8((60, 170, 70)))
+    noise = np.random.default_rng(0).integers(0, 12, picture.shape, dtype=np.uint8)
+    Image.fromarray(picture + noise).save(tmp_path / "disc.png")
+    return tmp_path / "disc.png"
+
+
+def upload(page, path: Path, control: str = "picture") -> None:
+    page.set_input_files(f"#{control} input[type=file]", path)
+
+
+def views(page) -> list[np.ndarray]:
+    """What the model sees, once it is there."""
+    page.wait_for_selector("#views img")
+    return fetched(page, "#views img")
+
+
+def fetched(page, selector: str) -> list[np.ndarray]:
+    links = [image.get_attribute("src") for image in page.locator(selector).all()]
+    contents = [page.request.get(link).body() for link in links]
+    return [np.asarray(Image.open(io.BytesIO(content)).convert("RGB")) for content in contents]
+
+
+def drag(page, *points: tuple[float, float]) -> None:
+    """The mouse over the marked picture; shares of its side."""
+    page.locator("#marks canvas").scroll_into_view_if_needed()
+    area = page.locator("#marks canvas").bounding_box()
+    places = [(area["x"] + x * area["width"], area["y"] + y * area["height"]) for x, y in points]
+    page.mouse.move(*places[0])
+    page.mouse.down()
+    for place in places[1:]:
+        page.mouse.move(*place, steps=6)
+    page.mouse.up()
+
+
+def choose(page, text: str) -> None:
+    page.get_by_label(text, exact=True).check()
+
+
+def settings(page, **numbers: float) -> None:
+    """Types numbers into the controls of these names."""
+    if "steps" in numbers or "seed" in numbers:
+        page.get_by_role("button", name="More settings").click()
+    for name, number in numbers.items():
+        field = page.locator(f"#{name} input[type=number]")
+        field.fill(str(number))
+        field.blur()
+
+
+def draw(page, button: str = "draw") -> list[np.ndarray]:
+    """Presses the button; the pictures of the gallery once all are there."""
+    page.wait_for_function("document.querySelector('#draw').disabled === false")
+    page.click(f"#{button}")
+    page.wait_for_selector("#stop_button:enabled")
+    page.wait_for_selector("#draw:enabled")
+    return fetched(page, "#gallery .grid-container img")
+
+
+def said(page, control: str, text: str) -> None:
+    sync_api.expect(page.locator(f"#{control}")).to_contain_text(text, timeout=PATIENCE)
+
+
+def test_upload_paint_draw_and_weigh(visit, disc):
+    page = visit()
+    upload(page, disc)
+    views(page)
+    choose(page, "Where I paint")
+    said(page, "object_message", "nothing is marked")
+    drag(page, (0.2, 0.5), (0.8, 0.5))
+    said(page, "object_message", "")
+    page.wait_for_selector("#views img")
+    picture, cut_out, _ = views(page)
+    kept = (cut_out > 8).any(axis=2)
+    assert kept[14:18, 8:24].all() and not kept[:10].any() and not kept[22:].any()
+    assert np.abs(cut_out[16, 10:22].astype(int) - picture[16, 10:22]).max() < 40
+
+    settings(page, steps=2, seed=7, count=1)
+    first = draw(page)
+    said(page, "status", "1 pictures, seed 7")
+    again = draw(page)
+    settings_lambda = page.locator("#lambda_ input[type=number]")
+    settings_lambda.fill("0")
+    settings_lambda.blur()
+    other = draw(page)
+    assert [one.shape for one in first] == [(32, 32, 3)] * 2
+    assert np.array_equal(first[1], again[1]) and not np.array_equal(first[1], other[1])
+
+    page.locator("#gallery .grid-container button").nth(1).click()
+    with page.expect_download() as download:
+        page.locator("#gallery").get_by_label("Download", exact=True).first.click()
+    with Image.open(download.value.path()) as saved:
+        assert saved.text["seed"] == "7" and saved.text["lambda"] == "0"
+        assert np.array_equal(np.asarray(saved), other[1])
+
+
+def test_a_box_by_mouse_and_strokes_on_top(visit, disc):
+    page = visit()
+    upload(page, disc)
+    views(page)
+    choose(page, "In a box (refined by GrabCut)")
+    said(page, "object_message", "no box yet")
+    drag(page, (0.1, 0.1), (0.9, 0.9))
+    before = views(page)[1]
+    page.get_by_role("button", name="Erase").click()
+    drag(page, (0.3, 0.3), (0.7, 0.7))
+    page.wait_for_function(
+        "old => document.querySelectorAll('#views img')[1]?.src !== old",
+        arg=page.locator("#views img").nth(1).get_attribute("src"),
+    )
+    after = views(page)[1]
+    assert (after > 8).any(axis=2).sum() < (before > 8).any(axis=2).sum()
+
+
+def test_everything_works_by_keyboard(visit, disc):
+    page = visit()
+    upload(page, disc)
+    views(page)
+    settings(page, steps=2)
+    page.get_by_label("In the middle (found by GrabCut)").focus()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Space")
+    said(page, "object_message", "no box yet")
+    page.locator("#marks canvas").focus()
+    for key, times in (("ArrowLeft", 18), ("ArrowUp", 18), (" ", 1)):
+        for _ in range(times):
+            page.keyboard.press(key)
+    for key, times in (("ArrowRight", 36), ("ArrowDown", 36), ("Enter", 1)):
+        for _ in range(times):
+            page.keyboard.press(key)
+    views(page)
+    page.locator("#prompts textarea").focus()
+    for _ in range(24):
+        if page.evaluate("document.activeElement.id") == "draw":
+            break
+        page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "draw"
+    page.keyboard.press("Enter")
+    said(page, "status", "2 pictures, seeds")
+
+
+def test_mistakes_are_said_in_the_page(visit, pairs, tmp_path):
+    page = visit()
+    page.locator("#examples button").nth(1).click()
+    views(page)
+    page.fill("#prompts textarea", "a photo of <b>it</b>")
+    said(page, "prompt_message", "prompt 'a photo of <b>it</b>' has no placeholder 'S'")
+    page.click("#draw")
+    said(page, "status", "has no placeholder 'S'")
+    page.fill("#prompts textarea", "a S, red")
+    sync_api.expect(page.locator("#prompt_message [role=alert]")).to_have_count(0)
+
+    (tmp_path / "broken.png").write_bytes((pairs / "pair0.png").read_bytes()[:300])
+    page.locator("#picture").get_by_label("Remove Image").click()
+    upload(page, tmp_path / "broken.png")
+    said(page, "object_message", "broken.png: not a readable image")
+    page.locator("#picture").get_by_label("Remove Image").click()
+    upload(page, noise_file(tmp_path / "large.png", 400, 300))
+    said(page, "object_message", "more than 0.1 million pixels")
+    assert "Traceback" not in page.content()
+
+
+def test_stop_stops(visit, pairs):
+    page = visit()
+    page.locator("#examples button").nth(0).click()
+    views(page)
+    settings(page, steps=30, count=8)
+    page.click("#draw")
+    page.locator("#gallery .grid-container button").nth(1).wait_for()
+    sync_api.expect(page.locator("#status")).to_contain_text(re.compile(r"about \d+ s left"))
+    page.click("#stop_button")
+    said(page, "status", "stopped after")
+    drawn = int(re.search(r"after (\d+)", page.inner_text("#status")).group(1))
+    assert 1 <= drawn < 8
+    assert len(page.locator("#gallery .grid-container button").all()) == 1 + drawn
+    page.wait_for_selector("#draw:enabled")
+
+
+def test_the_sweep_is_one_strip(visit):
+    page = visit()
+    page.locator("#examples button").nth(2).click()
+    views(page)
+    settings(page, steps=2)
+    assert len(draw(page, "sweep")) == 8
+    page.wait_for_selector("#strip img")
+    (strip,) = fetched(page, "#strip img")
+    assert strip.shape[1] == 8 * 160
+
+
+def test_oblong_pictures_are_squared_as_asked(visit, tmp_path):
+    columns = np.linspace(0, 255, 60, dtype=np.uint8)
+    Image.fromarray(np.tile(columns[None, :, None], (40, 1, 3))).save(tmp_path / "wide.png")
+    page = visit()
+    sync_api.expect(page.locator("#squaring")).to_be_hidden()
+    upload(page, tmp_path / "wide.png")
+    choose(page, "The whole picture")
+    cropped = views(page)[0]
+    old = page.locator("#views img").nth(0).get_attribute("src")
+    choose(page, "Add white to the shorter side")
+    page.wait_for_function(
+        "old => document.querySelectorAll('#views img')[0]?.src !== old", arg=old
+    )
+    padded = views(page)[0]
+    assert 30 < cropped[16, 0, 0] < 60 and padded[16, 0, 0] < 10
+    assert padded[1].min() > 240 and cropped[1].min() < 60
+
+
+def test_an_object_is_kept_as_a_file(visit, tmp_path):
+    page = visit()
+    page.locator("#examples button").nth(0).click()
+    views(page)
+    settings(page, steps=2, seed=5, count=1)
+    expected = draw(page)[1]
+    page.get_by_role("button", name="Keep the object as a file").click()
+    page.click("#save")
+    with page.expect_download() as download:
+        page.locator("#saved a").first.click()
+    download.value.save_as(tmp_path / "object.safetensors")
+    other = visit()
+    other.get_by_role("button", name="Keep the object as a file").click()
+    upload(other, tmp_path / "object.safetensors", "concept_file")
+    other.wait_for_selector("#concept_file .file-preview, #concept_file table")
+    settings(other, steps=2, seed=5, count=1)
+    (drawn,) = draw(other)
+    assert np.array_equal(drawn, expected)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_phone_width_in_light_and_dark(visit, scheme):
+    page = visit(PHONE, color_scheme=scheme)
+    page.locator("#examples button").nth(0).click()
+    views(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    for selector in ("#draw", "#marks canvas", "#prompts textarea"):
+        area = page.locator(selector).bounding_box()
+        assert area["x"] >= 0 and area["x"] + area["width"] <= PHONE["width"]
+    assert contrast(page, "#prompts label span") > 4.5
+    assert contrast(page, "#marks .marker-hint") > 4.5
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(channels(background)) > 3 * 128) == (scheme == "light")
+
+
+def channels(colour: str) -> list[float]:
+    return [float(value) for value in re.findall(r"[\d.]+", colour)][:3]
+
+
+def contrast(page, selector: str) -> float:
+    """Of a text to what lies behind it, as WCAG 2 defines it."""
+    colours = page.locator(selector).first.evaluate(
+        """element => {
+            const ink = getComputedStyle(element).color;
+            for (let at = element; at; at = at.parentElement) {
+                const colour = getComputedStyle(at).backgroundColor;
+                if (!/, 0\\)$|transparent/.test(colour)) return [ink, colour];
+            }
+        }"""
+    )
+    lights = []
+    for colour in colours:
+        parts = [value / 255 for value in channels(colour)]
+        linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in parts]
+        lights.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
+    return (max(lights) + 0.05) / (min(lights) + 0.05)

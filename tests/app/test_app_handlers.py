@@ -1,0 +1,213 @@
+"""What the page's controls do, without a browser."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from elite import ElitePipeline
+from elite.app import build_page
+from elite.app_handlers import BROKEN, DIMMED, SWEEP, AppHandlers, Stop, data_url, dimmed, message
+from elite.data import PairFolder
+from elite.marking import Shown
+from elite.studio import Studio
+from tests.app.conftest import noise_file
+
+
+def silent(*_, **__) -> None:
+    pass
+
+
+def last(answers) -> dict:
+    """What the page holds after all answers."""
+    held: dict = {}
+    for answer in answers:
+        held |= answer
+    return held
+
+
+def test_look_shows_what_the_library_prepares(handlers, values):
+    answer = handlers.look(values)
+    one = Shown(values["picture"], method="whole")
+    picture = one.read_picture()
+    expected = handlers.studio.look(picture, one.read_mask(picture))
+    assert [name for _, name in answer["views"]] == ["picture", "object", "patches read"]
+    assert all(np.array_equal(a, b) for (a, _), b in zip(answer["views"], expected, strict=True))
+    assert answer["marks"]["picture"] == data_url(picture) and answer["object_message"] == ""
+    assert not answer["square"]["visible"] and not answer["mask_part"]["visible"]
+
+
+def test_what_is_no_object_is_dark(handlers, values, pairs):
+    mask = np.asarray(Image.open(pairs / "pair0_bg.png"))
+    answer = handlers.look({**values, "method": "file", "mask": str(pairs / "pair0_bg.png")})
+    picture = np.asarray(Image.open(values["picture"]))
+    shown = dimmed(picture, mask)
+    assert answer["marks"]["picture"] == data_url(shown) and answer["mask_part"]["visible"]
+    assert np.array_equal(shown[mask], picture[mask])
+    assert shown[~mask].max() <= 255 * DIMMED
+
+
+def test_another_picture_empties_the_marks(handlers, values):
+    marked = {**values, "method": "brush", "marks": "not read"}
+    assert "cannot be read" in handlers.look(marked)["object_message"]
+    answer = handlers.new_picture(marked)
+    assert answer["marks"]["value"] == "" and "nothing is marked" in answer["object_message"]
+    assert answer["marks"]["picture"].startswith("data:image/jpeg")  # to be painted on
+
+
+def test_oblong_pictures_offer_squaring(handlers, values, tmp_path):
+    wide = str(noise_file(tmp_path / "wide.png", 60, 40))
+    answer = handlers.look({**values, "picture": wide})
+    assert answer["square"]["visible"] and answer["views"]
+
+
+def test_without_a_picture_nothing_is_wrong_yet(handlers, values):
+    answer = handlers.look({**values, "picture": None})
+    assert answer["object_message"] == "" and answer["views"] == []
+    said = last(handlers.draw({**values, "picture": None}, None, silent))["status"]
+    assert "upload or paste one" in said
+
+
+def test_pictures_of_too_many_pixels_are_refused(handlers, values, tmp_path):
+    large = str(noise_file(tmp_path / "large.png", 400, 300))
+    for method in ("whole", "file"):
+        answer = handlers.look({**values, "picture": large, "method": method})
+        assert "large.png: 400 x 300 is more than 0.1 million pixels" in answer["object_message"]
+    answer = handlers.look({**values, "method": "file", "mask": large})
+    assert "large.png: 400 x 300 is more than 0.1 million pixels" in answer["object_message"]
+
+
+def test_examples_bring_their_mask(handlers, pairs):
+    answer = handlers.pick_example(1)
+    picture, mask = PairFolder(pairs).read(1)
+    assert np.array_equal(answer["picture"], picture) and answer["method"] == "file"
+    assert np.array_equal(answer["mask"] > 0, mask)
+    for index in (3, -1, "1", None):
+        assert 'role="alert"' in handlers.pick_example(index)["object_message"]
+
+
+def test_prompts_are_checked(handlers, values):
+    assert handlers.check(values) == {"prompt_message": ""}
+    said = handlers.check({**values, "prompts": "a <b>S</b> S"})["prompt_message"]
+    assert "2 times the placeholder" in said and "<b>" not in said and "&lt;b&gt;" in said
+
+
+def test_drawing_tells_steps_and_gives_files_with_metadata(handlers, values, tmp_path):
+    told = []
+    wanted = {**values, "prompts": "a S\nS on grass", "count": 2, "seed": 41}
+    answer = last(handlers.draw(wanted, tmp_path, lambda at, desc, unit: told.append((*at, desc))))
+    tiles = answer["gallery"]
+    captions = [caption for _, caption in tiles]
+    assert captions[:2] == ["your object", "λ 0.8, seed 41: a S"] and len(tiles) == 5
+    assert answer["status"] == message("4 pictures, seeds 41 to 42")
+    assert [done for done, _, _ in told] == list(range(1, 9)) and told[0][1] == 8
+    assert told[-1][2] == "about 0 s left"
+    with Image.open(tiles[4][0]) as picture:
+        assert picture.text["prompt"] == "S on grass" and picture.text["seed"] == "42"
+        assert picture.text["fingerprint"] == handlers.studio.pipe.fingerprint
+
+
+def test_lambda_changes_the_picture_and_the_seed_repeats_it(handlers, values, tmp_path):
+    def pixels(**change) -> bytes:
+        answer = last(handlers.draw({**values, **change}, tmp_path, silent))
+        return Image.open(answer["gallery"][1][0]).tobytes()
+
+    assert pixels() == pixels()
+    assert pixels() != pixels(lambda_=0)
+    assert pixels() != pixels(seed=4)
+    assert pixels() != pixels(words="all")
+
+
+def test_minus_one_draws_a_seed_and_shows_it(handlers, values, tmp_path):
+    said = [last(handlers.draw({**values, "seed": -1}, tmp_path, silent)) for _ in range(2)]
+    seeds = [int(one["status"].split("seed ")[1].split("<")[0]) for one in said]
+    assert seeds[0] != seeds[1] and min(seeds) >= 0
+    assert f"seed {seeds[0]}" in said[0]["gallery"][1][1]
+
+
+def test_the_sweep_is_one_strip(handlers, values, tmp_path):
+    answer = last(handlers.sweep(values, tmp_path, silent))
+    assert len(answer["gallery"]) == 1 + len(SWEEP) and answer["strip_part"]["visible"]
+    with Image.open(answer["strip"]) as strip:
+        assert strip.width == (1 + len(SWEEP)) * 160
+        assert strip.text["lambda"] == "0 0.3 0.6 0.8 1 1.2 1.5"
+
+
+def test_stop_ends_the_drawing_and_keeps_what_is_there(handlers, values, tmp_path):
+    def tell(at, **_) -> None:
+        values["stop"].requested = at[0] == 3
+
+    answer = last(handlers.draw({**values, "count": 4}, tmp_path, tell))
+    assert answer["status"] == message("stopped after 1 pictures")
+    assert len(answer["gallery"]) == 2
+    early = {**values, "stop": Stop(requested=True)}
+    assert "stopped after 0" in last(handlers.draw(early, tmp_path, silent))["status"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"prompts": "a photo"}, "no placeholder"),
+        ({"prompts": None}, "0 prompts"),
+        ({"count": 33}, "number of pictures 33"),
+        ({"count": 1e300}, "number of pictures 33"),
+        ({"count": 1.5}, "number of pictures 1.5: expected a whole number"),
+        ({"steps": 10**6}, "steps 1000000"),
+        ({"steps": "2"}, "expected a whole number"),
+        ({"seed": float("inf")}, "expected a whole number"),
+        ({"seed": 2**40}, "seed 1099511627776"),
+        ({"seed": None}, "expected a whole number"),
+        ({"lambda_": 9}, "lambda 9"),
+        ({"lambda_": None}, "lambda None"),
+        ({"guidance": 1e9}, "guidance"),
+        ({"scheduler": "magic"}, "unknown scheduler"),
+        ({"method": "brush"}, "nothing is marked"),
+        ({"squaring": "squash", "picture": "oblong"}, "expected crop or pad"),
+    ],
+    ids=str,
+)
+def test_mistakes_come_back_as_messages(handlers, values, tmp_path, capsys, change, said):
+    change = {**change}
+    if change.get("picture"):
+        change["picture"] = str(noise_file(tmp_path / "oblong.png", 30, 20))
+    answer = last(handlers.draw({**values, **change}, tmp_path, silent))
+    assert said in answer["status"] and 'role="alert"' in answer["status"]
+    assert capsys.readouterr().err == ""
+
+
+def test_what_is_no_mistake_of_the_person_goes_to_the_terminal(
+    handlers, values, tmp_path, capsys, monkeypatch
+):
+    def broken(*_) -> None:
+        raise RuntimeError("secret detail")
+
+    monkeypatch.setattr(handlers.studio, "encode", broken)
+    answer = last(handlers.draw(values, tmp_path, silent))
+    assert answer["status"] == message(BROKEN, error=True)
+    assert "secret detail" in capsys.readouterr().err
+
+
+def test_a_saved_object_is_drawn_from_its_file(handlers, values, tmp_path):
+    saved = last(handlers.save_concept(values, tmp_path, silent))["saved"]
+    there = last(handlers.draw(values, tmp_path, silent))["gallery"][1][0]
+    expected = Image.open(there).tobytes()
+    loaded = {**values, "picture": None, "concept_file": saved}
+    tiles = last(handlers.draw(loaded, tmp_path, silent))["gallery"]
+    assert len(tiles) == 1 and Image.open(tiles[0][0]).tobytes() == expected
+    swept = last(handlers.sweep(loaded, tmp_path, silent))
+    assert Image.open(swept["strip"]).width == len(SWEEP) * 160
+
+
+def test_without_local_mapper_there_is_nothing_to_weigh(
+    model_folder, mapper_folder, values, tmp_path
+):
+    pipe = ElitePipeline.from_stable_diffusion(
+        model_folder, global_mapper=mapper_folder / "global_mapper", local_mapper=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    handlers = AppHandlers(Studio(pipe))
+    assert "1 pictures" in last(handlers.draw(values, tmp_path, silent))["status"]
+    parts = {
+        part["props"].get("elem_id"): part for part in build_page(handlers).config["components"]
+    }
+    assert not parts["lambda_"]["props"]["visible"] and not parts["sweep"]["props"]["visible"]
+    assert "examples" not in parts

@@ -1,0 +1,216 @@
+"""What a stranger sends to the app: paths, large things, floods; and two people at once."""
+
+import io
+import zlib
+from pathlib import Path
+
+import gradio as gr
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from elite.app import build_page
+from elite.app_server import serve
+from tests.app.conftest import MAX_UPLOAD, QUEUE, Client, file_data, in_parallel
+from tests.conftest import REPOSITORY
+
+FLOOD = 200
+
+
+@pytest.fixture
+def draw(client) -> dict:
+    """The request that the button Draw makes."""
+    return client.dependency("draw", "click", then=True)
+
+
+def drawn(client: Client, dependency: dict, **values) -> tuple[str, list[np.ndarray]]:
+    """What the page says, and its pictures."""
+    held = client.call(dependency, **values)
+    files = (client.fetch(tile["image"]) for tile in held.get("gallery", []))
+    pictures = [np.asarray(Image.open(io.BytesIO(content))) for content in files]
+    return held["status"], pictures
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def outside(tmp_path) -> str:
+    """A picture that nobody uploaded."""
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "private.png")
+    return str(tmp_path / "private.png")
+
+
+def test_an_upload_is_seen(client, pairs):
+    seen = client.call(
+        client.dependency("picture", "change"), picture=client.upload(pairs / "pair0.png")
+    )
+    assert len(seen["views"]) == 3 and seen["object_message"] == ""
+
+
+@pytest.mark.parametrize("control", ["picture", "mask", "concept_file"])
+@pytest.mark.parametrize("kind", ["file", "bare", "data", "climbing", "linked"])
+def test_no_other_file_is_read(client, draw, pairs, outside, tmp_path, control, kind):
+    up = client.upload(pairs / "pair0.png")
+    above = "/".join(up["path"].split("/")[:-1]) + "/.." * 12 + outside
+    payload = {
+        "file": file_data(outside),
+        "bare": {"path": outside},
+        "data": {"path": outside, "url": "data:image/png;base64,AAAA"},
+        "climbing": {"path": above},
+        "linked": {"path": "http://127.0.0.1:9/private.png"},
+    }[kind]
+    given = {"picture": up, "method": "file", control: payload}
+    with pytest.raises(RuntimeError):
+        client.call(draw, **given)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/etc/passwd",
+        "%2Fetc%2Fpasswd",
+        "..%2f..%2f..%2f..%2fetc%2fpasswd",
+        "app_gradio.py",
+        "checkpoints/small_world/model_index.json",
+        str(REPOSITORY / "app_gradio.py"),
+        "http://127.0.0.1:9/",
+        "file:///etc/passwd",
+    ],
+)
+def test_no_file_of_the_machine_is_served(client, path):
+    answer = client.http.get(f"/file={path}")
+    assert answer.status_code in (403, 404)
+    assert client.http.get(f"/proxy={path}").status_code in (400, 403, 404)
+
+
+def test_uploads_keep_to_their_folder(client, pairs):
+    content, folder = (pairs / "pair0.png").read_bytes(), Path(client.files_folder)
+    for name in ("../../../evil.png", "/tmp/evil.png", "..\\..\\evil.png", "a/../../evil.png"):
+        answer = client.http.post("/upload", files={"files": (name, content)})
+        where = Path(answer.json()[0]).resolve() if answer.status_code == 200 else folder
+        assert where.is_relative_to(folder)
+
+
+def test_errors_name_no_folder(client, draw, tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    status, _ = drawn(client, draw, picture=client.upload(tmp_path / "text.png"))
+    assert "text.png: not a readable image" in status and client.files_folder not in status
+
+
+# --- large things ---------------------------------------------------------------------------------
+
+
+def test_large_files_are_refused(client, tmp_path):
+    (tmp_path / "large.png").write_bytes(b"\0" * (MAX_UPLOAD + 1))
+    with pytest.raises(httpx.HTTPStatusError, match="413"):
+        client.upload(tmp_path / "large.png")
+
+
+def test_large_requests_are_refused(client):
+    look = client.dependency("picture", "change")
+    assert client.ask(look, marks="x" * (MAX_UPLOAD + 2**20)).status_code == 413
+
+
+def test_a_picture_that_unpacks_to_much_is_not_decoded(client, draw, tmp_path):
+    """100 million pixels in 100 kB."""
+    side = 10_000
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        ends = len(content).to_bytes(4, "big"), zlib.crc32(kind + content).to_bytes(4, "big")
+        return ends[0] + kind + content + ends[1]
+
+    header = side.to_bytes(4, "big") * 2 + bytes((8, 0, 0, 0, 0))
+    rows = zlib.compress(b"\0" * (side + 1) * side)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+    status, _ = drawn(client, draw, picture=client.upload(tmp_path / "bomb.png"))
+    assert "bomb.png: 10000 x 10000 is more than 0.1 million pixels" in status
+
+
+# --- many requests, several people ----------------------------------------------------------------
+
+
+def test_a_flood_is_answered_or_refused(served, draw, pairs):
+    page, url = served
+    client = Client(page, url)
+    up = client.upload(pairs / "pair0.png")
+    answers = in_parallel(FLOOD, lambda _: client.ask(draw, picture=up, steps=1))
+    taken = {answer.json()["event_id"] for answer in answers if answer.status_code == 200}
+    refused = [answer for answer in answers if answer.status_code != 200]
+    assert len(taken) + len(refused) == FLOOD and len(refused) > FLOOD / 2
+    assert all("Queue is full" in answer.text for answer in refused)
+    assert len(taken) >= QUEUE
+    for said in client.messages():
+        if said["msg"] == "process_completed" and said["event_id"] in taken:
+            assert said["success"]
+            taken.remove(said["event_id"])
+        if not taken:
+            break
+    assert not taken
+    status, pictures = drawn(Client(page, url), draw, picture=up)
+    assert "1 pictures" in status and len(pictures) == 2
+
+
+def test_people_at_once_get_what_they_would_get_alone(served, draw, pairs):
+    page, url = served
+
+    def person(number: int) -> list[np.ndarray]:
+        client = Client(page, url)
+        up = client.upload(pairs / f"pair{number % 2}.png")
+        said, pictures = drawn(
+            client,
+            draw,
+            picture=up,
+            seed=number % 2,
+            count=2,
+            scheduler=("ddim", "euler")[number % 2],
+        )
+        assert f"seeds {number % 2} to" in said
+        return pictures
+
+    alone = [person(0), person(1)]
+    assert len(alone[0]) == 3 and not np.array_equal(alone[0][1], alone[1][1])
+    for number, pictures in enumerate(in_parallel(6, person)):
+        assert all(map(np.array_equal, pictures, alone[number % 2]))
+
+
+def test_stop_is_ones_own(served, draw, pairs):
+    """Somebody else's Stop ends nothing of mine."""
+    page, url = served
+    mine, other = Client(page, url), Client(page, url)
+    up = mine.upload(pairs / "pair0.png")
+    mine.ask(draw, picture=up, count=8, steps=20).raise_for_status()
+    stop = mine.dependency("stop_button", "click")
+    body = {"data": [None], "fn_index": stop["id"], "session_hash": other.session}
+    other.http.post("/run/predict", json=body).raise_for_status()
+    status = ""
+    for said in mine.messages():
+        if said["msg"] == "process_completed":
+            status = str(said["output"])
+            break
+    assert "stopped" not in status
+    body["session_hash"] = mine.session
+    mine.http.post("/run/predict", json=body).raise_for_status()
+    assert "stopped after 0" in drawn(mine, draw, picture=up)[0]
+
+
+def test_a_password_guards_everything(handlers, pairs):
+    page: gr.Blocks = build_page(handlers)
+    url = serve(page, auth=("me", "secret"), prevent_thread_lock=True, quiet=True)
+    try:
+        stranger = Client(page, url)
+        look = stranger.dependency("picture", "change")
+        assert stranger.ask(look).status_code == 401
+        with pytest.raises(httpx.HTTPStatusError, match="401"):
+            stranger.upload(pairs / "pair0.png")
+        assert stranger.http.get(f"{url}config").status_code == 401
+        wrong = {"username": "me", "password": "guess"}
+        assert stranger.http.post(f"{url}login", data=wrong).status_code == 400
+        right = {"username": "me", "password": "secret"}
+        assert stranger.http.post(f"{url}login", data=right).status_code == 200
+        seen = stranger.call(look, picture=stranger.upload(pairs / "pair0.png"))
+        assert len(seen["views"]) == 3
+    finally:
+        page.close()
