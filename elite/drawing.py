@@ -42,6 +42,17 @@ class Drawing:
     num_inference_steps: int = DEFAULT_STEPS
     guidance_scale: float = 5.0
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of every call of the pipeline."""
+        return {
+            "words": self.words,
+            "height": self.resolution,
+            "width": self.resolution,
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+        }
+
     def __call__(
         self,
         pipe: ElitePipeline,
@@ -64,14 +75,29 @@ class Drawing:
             list(prompts),
             concept=list(concepts),
             lambda_=self.lambda_,
-            words=self.words,
             placeholder_token=self.placeholder_token,
             seed=list(seeds),
-            height=self.resolution,
-            width=self.resolution,
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
             callback_on_step_end=step_ended,
+            **self.options,
+        ).images
+
+    def together(
+        self,
+        pipe: ElitePipeline,
+        concepts: Mapping[str, Concept],
+        weights: Mapping[str, float],
+        regions: Mapping[str, np.ndarray],
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+    ) -> list[Image.Image]:
+        """The same with several concepts in every picture, each with a lambda of its own."""
+        return pipe(
+            list(prompts),
+            concepts=concepts,
+            lambda_=weights,
+            regions=regions,
+            seed=list(seeds),
+            **self.options,
         ).images
 
     def text(self, pipe: ElitePipeline) -> dict[str, str]:
@@ -226,24 +252,28 @@ def draw_prompts(
 
 
 def draw_prompt_grid(
-    pipe: DiffusionPipeline,
+    draw: Callable[[Sequence[str], Sequence[int]], Sequence[Image.Image]],
     prompts: Sequence[str],
     seeds: Sequence[int],
     output_dir: Path,
     *,
     batch_size: int = 1,
-    metadata: Mapping[str, str] | None = None,  # more text for the PNGs
-    **options: Any,  # as for `draw_prompts`
+    metadata: Mapping[str, object],
 ) -> None:
-    """Each prompt once per seed: `PROMPT_SEED.png`, numbered from 0, and `grid.png` of all."""
-    settings = {key: str(value) for key, value in options.items() if value is not None}
-    settings |= {**(metadata or {}), **VERSIONS}
+    """Each prompt once per seed: `PROMPT_SEED.png`, numbered from 0, and `grid.png` of all.
+
+    Args:
+        draw: gives one picture per prompt and seed.
+        metadata: text for the PNGs; what is None is left out.
+    """
+    settings = {key: str(value) for key, value in metadata.items() if value is not None}
+    settings |= VERSIONS
     rows: list[list[Image.Image]] = []
     with tqdm(total=len(prompts) * len(seeds), desc="draw", unit="picture") as progress:
         for number, prompt in enumerate(prompts):
             row: list[Image.Image] = []
             for batch in batches(iter(seeds), batch_size):
-                pictures = draw_prompts(pipe, [prompt] * len(batch), batch, **options)
+                pictures = draw([prompt] * len(batch), batch)
                 for seed, picture in zip(batch, pictures, strict=True):
                     info = png_text({"prompt": prompt, "seed": str(seed), **settings})
                     path = output_dir / f"{number:05d}_{seed:05d}.png"

@@ -2,18 +2,22 @@
 folder, say what failed."""
 
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
+from PIL import Image
 
 from elite.concept import ConceptFolder
 from elite.console import BAD_INPUT, OK, PARTLY_FAILED
 from elite.data import PairFolder
-from elite.drawing import Drawing, draw_folder, draw_prompt_grid
+from elite.drawing import Drawing, draw_folder, draw_prompt_grid, draw_prompts
 from elite.encoding import encode_folder
+from elite.images import read_mask
 from elite.loading import (
     DTYPES,
     image_encoder_sizes,
@@ -24,9 +28,11 @@ from elite.loading import (
 from elite.pipeline import ElitePipeline, Words
 from elite.settings import (
     ConceptConfig,
+    DrawConfig,
     EliteConfig,
     EncodeConfig,
     InferenceConfig,
+    InferenceLocalConfig,
     ModelConfig,
     TextualInversionInferenceConfig,
 )
@@ -70,20 +76,75 @@ def run_textual_inversion(config: TextualInversionInferenceConfig) -> int:
     load_into(pipe, embeddings)
     pipe.set_progress_bar_config(disable=True)
     place(pipe, config)
-    output_dir = Path(config.output_dir)
-    draw_prompt_grid(
-        pipe,
+    options: dict[str, Any] = {
+        "resolution": config.resolution,
+        "num_inference_steps": config.num_inference_steps,
+        "guidance_scale": config.guidance_scale,
+    }
+    about = {"scheduler": config.scheduler, "model": config.pretrained_model_name_or_path}
+    return _draw_grid(
+        config,
+        partial(draw_prompts, pipe, **options),
         config.prompt,
-        range(config.seed, config.seed + config.num_images),
-        output_dir,
-        batch_size=config.batch_size,
-        metadata={"scheduler": config.scheduler, "model": config.pretrained_model_name_or_path},
-        resolution=config.resolution,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
+        Path(config.output_dir),
+        {**options, **about},
+    )
+
+
+def _draw_grid(
+    config: DrawConfig,
+    draw: Callable[[Sequence[str], Sequence[int]], Sequence[Image.Image]],
+    prompts: Sequence[str],
+    output_dir: Path,
+    metadata: Mapping[str, object],
+) -> int:
+    """Prompts once per seed, by the main process. Returns the exit status."""
+    if not PartialState().is_main_process:
+        return OK
+    seeds = range(config.seed, config.seed + config.num_images)
+    draw_prompt_grid(
+        draw, prompts, seeds, output_dir, batch_size=config.batch_size, metadata=metadata
     )
     print(f"pictures in {output_dir}; look at {output_dir / 'grid.png'} first")
     return OK
+
+
+def run_several_concepts(config: InferenceLocalConfig, pipe: ElitePipeline, name: str) -> int:
+    """Draws the concepts of --concept together into OUTPUT_DIR/name. Returns the exit status."""
+    if config.concept_path is not None:
+        raise ValueError("--concept and --concept_path are both given; leave one of them out")
+    files = _by_name(config.concept, "--concept")
+    weights: dict[str, float] = dict.fromkeys(files, config.llambda)
+    for placeholder, value in _by_name(config.concept_llambda, "--concept_llambda").items():
+        if placeholder not in files:
+            raise ValueError(f"--concept_llambda {placeholder}={value}: no such --concept")
+        weights[placeholder] = float(value)
+    masks = _by_name(config.region, "--region")
+    drawing = drawing_of(config, 0, config.llambda)
+    concepts = {word: ConceptFolder(path).read(0) for word, path in files.items()}
+    draw = partial(
+        drawing.together,
+        pipe,
+        concepts,
+        weights,
+        {word: read_mask(Path(path)) for word, path in masks.items()},
+    )
+    about = {**drawing.text(pipe), "scheduler": config.scheduler, **_models(config)}
+    about |= {f"concept {word}": concept.digest for word, concept in concepts.items()}
+    about |= {f"region {word}": path for word, path in masks.items()}
+    about |= {"lambda": ", ".join(f"{word} {weight:g}" for word, weight in weights.items())}
+    return _draw_grid(config, draw, [config.template], Path(config.output_dir) / name, about)
+
+
+def _by_name(values: Sequence[str], flag: str) -> dict[str, str]:
+    """NAME=VALUE of a flag. Raises ValueError where a name comes twice."""
+    named: dict[str, str] = {}
+    for value in values:
+        name, _, rest = value.partition("=")
+        if name in named:
+            raise ValueError(f"{flag} {value}: {name} is given twice; leave one of them out")
+        named[name] = rest
+    return named
 
 
 def _models(config: ConceptConfig) -> dict[str, str]:
@@ -167,6 +228,8 @@ def read_pairs(config: EncodeConfig | InferenceConfig) -> PairFolder:
 
 def _read_folder(config: InferenceConfig) -> PairFolder | ConceptFolder:
     """What is to be drawn."""
+    if getattr(config, "concept_llambda", None) or getattr(config, "region", None):
+        raise ValueError("--concept_llambda and --region belong to --concept; name the files there")
     if config.concept_path is None:
         return read_pairs(config)
     if config.no_mask:

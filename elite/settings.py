@@ -379,6 +379,26 @@ class InferenceGlobalConfig(WordConfig, InferenceConfig):
 class InferenceLocalConfig(LocalConfig, InferenceConfig):
     """Pictures from the primary word and the local features."""
 
+    concept: list[str] = setting(
+        [],
+        "NAME=FILE for concepts of encode.py that are drawn together; the template says their "
+        'names, as in "a S1 next to a S2".',
+        pattern=r"[^\s=]+=.+",
+        expected="NAME=FILE",
+    )
+    concept_llambda: list[str] = setting(
+        [],
+        "NAME=NUMBER for those of --concept that have a weight other than llambda.",
+        pattern=r"[^\s=]+=(\d+\.?\d*|\.\d+)",
+        expected="NAME=NUMBER",
+    )
+    region: list[str] = setting(
+        [],
+        "NAME=MASK for those of --concept that may only appear where this picture is not black.",
+        pattern=r"[^\s=]+=.+",
+        expected="NAME=MASK",
+    )
+
 
 @dataclass(kw_only=True)
 class TextualInversionInferenceConfig(DrawConfig):

@@ -1,0 +1,99 @@
+"""Several concepts in one picture from the command line."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests import tiny
+from tests.conftest import FAST, run_script
+
+
+@pytest.fixture
+def script(whole_model, tmp_path):
+    """Runs the script on the whole tiny model."""
+
+    def run(*arguments) -> int:
+        given = ("--pretrained_model_name_or_path", whole_model, "--output_dir", tmp_path / "out")
+        return run_script("inference_local.py", *FAST, *given, *arguments)
+
+    return run
+
+
+@pytest.fixture
+def concepts(pipe, tmp_path):
+    """S1=FILE S2=FILE of two concepts of the tiny model."""
+    flags = []
+    for number in (1, 2):
+        path = tmp_path / f"{number}.safetensors"
+        pipe.encode_concept(*tiny.picture(number)).save(path)
+        flags.append(f"S{number}={path}")
+    return flags
+
+
+def region(tmp_path):
+    mask = np.zeros((8, 8), dtype=np.uint8)
+    mask[:, :4] = 255
+    Image.fromarray(mask).save(tmp_path / "left.png")
+    return f"S1={tmp_path / 'left.png'}"
+
+
+def drawn(folder, stem="00000_00042"):
+    with Image.open(folder / f"{stem}.png") as picture:
+        return np.asarray(picture), picture.text
+
+
+def test_each_flag_changes_the_picture(script, concepts, tmp_path):
+    common = ["--template", "a S1 next to a S2", "--concept", *concepts]
+    runs = {
+        "plain": [],
+        "weight": ["--concept_llambda", "S2=0"],
+        "region": ["--region", region(tmp_path)],
+        "turned": ["--template", "a S2 next to a S1"],
+    }
+    pictures = {}
+    for name, flags in runs.items():
+        assert script(*common, *flags, "--suffix", name, "--llambda", "1") == 0
+        folder = tmp_path / "out" / f"{name}_l1p0"
+        pictures[name], text = drawn(folder)
+        assert (folder / "grid.png").exists()
+    for name in ("weight", "region", "turned"):
+        assert not np.array_equal(pictures[name], pictures["plain"]), name
+    assert text["lambda"] == "S1 1, S2 1" and len(text["concept S1"]) == 16
+
+
+def test_seeds_and_batches(script, concepts, tmp_path):
+    flags = ["--template", "S1 and S2", "--concept", *concepts, "--num_images", "3"]
+    assert script(*flags, "--batch_size", "2") == 0
+    folder = tmp_path / "out" / "object_l0p8"
+    seeds = [drawn(folder, f"00000_0004{last}")[1]["seed"] for last in (2, 3, 4)]
+    assert seeds == ["42", "43", "44"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--template", "a S1"), "'a S1' has no placeholder 'S2'"),
+        (("--concept_llambda", "S3=0.5"), "--concept_llambda S3=0.5: no such --concept"),
+        (("--concept_llambda", "S1=much"), "expected NAME=NUMBER"),
+        (("--region", "S3=here"), "no such file"),
+        (("--region", "S1=nowhere.png"), "nowhere.png"),
+        (("--concept_path", "files"), "--concept and --concept_path are both given"),
+    ],
+    ids=lambda x: " ".join(x)[:40] if isinstance(x, tuple) else "",
+)
+def test_mistakes_are_one_line_and_2(script, concepts, tmp_path, capsys, flags, message):
+    assert script("--template", "S1 and S2", "--concept", *concepts, *flags) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(lines) == 1 and message in lines[0]
+    assert not list(tmp_path.glob("out/*/*.png"))
+
+
+def test_twice_the_same_name(script, concepts, capsys):
+    assert script("--template", "S1", "--concept", concepts[0], concepts[0]) == 2
+    assert "S1 is given twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", [("--region", "S1=a.png"), ("--concept_llambda", "S1=1")])
+def test_flags_of_concept_alone(script, capsys, flag):
+    assert script(*flag) == 2
+    assert "belong to --concept" in capsys.readouterr().err
