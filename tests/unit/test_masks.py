@@ -149,4 +149,5 @@ def test_measuring_prints_a_row_per_case(capsys):
     assert masks.main(["--count", "3", "--size", "128"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + len(masks.CASES) and all(line.count("|") == 4 for line in lines)
-    assert lines[3] == "| in the middle, 30 % | 1.00, 3 of 3 | 1.00, 3 of 3 |"
+    boxed = lines[4].split("|")[3].split(",")[0]  # in a corner, which the centred guess misses
+    assert float(boxed) > 0.9
