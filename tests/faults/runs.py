@@ -2,8 +2,8 @@
 
     python -m tests.faults.runs --kills 20 --output runs/faults/report.json
 
-is the long run (`make faults`); `tests/faults/test_kills.py` uses the same with a few kills. Every run
-is a process of its own, forked from a server that has imported torch once, and runs the script
+is the long run (`make faults`); `tests/faults/test_kills.py` uses the same with a few kills. Every
+run is a process of its own, forked from a server that has imported torch once, and runs the script
 that a user would; "killed" is SIGKILL.
 """
 
@@ -77,6 +77,7 @@ def start(call: Call, log: Path, environment: Mapping[str, str] | None = None) -
 
 def _live(call: Call, log: str, environment: dict[str, str]) -> None:
     os.setsid()  # a group of its own, for signals that reach loader processes, too
+    multiprocessing.set_start_method("fork", force=True)  # of these, as without the server
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -66,6 +66,8 @@ def test_a_second_signal_ends_at_once_and_leaves_a_usable_folder(number, tmp_pat
     folder, log = tmp_path / "run", tmp_path / "run.log"
     process = start((train_until_stuck, (str(folder), 3)), log)
     wait_for_step(folder, 3)
+    while not (folder / "checkpoint-3").exists():
+        time.sleep(0.01)
     os.kill(process.pid, signal.SIGTERM)
     deadline = time.monotonic() + HANGS
     while "SIGTERM: ends after this step" not in log.read_text():
@@ -74,6 +76,7 @@ def test_a_second_signal_ends_at_once_and_leaves_a_usable_folder(number, tmp_pat
     assert process.is_alive()
     os.kill(process.pid, number)
     assert finish(process) == -number
+    os.killpg(process.pid, signal.SIGKILL)  # its loader process, which waits for nothing
     assert [fault(checkpoint) for checkpoint in checkpoints(folder)] == [None] * 3
     again = start((train_on, (str(folder), 5)), log)
     finish_well(again, log)
