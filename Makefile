@@ -17,7 +17,7 @@ test:
 	$(PYTHON) -m pytest -q
 
 faults:  ## kills of training runs at random points, 20 of each kind; figures in runs/faults
-	$(PYTHON) -m tests.faults.runs --kills 20 --output runs/faults/report.json
+	$(PYTHON) -m tests.faults.long --kills 20 --output runs/faults/report.json
 
 bench:  ## BENCHMARKS.md anew, at full size: hours on a CPU; the GPU part where there is one
 	$(PYTHON) -m benchmarks.generation --size full --rounds 5 --batch_sizes 1 2 4 --resolutions 256 512 768 --memory_rounds 3

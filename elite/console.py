@@ -30,16 +30,30 @@ def quiet_libraries() -> None:
 
 
 def run(main: Callable[[], int]) -> None:
-    """Runs a script and exits: with its status, 2 and one line on stderr for a ValueError, 130 for
-    Ctrl-C."""
+    """Runs a script and exits: with its status, 2 and one line on stderr for a ValueError or where
+    another process of `accelerate launch` is lost, 130 for Ctrl-C."""
     try:
         sys.exit(main())
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
+    except RuntimeError as error:
+        if not _is_lost_process(error):
+            raise
+        print(
+            "error: another process of this run has ended, so this one ends, too; see that one's "
+            "message; what is finished is kept",
+            file=sys.stderr,
+        )
+        sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
         print("interrupted; what is finished is kept", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def _is_lost_process(error: RuntimeError) -> bool:
+    """Of torch.distributed (DistError and its like), or of gloo, which has no class of its own."""
+    return type(error).__name__.startswith("Dist") or "gloo" in str(error)
 
 
 class StopSignals:

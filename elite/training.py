@@ -12,7 +12,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, Self
 
@@ -124,7 +124,7 @@ def fit(
     samples_per_step = batch_size * accumulation * accelerator.num_processes
     run = _Run(output_dir, logging_dir, accelerator, dataset, samples_per_step, config or {})
     state = _State(trained, optimizer, schedule, ema, accelerator.scaler, run.tally)
-    with _lost_process_explained(), StopSignals() as stop, run:
+    with StopSignals() as stop, run:
         step = run.start(state, resume, max_steps)
         model, optimizer = accelerator.prepare(objective, optimizer)
         model.train()
@@ -193,21 +193,6 @@ def fit(
                 ema.copy_to(trained.values())
             objective.save_pretrained(output_dir)
         accelerator.wait_for_everyone()
-
-
-@contextmanager
-def _lost_process_explained() -> Iterator[None]:
-    """Where another process of the run has ended, collective calls fail in this one."""
-    try:
-        yield
-    except RuntimeError as error:
-        lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
-        if not lost:
-            raise
-        raise ValueError(
-            "another process of this run has ended, so this one ends, too; see that one's message, "
-            "then resume with --resume_from_checkpoint latest"
-        ) from None
 
 
 class _State:

@@ -1,23 +1,17 @@
 """Training runs that are killed at random points and resumed, compared with uninterrupted ones.
 
-    python -m tests.faults.runs --kills 20 --output runs/faults/report.json
-
-is the long run (`make faults`); `tests/faults/test_kills.py` uses the same with a few kills. Every
-run is a process of its own, forked from a server that has imported torch once, and runs the script
-that a user would; "killed" is SIGKILL.
+Every run is a process of its own, forked from a server that has imported torch once, and runs the
+script that a user would; "killed" is SIGKILL.
 """
 
-import argparse
 import hashlib
 import json
 import multiprocessing
 import os
-import platform
 import random
 import re
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -32,11 +26,12 @@ import numpy as np
 import torch
 import torch._dynamo  # torch imports it with the first optimiser, which takes seconds
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 import elite.stages  # noqa: F401  # for the server: what the scripts import
-from elite.files import LEFTOVER, write_json
+from elite.files import LEFTOVER
 from elite.run_folder import checkpoints
 from small_world import pretrain
 from small_world.samples import SIDE
@@ -397,52 +392,7 @@ def compare_pair(world: World, kind: str, folder: Path, kills: int, seed: int) -
 
 def _weights_apart(one: Path, other: Path) -> float:
     """Largest absolute difference of the final weights; above 1e-6 is an AssertionError."""
-    from safetensors.torch import load_file
-
     a, b = (load_file(checkpoints(run)[-1] / "weights.safetensors") for run in (one, other))
     apart = max(float((a[key] - b[key]).abs().max()) for key in a)
     assert apart < 1e-6, f"weights differ by {apart}"
     return apart
-
-
-# --- the long run ---------------------------------------------------------------------------------
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=20, help="of each kind")
-    parser.add_argument("--pair_kills", type=int, default=6, help="of one of two processes")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--seed", type=int, help="of the moments; none draws one")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument("--output", type=Path, default=Path("runs/faults/report.json"))
-    args = parser.parse_args()
-    seed = random.SystemRandom().randrange(2**31) if args.seed is None else args.seed
-    print(f"seed {seed}")
-    report: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{os.cpu_count()} CPU cores, {platform.system()}",
-        "torch": torch.__version__,
-        "seed": seed,
-        "one_process": {},
-        "two_processes": {},
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        world = World(Path(folder) / "world", args.steps, {"dataloader_num_workers": 2})
-        for number, kind in enumerate(args.kinds):
-            place = Path(folder) / f"one_{number}"
-            found = compare_killed(world, kind, place, args.kills, seed + number)
-            report["one_process"][kind] = found
-            print(kind, found, flush=True)
-            write_json(args.output, report)
-        for number, kind in enumerate(k for k in args.kinds if k in SCRIPTS and args.pair_kills):
-            place = Path(folder) / f"two_{number}"
-            found = compare_pair(world, kind, place, args.pair_kills, seed + 100 + number)
-            report["two_processes"][kind] = found
-            print(kind, found, flush=True)
-            write_json(args.output, report)
-    print(f"figures in {args.output}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,7 @@
 """A training run of milliseconds: a linear model on numbers, of which some cannot be read and some
 give a loss that is not finite."""
 
+import os
 import time
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from elite.console import run
 from elite.files import write_atomically
 from elite.training import fit, make_accelerator
 from tests.conftest import forget_accelerate
@@ -84,3 +86,15 @@ def train_on(folder: str, steps: int) -> int:
     """For a process of its own: resumes such a run."""
     train(Path(folder), max_steps=steps, resume="latest")
     return 0
+
+
+def train_until_stopped(folder: str) -> int:
+    """For a process of its own: a run that goes on until a signal comes."""
+    train(Path(folder), max_steps=100_000, checkpoints_total_limit=2)
+    return 0
+
+
+def train_with_a_failing_process(folder: str) -> None:
+    """For two processes: the second cannot read anything."""
+    bad = range(100) if os.environ["RANK"] == "1" else ()
+    run(lambda: bool(train(Path(folder), Numbers(100, bad=bad))))
