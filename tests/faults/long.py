@@ -23,7 +23,7 @@ from tests.faults.runs import KINDS, SCRIPTS, World, compare_killed, compare_pai
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20, help="of each kind")
-    parser.add_argument("--pair_kills", type=int, default=6, help="of one of two processes")
+    parser.add_argument("--pair_kills", type=int, default=4, help="of one of two processes")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seed", type=int, help="of the moments; none draws one")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)

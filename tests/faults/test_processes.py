@@ -27,10 +27,25 @@ from tests.faults.runs import (
 )
 from tests.faults.toy import train_until_stopped, train_with_a_failing_process
 
+SUBJECTS = (  # things that the small world's judge knows; what the pictures show does not matter
+    "dotted_fish_pink_green",
+    "dotted_mug_blue_white",
+    "solid_heart_purple",
+    "solid_star_orange",
+    "striped_car_red_white",
+    "striped_mug_yellow_blue",
+)
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> World:
-    return World(tmp_path_factory.mktemp("processes") / "world", steps=3)
+    world = World(tmp_path_factory.mktemp("processes") / "world", steps=3)
+    pairs = tiny.save_pairs(world.folder / "pairs", count=6)
+    for number, name in enumerate(SUBJECTS):
+        for suffix in ("", "_bg"):
+            (pairs / f"pair{number}{suffix}.png").rename(pairs / f"{name}{suffix}.png")
+    (world.folder / "prompts.yaml").write_text("prompts: {object: ['a {} on the grass']}\n")
+    return world
 
 
 def everything(world: World, folder, batch_size: int) -> list[list[str]]:
@@ -64,8 +79,6 @@ def files(folder) -> list[str]:
 
 
 def test_four_launched_processes_make_what_one_makes(world, tmp_path):
-    tiny.save_pairs(world.folder / "pairs", count=6)
-    (world.folder / "prompts.yaml").write_text("prompts: {object: ['a {} on the beach']}\n")
     four, one = tmp_path / "four", tmp_path / "one"
     calls = [word for call in everything(world, four, 1) for word in ("--", *call)][1:]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "4"]
@@ -124,11 +137,12 @@ def test_failure_of_one_process_ends_both_with_its_message(tmp_path):
 
 
 @pytest.mark.parametrize("script", ["inference_local.py", "evaluate.py"])
-def test_a_killed_process_ends_the_drawing_of_a_folder(script, tmp_path):
-    flags = ["--output_dir", str(tmp_path / "drawn"), "--num_inference_steps", "10"]
-    pair = start_pair((run_scripts.run, ([script, *flags],)), tmp_path)
+def test_a_killed_process_ends_the_drawing_of_a_folder(script, world, tmp_path):
+    """The other one draws its own share, then ends, where it would wait for this one's."""
+    (call,) = (c for c in everything(world, tmp_path, 1) if c[0] == script)
+    pair = start_pair((run_scripts.run, ([*call, "--num_inference_steps", "60"],)), tmp_path)
     deadline = time.monotonic() + HANGS
-    while not list((tmp_path / "drawn").rglob("*.png")) and time.monotonic() < deadline:
+    while not list((tmp_path / call[0][:-3]).rglob("*.png")) and time.monotonic() < deadline:
         time.sleep(0.01)
     pair[1].kill()
     assert finish(pair[0]) == 2
