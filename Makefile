@@ -2,7 +2,7 @@
 VENV ?= .venv
 PYTHON ?= $(VENV)/bin/python
 
-.PHONY: setup check test bench demo
+.PHONY: setup check test faults bench demo
 
 setup:  ## a virtual environment with everything, tools included
 	python3 -m venv $(VENV)
@@ -15,6 +15,9 @@ check:  ## lint, format and types; changes nothing
 
 test:
 	$(PYTHON) -m pytest -q
+
+faults:  ## kills of training runs at random points, 20 of each kind; figures in runs/faults
+	$(PYTHON) -m tests.faults.long --kills 20 --output runs/faults/report.json
 
 bench:  ## BENCHMARKS.md anew, at full size: hours on a CPU; the GPU part where there is one
 	$(PYTHON) -m benchmarks.generation --size full --rounds 5 --batch_sizes 1 2 4 --resolutions 256 512 768 --memory_rounds 3

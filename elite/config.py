@@ -162,9 +162,9 @@ def print_config(config: Any) -> None:
             print(f"{mark} {item.name:{width}}  {values[item.name]}")
 
 
-def save_config(config: Any, path: Path | str) -> None:
-    """Writes a YAML file for `--config`, which appears whole or not at all."""
-    text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+def save_config(settings: Mapping[str, Any], path: Path | str) -> None:
+    """Writes what `to_dict` gives as a YAML file for `--config`, whole or not at all."""
+    text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

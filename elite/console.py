@@ -1,10 +1,15 @@
 """What the scripts have in common at the command line: one clear line for a user's mistake, exit
-codes, quiet libraries."""
+codes, signals, quiet libraries."""
 
 import os
+import shlex
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable
+from types import FrameType
+from typing import Any, Self
 
 OK, INTERRUPTED, BAD_INPUT, PARTLY_FAILED = 0, 130, 2, 3
 
@@ -26,13 +31,69 @@ def quiet_libraries() -> None:
 
 
 def run(main: Callable[[], int]) -> None:
-    """Runs a script and exits: with its status, 2 and one line on stderr for a ValueError, 130 for
-    Ctrl-C."""
+    """Runs a script and exits: with its status, 2 and one line on stderr for a ValueError or where
+    another process of `accelerate launch` is lost, 130 for Ctrl-C."""
     try:
         sys.exit(main())
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
+    except RuntimeError as error:
+        if not _is_lost_process(error):
+            raise
+        print(
+            "error: another process of this run has ended, so this one ends, too; see that one's "
+            "message; what is finished is kept",
+            file=sys.stderr,
+        )
+        sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
         print("interrupted; what is finished is kept", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def _is_lost_process(error: RuntimeError) -> bool:
+    """Of torch.distributed (DistError and its like), or of gloo, which has no class of its own."""
+    return type(error).__name__.startswith("Dist") or "gloo" in str(error)
+
+
+class StopSignals:
+    """Within it a first SIGTERM or SIGINT only sets `asked`; the next one ends the process at once.
+
+    So work in whole steps can finish its step and save. Does nothing outside the main thread.
+    """
+
+    NUMBERS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.asked: str | None = None  # name of the signal
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in self.NUMBERS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = signal.Signals(number).name
+        os.write(2, f"{self.asked}: ends after this step; a second one ends at once\n".encode())
+        for each in self.NUMBERS:
+            signal.signal(each, signal.SIG_DFL)  # reaches even a process that waits inside C
+
+
+class Stopped(SystemExit):
+    """A signal ended the work after a whole step; all is saved, and the exit status is 0."""
+
+    def __init__(self) -> None:
+        super().__init__(OK)
+
+
+def command_again(*more: str) -> str:
+    """The command that started this process with arguments added, to be typed into a shell."""
+    if "LOCAL_RANK" in os.environ:
+        return f"accelerate launch [its options] {shlex.join([*sys.argv, *more])}"
+    return shlex.join([*sys.orig_argv, *more])

@@ -172,6 +172,11 @@ class OpenImagesBoxes:
         crop = self.crop(index)
         return {"pixels": self.target(crop), **self.view(crop, rng)}
 
+    def name(self, index: int) -> str:
+        """The file that a box lies in, and the box: x0, x1, y0, y1 relative to it."""
+        place = ", ".join(f"{side:.3f}" for side in self.boxes[index])
+        return f"{self.image_path(index)} [{place}]"
+
     def image_path(self, index: int) -> Path:
         """The file that a box lies in."""
         return _image_path(self.image_folder, self.image_ids[index])
@@ -306,6 +311,10 @@ class OpenImagesMasks:
             "object_mask": torch.from_numpy(object_mask).float()[None],
             "caption": with_framing(_draw_caption(self.placeholder_token, rng), target.phrase),
         }
+
+    def name(self, index: int) -> str:
+        """The file of a mask."""
+        return str(self._mask_path(index))
 
     def _mask_path(self, index: int) -> Path:
         return self.mask_folder / str(self.index["name"][index])

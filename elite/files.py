@@ -1,29 +1,42 @@
-"""Files appear whole or not at all: everything is written to a temporary name and renamed."""
+"""Files appear whole or not at all: everything is written to a temporary name, flushed to the disk
+and renamed."""
 
 import hashlib
 import json
 import os
+import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+LEFTOVER = re.compile(r"\..+\.\d+\.(tmp|old)(\.\w+)?")  # of a process that was killed
+
+
+def _hidden(path: Path, kind: str) -> Path:
+    """A name beside `path` that nobody looks at; the same ending, since writers go by it."""
+    return path.with_name(f".{path.stem}.{os.getpid()}.{kind}{path.suffix}")
+
 
 def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
-    """Calls `write(temporary)` beside `path`, then renames: the file is there whole or not at all.
+    """Calls `write(temporary)` beside `path`, then renames: the file or folder is there whole or
+    not at all, even if the power fails.
 
     Raises:
         ValueError: the disk is full or the folder cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = _hidden(path, "tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
+        _flush(temporary)
         if path.is_dir() and temporary.is_dir():
-            shutil.rmtree(path)
+            remove_whole(path)
         os.replace(temporary, path)
+        _flush_one(path.parent)
     except Exception as error:
         if not _is_disk_error(error):
             raise
@@ -38,10 +51,41 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
             temporary.unlink()
 
 
+def _flush(path: Path) -> None:
+    """Waits until a file, or a folder with all in it, is on the disk."""
+    for inside in path.rglob("*"):
+        _flush_one(inside)
+    _flush_one(path)
+
+
+def _flush_one(path: Path) -> None:
+    if sys.platform == "win32" and path.is_dir():
+        return  # folders cannot be opened there
+    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_whole(folder: Path) -> None:
+    """Removes a folder so that it is never seen half-removed under its name."""
+    doomed = _hidden(folder, "old")
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed processes have left half-written or half-removed in a folder."""
+    for path in folder.iterdir():
+        if LEFTOVER.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def _is_disk_error(error: Exception) -> bool:
     """torch.save and safetensors have errors of their own for a disk that takes no more."""
-    in_torch = isinstance(error, RuntimeError) and "inline_container" in str(error)
-    in_torch = in_torch or "PytorchStreamWriter" in str(error)
+    told = ("inline_container", "PytorchStreamWriter", "iostream error")
+    in_torch = isinstance(error, RuntimeError) and any(words in str(error) for words in told)
     return in_torch or isinstance(error, OSError | SafetensorError)
 
 

@@ -50,8 +50,10 @@ def pick_device(name: str | None) -> torch.device:
     Raises:
         ValueError: no such device here.
     """
+    # Without being told so, accelerate shares no work among processes on a machine of CPUs only.
+    only_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     try:
-        device = torch.device(name) if name else PartialState().device
+        device = torch.device(name) if name else PartialState(cpu=only_cpu).device
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError):
         raise ValueError(

@@ -248,6 +248,10 @@ class CachedBoxes:
     def __len__(self) -> int:
         return len(self.boxes)
 
+    def name(self, index: int) -> str:
+        """As the boxes have it."""
+        return self.boxes.name(index)
+
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Tensor | str]:
         """What `OpenImagesBoxes.sample` gives for the same generator, but for `pixels`.
 

@@ -95,6 +95,10 @@ class PictureFolder:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def name(self, index: int) -> str:
+        """The file of a picture."""
+        return str(self.paths[index])
+
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Tensor | str]:
         """A square, mirrored half of the time, and its caption.
 

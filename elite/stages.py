@@ -1,16 +1,19 @@
 """The training scripts' common page: build parts, data and objective, then fit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
 from elite.checkpoint import load_mapper
-from elite.config import print_config, save_config, to_dict
+from elite.config import print_config, to_dict
+from elite.console import Stopped, command_again
 from elite.data import OpenImagesBoxes, OpenImagesMasks, PairFolder
 from elite.drawing import draw_prompts
 from elite.images import cut_out
@@ -193,10 +196,8 @@ def _fit(
             f"{len(dataset)} samples, {samples_per_step} per step, {max_steps} steps, "
             f"{sum(p.numel() for p in objective.trained.parameters()):,} trained parameters"
         )
-    with TemporaryDirectory() as nowhere:
+    with TemporaryDirectory() as nowhere, _resume_command_told(accelerator):
         output_dir = Path(nowhere if config.dry_run else config.output_dir)
-        if accelerator.is_main_process:
-            save_config(config, output_dir / "config.yaml")
         fit(
             objective,
             dataset,
@@ -223,6 +224,16 @@ def _fit(
             config=to_dict(config),
         )
     return accelerator.is_main_process
+
+
+@contextmanager
+def _resume_command_told(accelerator: Accelerator) -> Iterator[None]:
+    """Tells the user of a run that a signal stops how to go on."""
+    try:
+        yield
+    except Stopped:
+        accelerator.print("resume with:", command_again("--resume_from_checkpoint", "latest"))
+        raise
 
 
 class _PairPreview:

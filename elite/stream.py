@@ -1,9 +1,11 @@
 """The endless stream of training samples: what position n shows depends on the seed and n alone."""
 
 import itertools
+import re
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -20,6 +22,22 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Tensor | str]: ...
+
+    def name(self, index: int) -> str:
+        """What a user knows the sample by: its file, say."""
+
+
+class Failure(NamedTuple):
+    """A sample that could not be read."""
+
+    row: int  # of the dataset
+    message: str  # "FILE: what is wrong; what to do"
+
+    @property
+    def reason(self) -> str:
+        """What is wrong, the same words for every file: "not a readable image"."""
+        wrong = self.message.partition(": ")[2] or self.message
+        return re.sub(r"\d+", "N", re.split(r"; | \(", wrong)[0])
 
 
 class TrainingStream(Dataset):
@@ -41,17 +59,18 @@ class TrainingStream(Dataset):
         self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        """The dataset's sample with two more keys.
+        """The dataset's sample with three more keys.
 
         Returns:
             seed: int64 (), for whatever the objective draws.
-            failures: messages of the samples that could not be read and that this one stands in
-                for; list of str.
+            sample_index: its place in the dataset; list of one int.
+            failures: the samples that could not be read and that this one stands in for; list of
+                `Failure`.
 
         Raises:
             ValueError: `max_attempts` samples in a row could not be read; lists them.
         """
-        failures: list[str] = []
+        failures: list[Failure] = []
         for attempt in range(self.max_attempts):
             rng = np.random.default_rng((SAMPLES, self.seed, position, attempt))
             noise_seed = torch.tensor(int(rng.integers(2**63 - 1)))
@@ -61,12 +80,13 @@ class TrainingStream(Dataset):
             try:
                 sample = self.dataset.sample(index, rng)
             except ValueError as error:
-                failures.append(str(error))
+                failures.append(Failure(index, str(error)))
             else:
-                return {**sample, "seed": noise_seed, "failures": failures}
+                own = {"seed": noise_seed, "sample_index": [index], "failures": failures}
+                return {**sample, **own}
         raise ValueError(
             f"{len(failures)} samples in a row could not be read; repair or remove them: "
-            + "; ".join(failures)
+            + "; ".join(failure.message for failure in failures)
         )
 
     def _shuffled(self, position: int) -> int:
@@ -114,8 +134,27 @@ def stream_loader(
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
     )
+
+
+def read_batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
+    """The loader's batches; what goes wrong in its processes is told as if it happened here.
+
+    Raises:
+        ValueError: the stream's own, or a loader process has ended.
+    """
+    try:
+        yield from loader
+    except ValueError as error:
+        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ValueError(
+            f"a loader process has ended ({str(error).splitlines()[0]}); if memory ran out, lower "
+            "--dataloader_num_workers"
+        ) from None
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -132,7 +171,10 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-def _one_thread(worker: int) -> None:
-    """Each worker of a loader uses one core."""
+def _start_worker(worker: int) -> None:
+    """Each worker of a loader uses one core, and leaves it to the training process to answer a
+    signal that reaches them all."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)

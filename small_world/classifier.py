@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from elite.files import write_atomically
 from elite.images import to_pixels
-from elite.training import checkpoints, fit, make_accelerator
+from elite.run_folder import checkpoints
+from elite.training import fit, make_accelerator
 from small_world.objectives import ATTRIBUTES
 from small_world.samples import load_samples, render_samples
 from small_world.world import ALL_SHAPES, unseen_things
@@ -104,6 +105,9 @@ class JudgeSamples:
 
     def __len__(self) -> int:
         return len(self.shown)
+
+    def name(self, index: int) -> str:
+        return f"sample {index}"
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
         images, i, labels = self.shown[index]

@@ -11,9 +11,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from elite.files import write_atomically, write_json
+from elite.files import remove_whole, write_atomically, write_json
 from elite.loading import load_stable_diffusion, side_in_pixels
 from elite.pictures import PictureFolder
+from elite.run_folder import checkpoints
 from elite.textual_inversion import (
     TextualInversionObjective,
     initial_rows,
@@ -46,6 +47,8 @@ def invert(model: Path, case: Case, folder: Path, step_counts: Sequence[int]) ->
             folder / "picture" / "0.png", lambda path: Image.fromarray(case.source[0]).save(path)
         )
         seconds, spent = {}, 0.0
+        for unfinished in checkpoints(folder):  # its time is not known
+            remove_whole(unfinished)
         for steps in step_counts:
             spent += _train(model, case, folder, steps, resume=bool(seconds))
             seconds[str(steps)] = spent

@@ -23,10 +23,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModel
 
+from elite.console import OK, Stopped, command_again, run
 from elite.files import write_atomically
 from elite.images import to_clip_pixels, to_pixels
 from elite.loading import NOISE_SCHEDULE, make_scheduler, stock_pipeline
-from elite.training import checkpoints, fit, make_accelerator
+from elite.run_folder import checkpoints
+from elite.training import fit, make_accelerator
 from small_world.models import build_clip, build_text_encoder, build_unet, build_vae
 from small_world.objectives import BaseModelObjective, ImageEncoderObjective, VAEObjective
 from small_world.samples import load_samples, render_samples
@@ -35,6 +37,7 @@ from small_world.world import things
 
 REPOSITORY = Path(__file__).parents[1]
 NUM_SAMPLES = 60_000
+SAVE_STEPS = 250
 RECOLOURED = 0.4  # share of the image encoder's pictures
 # Images seen, batch and learning rate of each part. On two cores of which nobody else wants a part,
 # the image encoder sees 230 pictures a second.
@@ -77,6 +80,9 @@ class Pictures:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def name(self, index: int) -> str:
+        return f"sample {index}"
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
         image = np.array(self.images[index])
@@ -126,6 +132,9 @@ class Latents:
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    def name(self, index: int) -> str:
+        return f"sample {index}"
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
         return {"latents": self.latents[index], "input_ids": self.input_ids[index]}
@@ -179,12 +188,12 @@ def train(
         lr_warmup_steps=200,
         adam_betas=(0.9, 0.99),
         ema_decay=recipe["ema_decay"],
-        save_steps=250,
+        save_steps=SAVE_STEPS,
         checkpoints_total_limit=1,
         resume="latest" if checkpoints(folder) else None,
         preview=preview,
         validation_steps=500,
-        config={"part": part, **recipe},
+        config={"part": part, **{key: recipe[key] for key in recipe if key != "images"}},
     )
 
 
@@ -288,7 +297,7 @@ def assemble(work_dir: Path, target: Path) -> None:
     write_atomically(target / "image_encoder", image_encoder.half().save_pretrained)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -308,8 +317,13 @@ def main() -> None:
     elif args.part == "assemble":
         assemble(args.work_dir, args.target)
     else:
-        trainers[args.part](args.work_dir, build_tokenizer())
+        try:
+            trainers[args.part](args.work_dir, build_tokenizer())
+        except Stopped:
+            print("resume with:", command_again())
+            raise
+    return OK
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

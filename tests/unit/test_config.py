@@ -267,7 +267,7 @@ def test_saved_settings_read_back(tmp_path: Path, config_class: type) -> None:
         flags += [*REQUIRED, "--global_mapper_path", "none.pt", "--learning_rate", "1e-20"]
     config = parse_config(config_class, flags)
     path = tmp_path / "run" / "config.yaml"
-    save_config(config, path)
+    save_config(to_dict(config), path)
     assert parse_config(config_class, ["--config", str(path)]) == config
     assert build_config(config_class, to_dict(config)) == config
     assert [p.name for p in path.parent.iterdir()] == ["config.yaml"]
@@ -275,7 +275,7 @@ def test_saved_settings_read_back(tmp_path: Path, config_class: type) -> None:
 
 def test_saving_replaces_whole_files_only(tmp_path: Path, monkeypatch) -> None:
     path = tmp_path / "config.yaml"
-    save_config(train("--seed", "1"), path)
+    save_config(to_dict(train("--seed", "1")), path)
     before = path.read_text()
 
     def no_space(self: Path, text: str, **_: Any) -> None:
@@ -285,7 +285,7 @@ def test_saving_replaces_whole_files_only(tmp_path: Path, monkeypatch) -> None:
 
     monkeypatch.setattr(Path, "write_text", no_space)
     with pytest.raises(ValueError, match="No space left"):
-        save_config(train("--seed", "2"), path)
+        save_config(to_dict(train("--seed", "2")), path)
     assert path.read_text() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -293,7 +293,7 @@ def test_saving_replaces_whole_files_only(tmp_path: Path, monkeypatch) -> None:
 def test_secrets_stay_in_memory(tmp_path: Path, capsys) -> None:
     config = train("--hub_token", "hf_secret")
     assert config.hub_token == "hf_secret"
-    save_config(config, tmp_path / "config.yaml")
+    save_config(to_dict(config), tmp_path / "config.yaml")
     print_config(config)
     shown = (tmp_path / "config.yaml").read_text() + capsys.readouterr().out + str(to_dict(config))
     assert "hf_secret" not in shown

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import resource
 from contextlib import contextmanager
 
@@ -135,3 +136,20 @@ def test_json_round_trip(tmp_path):
     value = {"step": 3, "loss": [0.5, None]}
     write_json(tmp_path / "value.json", value)
     assert json.loads((tmp_path / "value.json").read_text()) == value
+
+
+def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """Else a power failure could leave the name with nothing in it."""
+    flushed, fsync = [], os.fsync
+
+    def note(descriptor):
+        flushed.append((os.readlink(f"/proc/self/fd/{descriptor}"), folder.exists()))
+        fsync(descriptor)
+
+    folder = tmp_path / "checkpoint-1"
+    monkeypatch.setattr(os, "fsync", note)
+    write_atomically(folder, write_folder("weights"))
+    inside, itself, parent = flushed
+    assert inside[0].endswith("/weights") and not inside[1]
+    assert itself[0].endswith(".tmp") and not itself[1]
+    assert parent == (str(tmp_path), True)

@@ -27,7 +27,7 @@ LAYERS = (
         "stream",
         "text",
     ),
-    ("attention", "checkpoint", "concept", "config", "data", "masks"),
+    ("attention", "checkpoint", "concept", "config", "data", "masks", "run_folder"),
     ("latents", "marking", "metrics", "objectives", "pictures", "pipeline", "subjects", "training"),
     ("encoding", "textual_inversion"),
     ("drawing",),

@@ -18,6 +18,7 @@ FOLDERS = ("elite", "small_world", "data_scripts", "benchmarks")  # the last rea
 SOURCES = sorted(
     [*REPOSITORY.glob("*.py"), *(p for f in FOLDERS for p in (REPOSITORY / f).glob("**/*.py"))]
 )
+BYTES = {"Image", "os"}
 TEXT_METHODS = {"read_text": 0, "write_text": 1, "open": 2}  # and where they take the encoding
 UNIX_ONLY = {"fcntl", "pwd", "grp", "resource", "termios", "pty"}
 UNIX_CALLS = {"fork", "killpg", "getuid", "SIGKILL", "SIGALRM", "symlink_to", "symlink", "mkfifo"}
@@ -44,8 +45,9 @@ def without_encoding(tree: ast.AST) -> list[int]:
     lines = []
     for call in calls(tree):
         name = name_of(call.func)
-        of_image = isinstance(call.func, ast.Attribute) and name_of(call.func.value) == "Image"
-        if name not in TEXT_METHODS or of_image or is_binary(call):
+        # Image.open and os.open, which are of bytes
+        of_bytes = isinstance(call.func, ast.Attribute) and name_of(call.func.value) in BYTES
+        if name not in TEXT_METHODS or of_bytes or is_binary(call):
             continue
         keywords = {keyword.arg for keyword in call.keywords}
         if "encoding" not in keywords and len(call.args) <= TEXT_METHODS[name]:
@@ -62,9 +64,15 @@ def is_binary(call: ast.Call) -> bool:
 
 
 def unix_names(tree: ast.AST) -> set[str]:
+    guarded = {
+        node
+        for choice in ast.walk(tree)
+        if isinstance(choice, ast.If) and "sys.platform" in ast.unparse(choice.test)
+        for node in ast.walk(choice)
+    }
     imported = {
         alias.name.split(".")[0]
-        for node in ast.walk(tree)
+        for node in set(ast.walk(tree)) - guarded
         if isinstance(node, ast.Import)
         for alias in node.names
     }

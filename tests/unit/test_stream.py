@@ -53,9 +53,9 @@ def test_broken_samples_are_replaced_and_recorded():
     stream = TrainingStream(Numbers(10, broken=(2, 5)), seed=0)
     samples = [stream[n] for n in range(10)]
     assert [len(sample["failures"]) > 0 for sample in samples].count(True) == 2
-    assert {message for s in samples for message in s["failures"]} == {
-        "2.jpg: broken",
-        "5.jpg: broken",
+    assert {failure for s in samples for failure in s["failures"]} == {
+        (2, "2.jpg: broken"),
+        (5, "5.jpg: broken"),
     }
     assert not {2, 5} & {int(sample["index"]) for sample in samples}
     assert samples == [TrainingStream(Numbers(10, broken=(2, 5)), seed=0)[n] for n in range(10)]
@@ -113,4 +113,5 @@ def test_batches_stack_tensors_and_flatten_failures():
     (batch,) = take(stream_loader(stream, batch_size=6), 1)
     assert batch["index"].shape == batch["seed"].shape == (6,)
     assert len(batch["caption"]) == 6 and all(isinstance(text, str) for text in batch["caption"])
-    assert set(batch["failures"]) == {"1.jpg: broken", "4.jpg: broken"}
+    assert set(batch["failures"]) == {(1, "1.jpg: broken"), (4, "4.jpg: broken")}
+    assert batch["sample_index"] == batch["index"].tolist()

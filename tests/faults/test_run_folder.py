@@ -1,0 +1,234 @@
+"""What a run finds in its folder when it starts: damaged checkpoints, other settings, another run,
+a full disk."""
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+
+from elite.config import to_dict
+from elite.run_folder import HASHES, LOCK, MAY_CHANGE, check_settings, checkpoints, fault, locked
+from elite.settings import TextualInversionConfig, TrainGlobalConfig, TrainLocalConfig
+from tests.faults.runs import leftovers, metrics, outcome
+from tests.faults.toy import train
+
+FILES = ("weights.safetensors", "training_state.pt", "config.json", HASHES)
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {"truncated": truncate, "bit flipped": flip_a_bit, "deleted": os.unlink}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    train(folder)
+    return folder
+
+
+@pytest.fixture
+def stopped(whole, tmp_path):
+    """The folder of a run that has ended after step 5 of 6."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "checkpoint-6")
+    (folder / "toy.safetensors").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", FILES)
+def test_damaged_newest_checkpoint_is_passed_over(file, damage, stopped, whole, capfd):
+    DAMAGES[damage](stopped / "checkpoint-5" / file)
+    assert fault(stopped / "checkpoint-5") is not None
+    assert fault(stopped / "checkpoint-4") is None
+    train(stopped, resume="latest")
+    said = capfd.readouterr().out
+    assert "checkpoint-5: " in said and "it is passed over for the one before" in said
+    assert outcome(stopped) == outcome(whole)
+
+
+def test_checkpoint_without_files_is_passed_over(stopped, whole):
+    shutil.rmtree(stopped / "checkpoint-5")
+    (stopped / "checkpoint-5").mkdir()
+    train(stopped, resume="latest")
+    assert outcome(stopped) == outcome(whole)
+
+
+def test_no_whole_checkpoint_is_an_error(stopped):
+    for checkpoint in checkpoints(stopped):
+        truncate(checkpoint / "weights.safetensors")
+    with pytest.raises(ValueError, match="none of 5 checkpoints is whole"):
+        train(stopped, resume="latest")
+
+
+def test_damaged_checkpoint_is_not_resumed_from_by_name(stopped):
+    flip_a_bit(stopped / "checkpoint-5" / "training_state.pt")
+    with pytest.raises(ValueError, match=r"not a whole checkpoint, training_state\.pt is damaged"):
+        train(stopped, resume="checkpoint-5")
+
+
+def test_limit_never_removes_the_last_whole_checkpoint(stopped, capfd):
+    """Newer ones are damaged, the run goes on from an old one and saves between."""
+    for step in (4, 5):
+        truncate(stopped / f"checkpoint-{step}" / "weights.safetensors")
+    train(stopped, resume="latest", max_steps=4, save_steps=4, checkpoints_total_limit=1)
+    assert [p.name for p in checkpoints(stopped)] == ["checkpoint-4", "checkpoint-5"]
+    assert fault(stopped / "checkpoint-4") is None
+
+
+def test_limit_removes_nothing_while_the_newest_is_damaged(tmp_path, monkeypatch, capfd):
+    train(tmp_path, max_steps=2)
+    monkeypatch.setattr("elite.training.seal", lambda folder: (folder / HASHES).write_text("{"))
+    train(tmp_path, max_steps=3, resume="latest", checkpoints_total_limit=1)
+    assert [p.name for p in checkpoints(tmp_path)] == [f"checkpoint-{n}" for n in (1, 2, 3)]
+    assert "older checkpoints are kept" in capfd.readouterr().out
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+def test_folder_of_other_settings_is_refused_with_the_keys(tmp_path):
+    config = {"seed": 1, "resolution": 64, "save_steps": 1, "output_dir": "a"}
+    train(tmp_path, max_steps=2, config=config)
+    before = outcome(tmp_path), (tmp_path / "config.yaml").read_text()
+    other = {"seed": 2, "resolution": 32, "save_steps": 5, "output_dir": "b"}
+    for resume in ("latest", None):
+        with pytest.raises(ValueError, match="holds a run of other settings") as caught:
+            train(tmp_path, config=other, resume=resume)
+        assert "resolution is 64 there, 32 here; seed is 1 there, 2 here" in str(caught.value)
+        assert "save_steps" not in str(caught.value) and "\n" not in str(caught.value)
+    assert before == (outcome(tmp_path), (tmp_path / "config.yaml").read_text())
+    train(tmp_path, config={**config, "save_steps": 5}, resume="latest", max_steps=3)
+    branch = tmp_path / "branch"
+    train(branch, config=other, resume=str(tmp_path / "checkpoint-2"), max_steps=3)
+    assert [line["step"] for line in metrics(branch)] == [3]
+
+
+def test_other_number_of_samples_per_step_is_refused(tmp_path):
+    train(tmp_path, max_steps=2)
+    with pytest.raises(ValueError, match="samples_per_step is 4 there, 8 here"):
+        train(tmp_path, resume="latest", accumulation=2)
+    train(tmp_path, resume="latest", accumulation=2, batch_size=2)
+
+
+def test_starting_anew_does_not_overwrite_a_run(tmp_path):
+    train(tmp_path, max_steps=2)
+    with pytest.raises(ValueError, match="holds 2 steps of such a run; go on with --resume_from"):
+        train(tmp_path)
+    assert len(metrics(tmp_path)) == 2
+
+
+def test_settings_that_may_change_exist():
+    kinds = (TrainGlobalConfig, TrainLocalConfig, TextualInversionConfig)
+    assert {item.name for kind in kinds for item in fields(kind)} >= MAY_CHANGE
+
+
+def test_stage_of_elite_is_held_to_what_it_learns(tmp_path):
+    """E.g. seed, learning rate and data; but no setting of how it runs."""
+    config = TrainGlobalConfig(pretrained_model_name_or_path="m", train_data_dir="d")
+    train(tmp_path, max_steps=1, config=to_dict(config))
+    held = set()
+    for name, value in to_dict(config).items():
+        try:
+            check_settings(tmp_path, {**to_dict(config), name: [value]}, resumes=True)
+        except ValueError:
+            held.add(name)
+    assert held == to_dict(config).keys() - MAY_CHANGE
+    assert {"seed", "learning_rate", "train_data_dir", "lr_scheduler", "ema"} <= held
+
+
+# --- another run ----------------------------------------------------------------------------------
+
+HOLD = """
+import sys, pathlib
+from elite.run_folder import locked
+with locked(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_second_run_into_a_folder_is_refused(tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        message = rf"another run writes into it \(process {holder.pid}\)"
+        with pytest.raises(ValueError, match=message):
+            train(tmp_path)
+        assert [p.name for p in tmp_path.iterdir()] == [LOCK], "the second run has written"
+    finally:
+        holder.kill()
+        holder.wait()
+    train(tmp_path)  # the lock went with the process
+
+
+def test_what_a_killed_run_left_half_written_is_cleared_away(tmp_path):
+    half = tmp_path / ".checkpoint-7.4711.tmp"
+    half.mkdir()
+    (half / "weights.safetensors").write_text("half")
+    (tmp_path / ".metrics.4711.tmp.jsonl").write_text("half")
+    (tmp_path / ".mine").write_text("kept")
+    assert len(leftovers(tmp_path)) == 2
+    with locked(tmp_path):
+        assert sorted(p.name for p in tmp_path.iterdir()) == [".mine", LOCK]
+
+
+# --- a full disk ----------------------------------------------------------------------------------
+
+
+def test_file_that_cannot_grow_keeps_the_last_checkpoint(tmp_path, whole):
+    train(tmp_path, max_steps=2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, hard))
+    try:
+        with pytest.raises(ValueError, match=r"cannot be written \(.*\); free some space"):
+            train(tmp_path, resume="latest")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [fault(p) for p in checkpoints(tmp_path)] == [None, None]
+    assert not leftovers(tmp_path)
+    train(tmp_path, resume="latest")
+    assert outcome(tmp_path) == outcome(whole)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 96 kB, where one may be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", folder]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("needs the right to mount a disk")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_full_disk_stops_the_run_with_the_last_checkpoint_intact(small_disk, whole):
+    with pytest.raises(ValueError, match=r"cannot be written \(.*\); free some space") as caught:
+        train(small_disk)
+    assert "\n" not in str(caught.value)
+    kept = checkpoints(small_disk)
+    assert kept and {fault(checkpoint) for checkpoint in kept} == {None}
+    assert not leftovers(small_disk)
+    subprocess.run(["mount", "-o", "remount,size=10m", small_disk], check=True)
+    train(small_disk, resume="latest")
+    assert outcome(small_disk) == outcome(whole)
