@@ -27,17 +27,25 @@ def requirements(name: str) -> dict[str, tuple[int, ...]]:
     return versions((REPOSITORY / name).read_text(encoding="utf-8").split("\n"), "==")
 
 
-def test_dependencies_are_what_the_package_imports():
+def imported_by(pattern: str) -> set[str]:
+    """Distributions that these modules of elite/ import."""
     imported = set()
-    for path in (REPOSITORY / "elite").glob("*.py"):
+    for path in (REPOSITORY / "elite").glob(pattern):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom):
                 imported.add(str(node.module).split(".")[0])
             elif isinstance(node, ast.Import):
                 imported |= {alias.name.split(".")[0] for alias in node.names}
     imported -= {*sys.stdlib_module_names, "elite"}
-    needed = {DISTRIBUTIONS.get(name, name) for name in imported} | IMPORTED_BY_OTHERS
-    assert versions(PROJECT["dependencies"], ">=").keys() == needed
+    return {DISTRIBUTIONS.get(name, name) for name in imported}
+
+
+def test_dependencies_are_what_the_package_imports():
+    extra = versions(PROJECT["optional-dependencies"]["app"], ">=").keys()
+    needed = versions(PROJECT["dependencies"], ">=").keys()
+    app = {"starlette"}  # comes with Gradio
+    assert imported_by("*.py") | IMPORTED_BY_OTHERS == needed | extra | app
+    assert not imported_by("[!a]*.py") & (extra | app)
 
 
 def test_the_tested_versions_are_allowed():
@@ -69,7 +77,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(installed):
     (about,) = installed.glob("*.dist-info/METADATA")
     text = about.read_text(encoding="utf-8")
     assert f"Version: {PROJECT['version']}\n" in text and "License-Expression: Apache-2.0" in text
-    assert len(re.findall(r"Requires-Dist: (?!peft)", text)) == len(PROJECT["dependencies"])
+    assert len(re.findall(r"Requires-Dist: (?!peft|gradio)", text)) == len(PROJECT["dependencies"])
 
 
 def test_the_wheel_draws_away_from_the_checkout(installed, tmp_path):
