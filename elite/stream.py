@@ -3,7 +3,7 @@
 import itertools
 import re
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -138,8 +138,9 @@ def stream_loader(
     )
 
 
-def read_batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
-    """The loader's batches; what goes wrong in its processes is told as if it happened here.
+def read_batches(loader: DataLoader) -> Generator[dict[str, Any], None, None]:
+    """The loader's batches; what goes wrong in its processes is told as if it happened here. To be
+    closed: its processes ignore the signal with which Python would end them at exit.
 
     Raises:
         ValueError: the stream's own, or a loader process has ended.

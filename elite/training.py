@@ -138,6 +138,7 @@ def fit(
             pin_memory=accelerator.device.type == "cuda",
         )
         batches = read_batches(loader)
+        run.at_end(batches.close)  # and with it the loader's processes
         while step < max_steps:
             # Accumulate.
             started, logs, shown, failures = time.monotonic(), [], [], []
@@ -311,6 +312,10 @@ class _Run:
 
     def __exit__(self, *exception: object) -> None:
         self._open.close()
+
+    def at_end(self, call: Callable[[], object]) -> None:
+        """To be called when the run ends, well or not."""
+        self._open.callback(call)
 
     def say(self, line: str) -> None:
         if self.is_main:

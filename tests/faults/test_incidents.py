@@ -1,6 +1,7 @@
 """What goes wrong while a run trains: losses that are not finite, samples that cannot be read,
 previews that fail. Counts are exact, over interruptions too."""
 
+import os
 import re
 from collections import Counter
 
@@ -10,8 +11,8 @@ import torch
 
 from elite.run_folder import checkpoints
 from elite.stream import Failure
-from tests.faults.runs import metrics, outcome
-from tests.faults.toy import Numbers, train
+from tests.faults.runs import finish, metrics, outcome, start
+from tests.faults.toy import Numbers, train, train_to_a_mistake
 
 
 def text_of(capfd) -> str:
@@ -121,13 +122,19 @@ def test_failure_in_a_loader_process_is_one_line(tmp_path):
 def test_loader_process_that_is_killed_is_one_line(tmp_path):
     class Deadly(Numbers):
         def sample(self, index, rng):
-            import os
-
             os._exit(1)
 
     with pytest.raises(ValueError, match="a loader process has ended") as caught:
         train(tmp_path, Deadly(100), num_workers=1)
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_that_ends_with_an_error_leaves_no_loader_process_behind(tmp_path):
+    """They ignore SIGTERM, with which Python would end them before it waits for them."""
+    process = start((train_to_a_mistake, (str(tmp_path / "run"),)), tmp_path / "log")
+    assert finish(process) == 2
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
 
 
 @pytest.mark.parametrize(

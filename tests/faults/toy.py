@@ -98,3 +98,9 @@ def train_with_a_failing_process(folder: str) -> None:
     """For two processes: the second cannot read anything."""
     bad = range(100) if os.environ["RANK"] == "1" else ()
     run(lambda: bool(train(Path(folder), Numbers(100, bad=bad))))
+
+
+def train_to_a_mistake(folder: str) -> None:
+    """For a process of its own: a run with loader processes that ends with an error."""
+    wild = Numbers(100, wild=range(100))
+    run(lambda: bool(train(Path(folder), wild, max_steps=100, num_workers=2)))
