@@ -214,10 +214,13 @@ def _read_layer(
     """The values of one layer, typed and checked; an error begins with `source`."""
     known = {item.name: item for item in fields(config_class)}
     hints = get_type_hints(config_class)
-    values = {}
+    values: dict[str, Any] = {}
     for name, value in layer.items():
         if name not in known:
             raise ValueError(f"{source}{name}: unknown setting{_nearest(str(name), known)}")
+        if value == [] == _default(known[name]):  # otherwise a list has at least one part
+            values[name] = []
+            continue
         try:
             values[name] = _read(value, hints[name], known[name].metadata)
         except ValueError as error:

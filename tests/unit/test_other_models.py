@@ -13,7 +13,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from elite import ElitePipeline, GlobalMapper, LocalMapper
 from elite.attention import cross_attention_layers, install, keys_values
-from elite.loading import HUB_IMAGE_ENCODER_SIZES, load_parts, make_scheduler, stock_pipeline
+from elite.loading import load_parts, make_scheduler, stock_pipeline
 from elite.objectives import GlobalObjective, LocalObjective
 from tests import tiny
 from tests.conftest import make_pipe
@@ -23,6 +23,14 @@ from tests.tiny import draw, relative
 # projections around the attention, velocity instead of noise.
 SD2 = {"text_width": 40, "attention_head_dim": [2, 4], "use_linear_projection": True}
 CLOSE = 1e-4  # fused and unfused attention add in another order
+
+VIT_L_14 = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +66,7 @@ def test_mappers_of_the_real_sizes_of_2_1():
             use_linear_projection=True,
             upcast_attention=True,
         )
-        encoder = CLIPVisionModel(CLIPVisionConfig(**HUB_IMAGE_ENCODER_SIZES))
+        encoder = CLIPVisionModel(CLIPVisionConfig(**VIT_L_14))
         mapper = GlobalMapper.shaped_for(unet, encoder)
         install(unet, mapper)
         levels = [torch.empty(1, 257, 1024)] * 5
