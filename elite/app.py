@@ -10,6 +10,7 @@ from gradio.data_classes import FileData, ImageData
 from gradio.utils import get_upload_folder
 
 from elite.app_handlers import AppHandlers, Stop, Values, example_pictures
+from elite.loading import DEFAULT_SAMPLER, DEFAULT_STEPS
 from elite.settings import SAMPLERS
 from elite.studio import MAX_GUIDANCE, MAX_LAMBDA, MAX_STEPS
 
@@ -23,7 +24,11 @@ INTRODUCTION = (
     "appears there."
 )
 OBJECT = ("picture", "squaring", "position", "method", "marks", "mask", "concept_file")
-DRAWING = ("prompts", "lambda_", "count", "guidance", "steps", "scheduler", "seed", "words")
+SECOND = ("second_file", "second_lambda", "where")
+DRAWING = (
+    *("prompts", "lambda_", "count", "guidance", "steps", "scheduler", "seed", "words"),
+    *SECOND,
+)
 LOOKED = ("marks", "views", "object_message", "square", "mask_part")
 LOOK_AGAIN = (
     ("squaring", "change"),
@@ -34,6 +39,7 @@ LOOK_AGAIN = (
 )
 PICKED = ("picture", "mask", "method", "object_message")
 SAVED = ("saved", "object_message")
+CHECKED = ("second_message", "prompt_message")
 DRAWN = ("gallery", "status", "strip", "strip_part")
 BUTTONS = ("draw", "sweep", "stop_button")
 
@@ -195,6 +201,8 @@ def _prompt_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
         visible=studio.has_details,
     )
     controls["count"] = gr.Slider(1, 8, 2, step=1, label="Pictures of each prompt")
+    with gr.Accordion("A second object in the same picture", open=False):
+        _second_part(controls, handlers)
     with gr.Accordion("More settings", open=False):
         controls["guidance"] = gr.Slider(
             0,
@@ -205,13 +213,13 @@ def _prompt_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
             info="1 or less: loosely. Very high: harsh colours.",
         )
         controls["steps"] = gr.Slider(
-            1, MAX_STEPS, 20, step=1, label="Steps: more take longer and draw cleaner"
+            1, MAX_STEPS, DEFAULT_STEPS, step=1, label="Steps: more take longer and draw cleaner"
         )
         controls["scheduler"] = gr.Dropdown(
             list(SAMPLERS),
-            value="dpm++",
+            value=DEFAULT_SAMPLER,
             label="Sampler: how noise becomes a picture",
-            info="dpm++ needs few steps; lms with 100 steps is what the paper used.",
+            info=f"{DEFAULT_SAMPLER} needs the fewest steps; lms with 100 is what the paper used.",
         )
         controls["seed"] = gr.Number(
             -1,
@@ -244,6 +252,39 @@ def _prompt_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
             buttons=["download", "fullscreen"],
             alt_text="A row of pictures with lambda growing from left to right",
         )
+
+
+def _second_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
+    """Its file, its likeness, and who may appear where."""
+    studio = handlers.studio
+    first, second = studio.placeholder_token, studio.second_token
+    gr.Markdown(
+        f"Make a file of the other object, load it here, and write `{second}` for it into each "
+        f"prompt, beside `{first}`."
+    )
+    controls["second_file"] = as_uploaded(
+        gr.File(label="The other object's file", file_types=[".safetensors"], height=120)
+    )
+    controls["second_message"] = gr.HTML()
+    controls["second_lambda"] = gr.Slider(
+        0,
+        MAX_LAMBDA,
+        0.8,
+        step=0.05,
+        label=f"Likeness to {second} (lambda)",
+        visible=studio.has_details,
+    )
+    controls["where"] = gr.Radio(
+        [
+            ("Anywhere", ""),
+            (f"{first} left, {second} right", "left right"),
+            (f"{first} right, {second} left", "right left"),
+            (f"{first} above, {second} below", "above below"),
+        ],
+        value="",
+        label="Where each may appear",
+        info="In halves of their own their colours mix less.",
+    )
 
 
 def _wire(controls: dict[str, Any], handlers: AppHandlers) -> None:
@@ -298,6 +339,8 @@ def _wire(controls: dict[str, Any], handlers: AppHandlers) -> None:
     for name in ("prompts", "words"):
         listener = controls[name].change
         listener(answer(handlers.check), chosen(DRAWING), listed(["prompt_message"]), **quick)
+    listener = controls["second_file"].change
+    listener(answer(handlers.new_second), chosen(DRAWING), listed(CHECKED), **looking)
     if "examples" in controls:
         controls["examples"].select(pick, None, listed(PICKED), **quick)
     controls["save"].click(work(handlers.save_concept), chosen(OBJECT), listed(SAVED), **working)

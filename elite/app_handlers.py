@@ -156,6 +156,21 @@ class AppHandlers:
             max_pixels=self.max_pixels,
         )
 
+    def new_second(self, values: Values) -> Values:
+        """What is wrong with the file of the second object, and with prompts now that there is one
+        or none."""
+        said = ""
+        try:
+            self._second(values)
+        except Exception as error:
+            said = problem(error)
+        return {"second_message": said, **self.check(values)}
+
+    def _second(self, values: Values) -> dict[str, Concept]:
+        """The second object by its word, if there is one."""
+        path = values["second_file"]
+        return {self.studio.second_token: self.studio.load_concept(path)} if path else {}
+
     def _concept(self, values: Values) -> tuple[Concept, np.ndarray | None]:
         """The object to draw, and what the model sees of it where there is a picture."""
         if values["concept_file"]:
@@ -181,7 +196,7 @@ class AppHandlers:
     def check(self, values: Values) -> Values:
         """Says what is wrong with the prompts, as they are typed."""
         try:
-            self.studio.check_prompts(values["prompts"] or "", words_of(values["words"]))
+            self._prompts(values)
         except Exception as error:
             return {"prompt_message": problem(error)}
         return {"prompt_message": ""}
@@ -198,17 +213,30 @@ class AppHandlers:
         """Each prompt at growing lambda, and at last all of them as one strip."""
         yield from self._work(values, folder, tell, sweep=True)
 
+    def _others(self, values: Values) -> dict[str, float]:
+        """Likeness to the second object by its word, if there is one."""
+        word, lambda_ = self.studio.second_token, values["second_lambda"]
+        return {word: lambda_} if values["second_file"] else {}
+
+    def _prompts(self, values: Values) -> tuple[str, ...]:
+        """Raises ValueError."""
+        text, words = values["prompts"] or "", words_of(values["words"])
+        return self.studio.check_prompts(text, words, list(self._others(values)))
+
     def _order(self, values: Values, sweep: bool) -> Order:
-        words = words_of(values["words"])
+        others = self._others(values)
+        halves = (values["where"] or "").split() if others else ()
         count = 1 if sweep else whole("number of pictures", values["count"])
         seed = whole("seed", values["seed"])
         if seed < 0:
             seed = secrets.randbelow(DRAWN_SEEDS)
         return Order(
-            prompts=self.studio.check_prompts(values["prompts"] or "", words),
+            prompts=self._prompts(values),
             seeds=tuple(range(seed, seed + min(count, MAX_PICTURES + 1))),
             lambdas=SWEEP if sweep else (values["lambda_"],),
-            words=words,
+            others=others,
+            regions=dict(zip((self.studio.placeholder_token, *others), halves, strict=False)),
+            words=words_of(values["words"]),
             num_inference_steps=whole("steps", values["steps"]),
             guidance_scale=values["guidance"],
             scheduler=values["scheduler"],
@@ -221,9 +249,10 @@ class AppHandlers:
             order = self._order(values, sweep)
             yield {"gallery": [], "strip_part": gr.update(visible=False), "status": ""}
             concept, seen = self._concept(values)
+            concepts = {self.studio.placeholder_token: concept, **self._second(values)}
             tiles += [] if seen is None else [(seen, "your object")]
             told = teller(values["stop"], tell)
-            for batch in self.studio.draw(concept, order, told):
+            for batch in self.studio.draw(concepts, order, told):
                 for one in batch:
                     path = folder / f"{len(drawn):05d}_{one.seed:05d}.png"
                     one.save(path)
@@ -259,7 +288,7 @@ def teller(stop: Stop, tell: Tell) -> OnProgress:
 
 def caption(drawn: Drawn) -> str:
     """Of a thumbnail, which shows its beginning."""
-    return f"\u03bb {drawn.lambda_:g}, seed {drawn.seed}: {drawn.prompt}"
+    return f"\u03bb {drawn.text['lambda']}, seed {drawn.seed}: {drawn.prompt}"
 
 
 def seeds_of(order: Order) -> str:

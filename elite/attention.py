@@ -113,9 +113,9 @@ class EliteAttnProcessor:
         heads = attn.heads
         K = _heads(self.K_g(text) + _lora(attn.to_k, text, lora_scale), heads)
         V = _heads(self.V_g(text) + _lora(attn.to_v, text, lora_scale), heads)
-        if not local or self.K_l is None or self.V_l is None:
-            return KeysValues(K, V)
         concepts, visible = split_local_inputs(local)
+        if not concepts or self.K_l is None or self.V_l is None:
+            return KeysValues(K, V, visible=visible)
         # The placeholders' one-hots ride along as more channels of V: what comes out there is the
         # attention paid to them.
         one_hots = torch.cat([placeholder for _, placeholder, _ in concepts], dim=1)  # (R, N, 77)

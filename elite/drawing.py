@@ -63,23 +63,9 @@ class Drawing:
     ) -> list[Image.Image]:
         """One picture per prompt, concept and seed; `on_step` is called after each denoising step.
         Raises ValueError where a prompt does not fit, and what `on_step` raises."""
-
-        def step_ended(*_: Any) -> dict[str, Any]:
-            if on_step is not None:
-                on_step()
-            return {}
-
-        if self.lambda_ == 0:  # the local branch would add zeros
-            concepts = [replace(concept, feature_tokens=None) for concept in concepts]
-        return pipe(
-            list(prompts),
-            concept=list(concepts),
-            lambda_=self.lambda_,
-            placeholder_token=self.placeholder_token,
-            seed=list(seeds),
-            callback_on_step_end=step_ended,
-            **self.options,
-        ).images
+        word = self.placeholder_token
+        named, weights = {word: Concept.stack(list(concepts))}, {word: self.lambda_}
+        return self.together(pipe, named, weights, {}, prompts, seeds, on_step)
 
     def together(
         self,
@@ -89,14 +75,31 @@ class Drawing:
         regions: Mapping[str, np.ndarray],
         prompts: Sequence[str],
         seeds: Sequence[int],
+        on_step: Callable[[], None] | None = None,
     ) -> list[Image.Image]:
-        """The same with several concepts in every picture, each with a lambda of its own."""
+        """The same with several concepts in every picture, each with a lambda of its own.
+
+        Args:
+            concepts: by placeholder, one row each for all pictures or one per picture.
+            weights, regions: as `lambda_` and `regions` of the pipeline.
+        """
+
+        def step_ended(*_: Any) -> dict[str, Any]:
+            if on_step is not None:
+                on_step()
+            return {}
+
+        def needed(word: str, concept: Concept) -> Concept:
+            is_unused = weights.get(word) == 0  # the local branch would add zeros
+            return replace(concept, feature_tokens=None) if is_unused else concept
+
         return pipe(
             list(prompts),
-            concepts=concepts,
+            concepts={word: needed(word, concept) for word, concept in concepts.items()},
             lambda_=weights,
             regions=regions,
             seed=list(seeds),
+            callback_on_step_end=step_ended,
             **self.options,
         ).images
 
@@ -112,6 +115,16 @@ class Drawing:
             "guidance_scale": str(self.guidance_scale),
             "dtype": str(pipe.unet.dtype),
         }
+
+
+def text_of_several(
+    concepts: Mapping[str, Concept], weights: Mapping[str, float], regions: Mapping[str, str]
+) -> dict[str, str]:
+    """What a picture's metadata says of several concepts in it, besides `Drawing.text`; regions by
+    their names."""
+    text = {f"concept {word}": concept.digest for word, concept in concepts.items()}
+    text |= {f"region {word}": region for word, region in regions.items()}
+    return text | {"lambda": ", ".join(f"{word} {weight:g}" for word, weight in weights.items())}
 
 
 @dataclass(frozen=True)

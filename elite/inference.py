@@ -15,7 +15,13 @@ from PIL import Image
 from elite.concept import ConceptFolder
 from elite.console import BAD_INPUT, OK, PARTLY_FAILED
 from elite.data import PairFolder
-from elite.drawing import Drawing, draw_folder, draw_prompt_grid, draw_prompts
+from elite.drawing import (
+    Drawing,
+    draw_folder,
+    draw_prompt_grid,
+    draw_prompts,
+    text_of_several,
+)
 from elite.encoding import encode_folder
 from elite.images import read_mask
 from elite.loading import (
@@ -132,9 +138,7 @@ def run_several_concepts(config: InferenceLocalConfig, pipe: ElitePipeline, name
         {word: read_mask(Path(path)) for word, path in masks.items()},
     )
     about = {**drawing.text(pipe), "scheduler": config.scheduler, **_models(config)}
-    about |= {f"concept {word}": concept.digest for word, concept in concepts.items()}
-    about |= {f"region {word}": path for word, path in masks.items()}
-    about |= {"lambda": ", ".join(f"{word} {weight:g}" for word, weight in weights.items())}
+    about |= text_of_several(concepts, weights, masks)
     return _draw_grid(config, draw, [config.template], Path(config.output_dir) / name, about)
 
 

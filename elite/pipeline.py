@@ -374,8 +374,8 @@ class ElitePipeline(Carded, StableDiffusionPipeline):
             nothing = context.new_zeros(1, 1, context.shape[2])
             index = torch.zeros(1, dtype=torch.int64, device=context.device)
             local = local_inputs(nothing, index, 0.0, context.shape[1])
-        if len(text) > 1:
-            local = [torch.cat([torch.zeros_like(x), x]) for x in local]
+        if len(text) > 1:  # the guidance rows read no feature tokens, and see everything
+            local = [torch.cat([torch.full_like(x, x.ndim == 4), x]) for x in local]
         return {
             "prompt_embeds": given["prompt_embeds"],
             "negative_prompt_embeds": given["negative_prompt_embeds"],
@@ -457,8 +457,9 @@ class ElitePipeline(Carded, StableDiffusionPipeline):
                 )
             f = row.feature_tokens.to(device, self.unet.dtype)
             local += local_inputs(f, index[:, n], weight.to(device), context.shape[1])
-        if shares is not None and local:
-            local.append(visibility(shares.to(local[0]), index, num_words, context.shape[1]))
+        if shares is not None:
+            shares = shares.to(device, self.unet.dtype)
+            local.append(visibility(shares, index, num_words, context.shape[1]))
         return context, local
 
     def _row_per_prompt(self, concept: Concept | Sequence[Concept], count: int) -> Concept:

@@ -4,7 +4,7 @@ nothing of anybody between calls."""
 import copy
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,11 +14,11 @@ import numpy as np
 from PIL import Image
 
 from elite.concept import Concept, ConceptFolder
-from elite.drawing import VERSIONS, Drawing, png_text
+from elite.drawing import VERSIONS, Drawing, png_text, text_of_several
 from elite.encoding import batches
 from elite.files import write_atomically
 from elite.images import from_clip_pixels
-from elite.loading import make_scheduler
+from elite.loading import DEFAULT_SAMPLER, DEFAULT_STEPS, make_scheduler
 from elite.marking import by_name
 from elite.pipeline import ElitePipeline, Words
 from elite.sheets import tile_rows
@@ -29,6 +29,12 @@ MAX_SEED = 2**31 - 1
 UNREAD = np.array(
     (255, 0, 255), dtype=np.uint8
 )  # colour of patches that the local branch does not read
+HALVES = {
+    "left": np.array([[True, False]]),
+    "right": np.array([[False, True]]),
+    "above": np.array([[True], [False]]),
+    "below": np.array([[False], [True]]),
+}
 
 # Steps done, steps in all, seconds left.
 OnProgress = Callable[[int, int, float], None]
@@ -36,15 +42,23 @@ OnProgress = Callable[[int, int, float], None]
 
 @dataclass(frozen=True)
 class Order:
-    """Every prompt with every seed at every lambda."""
+    """Every prompt with every seed at every lambda.
+
+    Args:
+        lambdas: of the object whose word is the studio's placeholder.
+        others: lambda of further objects in the same pictures, by their words.
+        regions: names of HALVES by the words of objects that may appear only there.
+    """
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...] = (0,)
     lambdas: tuple[float, ...] = (0.8,)
+    others: Mapping[str, float] = field(default_factory=dict)
+    regions: Mapping[str, str] = field(default_factory=dict)
     words: Words = 0
-    num_inference_steps: int = 20
+    num_inference_steps: int = DEFAULT_STEPS
     guidance_scale: float = 5.0
-    scheduler: str = "dpm++"
+    scheduler: str = DEFAULT_SAMPLER
 
     def __post_init__(self) -> None:
         _check("number of pictures", self.count, 1, MAX_PICTURES)
@@ -52,6 +66,11 @@ class Order:
         _check("guidance", self.guidance_scale, 0, MAX_GUIDANCE)
         for lambda_ in self.lambdas:
             _check("lambda", lambda_, 0, MAX_LAMBDA)
+        for word, lambda_ in self.others.items():
+            _check(f"lambda of {word}", lambda_, 0, MAX_LAMBDA)
+        for word, half in self.regions.items():
+            if half not in HALVES:
+                raise ValueError(f"region {half!r} of {word}: expected one of {', '.join(HALVES)}")
         for seed in self.seeds:
             _check("seed", seed, 0, MAX_SEED)
 
@@ -68,7 +87,6 @@ class Drawn:
     picture: Image.Image = field(repr=False)
     prompt: str
     seed: int
-    lambda_: float
     text: dict[str, str] = field(repr=False)
 
     def save(self, path: Path) -> None:
@@ -120,6 +138,11 @@ class Studio:
         self._tokenizer, self._tokenizer_lock = copy.deepcopy(pipe.tokenizer), Lock()
 
     @property
+    def second_token(self) -> str:
+        """The word of a second object in the same picture."""
+        return f"{self.placeholder_token}2"
+
+    @property
     def side(self) -> int:
         """Side of the pictures in pixels."""
         return self.resolution or self.pipe.resolution
@@ -149,8 +172,13 @@ class Studio:
         read = cells[row[:, None], row]  # (size, size)
         return [picture, cut_out, np.where(read[..., None], cut_out, UNREAD)]
 
-    def check_prompts(self, text: str, words: Words = 0) -> tuple[str, ...]:
+    def check_prompts(
+        self, text: str, words: Words = 0, others: Sequence[str] = ()
+    ) -> tuple[str, ...]:
         """The prompts of a text, one a line.
+
+        Args:
+            others: what stands for further objects, in each prompt too.
 
         Raises:
             ValueError: none or too many, or one in which the words have no place.
@@ -161,7 +189,7 @@ class Studio:
             raise ValueError(f"{len(prompts)} prompts; write 1 to {MAX_PROMPTS}, one a line")
         num_words = self.num_words if words == "all" else 1
         with self._tokenizer_lock:
-            tokenize(self._tokenizer, prompts, self.placeholder_token, num_words)
+            tokenize(self._tokenizer, prompts, [self.placeholder_token, *others], num_words)
         return prompts
 
     def encode(self, image: np.ndarray, mask: np.ndarray) -> Concept:
@@ -188,13 +216,16 @@ class Studio:
             return concept
 
     def draw(
-        self, concept: Concept, order: Order, on_progress: OnProgress
+        self, concepts: Mapping[str, Concept], order: Order, on_progress: OnProgress
     ) -> Iterator[list[Drawn]]:
         """The pictures of an order, as many at once as the batch size; what `on_progress` raises
         ends the drawing.
 
+        Args:
+            concepts: by their words: the placeholder, and those of the order's other objects.
+
         Raises:
-            ValueError: a prompt does not fit, or the sampler is unknown.
+            ValueError: a prompt does not fit, an object is missing, or the sampler is unknown.
         """
         pairs = list(itertools.product(order.prompts, order.seeds))
         calls = -(-len(pairs) // self.batch_size) * len(order.lambdas)
@@ -202,7 +233,7 @@ class Studio:
         for lambda_ in order.lambdas:
             drawing = self._drawing(order, lambda_)
             for batch in batches(iter(pairs), self.batch_size):
-                yield self._draw_batch(concept, order, drawing, batch, clock)
+                yield self._draw_batch(concepts, order, drawing, batch, clock)
 
     def _drawing(self, order: Order, lambda_: float) -> Drawing:
         return Drawing(
@@ -216,26 +247,26 @@ class Studio:
 
     def _draw_batch(
         self,
-        concept: Concept,
+        concepts: Mapping[str, Concept],
         order: Order,
         drawing: Drawing,
         batch: Sequence[tuple[str, int]],
         on_step: Callable[[], None],
     ) -> list[Drawn]:
         prompts, seeds = zip(*batch, strict=True)
+        weights = {self.placeholder_token: drawing.lambda_, **order.others}
+        regions = {word: HALVES[half] for word, half in order.regions.items()}
         with self._lock:
             scheduler = make_scheduler(order.scheduler, self.pipe.scheduler.config)
             self.pipe.scheduler = scheduler
-            pictures = drawing(self.pipe, prompts, [concept] * len(batch), seeds, on_step)
-        text = {**drawing.text(self.pipe), "scheduler": order.scheduler, "model": self.model}
-        return [
-            Drawn(
-                picture,
-                prompt,
-                seed,
-                drawing.lambda_,
-                {"prompt": prompt, "seed": str(seed), **text, **VERSIONS},
+            pictures = drawing.together(
+                self.pipe, concepts, weights, regions, prompts, seeds, on_step
             )
+        text = {**drawing.text(self.pipe), "scheduler": order.scheduler, "model": self.model}
+        if order.others:
+            text |= text_of_several(concepts, weights, order.regions)
+        return [
+            Drawn(picture, prompt, seed, {"prompt": prompt, "seed": str(seed), **text, **VERSIONS})
             for picture, prompt, seed in zip(pictures, prompts, seeds, strict=True)
         ]
 
@@ -244,10 +275,10 @@ def save_strip(drawn: Sequence[Drawn], seen: np.ndarray | None, path: Path) -> N
     """The pictures of a sweep as one PNG: a row per prompt, lambda from left to right, before them
     what the networks see of the object; with the metadata of them all."""
     prompts = list(dict.fromkeys(one.prompt for one in drawn))
-    lambdas = [f"{one.lambda_:g}" for one in drawn if one.prompt == prompts[0]]
+    lambdas = [one.text["lambda"] for one in drawn if one.prompt == prompts[0]]
     first = [] if seen is None else [Image.fromarray(seen)]
     rows = [[*first, *(one.picture for one in drawn if one.prompt == p)] for p in prompts]
     columns = [*(["object"] if first else []), *(f"lambda {value}" for value in lambdas)]
-    text = {**drawn[0].text, "prompt": "\n".join(prompts), "lambda": " ".join(lambdas)}
+    text = {**drawn[0].text, "prompt": "\n".join(prompts), "lambda": "; ".join(lambdas)}
     sheet = tile_rows(rows, columns, "; ".join(prompts))
     write_atomically(path, partial(sheet.save, pnginfo=png_text(text)))

@@ -41,6 +41,9 @@ DEFAULTS = {
     "scheduler": "ddim",
     "seed": 3,
     "words": "0",
+    "second_file": None,
+    "second_lambda": 0.8,
+    "where": "",
 }
 
 

@@ -268,17 +268,23 @@ def test_oblong_pictures_are_squared_as_asked(visit, tmp_path):
     assert padded[1].min() > 240 and cropped[1].min() < 60
 
 
+def save_object(page, path: Path) -> Path:
+    """Downloads the object's file."""
+    page.get_by_role("button", name="Keep the object as a file").click()
+    page.click("#save")
+    with page.expect_download() as download:
+        page.locator("#saved a").first.click()
+    download.value.save_as(path)
+    return path
+
+
 def test_an_object_is_kept_as_a_file(visit, tmp_path):
     page = visit()
     page.locator("#examples button").nth(0).click()
     views(page)
     settings(page, steps=2, seed=5, count=1)
     expected = draw(page)[1]
-    page.get_by_role("button", name="Keep the object as a file").click()
-    page.click("#save")
-    with page.expect_download() as download:
-        page.locator("#saved a").first.click()
-    download.value.save_as(tmp_path / "object.safetensors")
+    save_object(page, tmp_path / "object.safetensors")
     other = visit()
     other.get_by_role("button", name="Keep the object as a file").click()
     upload(other, tmp_path / "object.safetensors", "concept_file")
@@ -286,6 +292,37 @@ def test_an_object_is_kept_as_a_file(visit, tmp_path):
     settings(other, steps=2, seed=5, count=1)
     (drawn,) = draw(other)
     assert np.array_equal(drawn, expected)
+
+
+def test_two_objects_in_one_picture(visit, tmp_path):
+    page = visit()
+    page.locator("#examples button").nth(0).click()
+    page.wait_for_selector("#views img")
+    saved = save_object(page, tmp_path / "object.safetensors")
+    old = page.locator("#views img").nth(0).get_attribute("src")
+    page.locator("#examples button").nth(1).click()
+    page.wait_for_function(
+        "old => document.querySelectorAll('#views img')[0]?.src !== old", arg=old
+    )
+    settings(page, steps=2, seed=5, count=1)
+    sync_api.expect(page.locator("#second_file")).to_be_hidden()
+    page.get_by_role("button", name="A second object in the same picture").click()
+    upload(page, saved, "second_file")
+    said(page, "prompt_message", "has no placeholder 'S2'")
+    page.fill("#prompts textarea", "a S next to a S2")
+    sync_api.expect(page.locator("#prompt_message [role=alert]")).to_have_count(0)
+
+    pictures = [draw(page)[1]]
+    settings(page, second_lambda=0.2)
+    pictures.append(draw(page)[1])
+    choose(page, "S left, S2 right")
+    pictures.append(draw(page)[1])
+    said(page, "gallery", "S 0.8, S2 0.2")
+    assert len({picture.tobytes() for picture in pictures}) == len(pictures)
+    page.fill("#prompts textarea", "a S")
+    said(page, "prompt_message", "has no placeholder 'S2'")
+    page.click("#draw")
+    said(page, "status", "has no placeholder 'S2'")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

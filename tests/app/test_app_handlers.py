@@ -8,8 +8,9 @@ from elite import ElitePipeline
 from elite.app import build_page
 from elite.app_handlers import BROKEN, DIMMED, SWEEP, AppHandlers, Stop, data_url, dimmed, message
 from elite.data import PairFolder
+from elite.loading import DEFAULT_SAMPLER, DEFAULT_STEPS
 from elite.marking import Shown
-from elite.studio import Studio
+from elite.studio import Order, Studio
 from tests.app.conftest import noise_file
 
 
@@ -129,7 +130,7 @@ def test_the_sweep_is_one_strip(handlers, values, tmp_path):
     assert len(answer["gallery"]) == 1 + len(SWEEP) and answer["strip_part"]["visible"]
     with Image.open(answer["strip"]) as strip:
         assert strip.width == (1 + len(SWEEP)) * 160
-        assert strip.text["lambda"] == "0 0.3 0.6 0.8 1 1.2 1.5"
+        assert strip.text["lambda"] == "0.0; 0.3; 0.6; 0.8; 1.0; 1.2; 1.5"
 
 
 def test_stop_ends_the_drawing_and_keeps_what_is_there(handlers, values, tmp_path):
@@ -197,6 +198,80 @@ def test_a_saved_object_is_drawn_from_its_file(handlers, values, tmp_path):
     assert Image.open(swept["strip"]).width == len(SWEEP) * 160
 
 
+@pytest.fixture
+def couple(handlers, values, pairs, tmp_path) -> dict:
+    """What the controls hold with the file of a second object."""
+    other = {**values, "picture": str(pairs / "pair1.png")}
+    saved = last(handlers.save_concept(other, tmp_path, silent))["saved"]
+    return {**values, "second_file": saved, "prompts": "a S next to a S2", "second_lambda": 0.6}
+
+
+def test_prompts_name_both_objects_once_the_file_is_there(handlers, couple):
+    assert handlers.new_second(couple) == {"second_message": "", "prompt_message": ""}
+    alone = {**couple, "prompts": "a S"}
+    for said in (handlers.new_second(alone), handlers.check(alone)):
+        assert "has no placeholder &#x27;S2&#x27;" in said["prompt_message"]
+    assert handlers.check({**alone, "second_file": None}) == {"prompt_message": ""}
+
+
+def test_a_second_file_that_is_none_is_said_at_once(handlers, couple, tmp_path):
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    bad = {**couple, "second_file": str(tmp_path / "text.safetensors")}
+    for said in (
+        handlers.new_second(bad)["second_message"],
+        last(handlers.draw(bad, tmp_path, silent))["status"],
+    ):
+        assert "text.safetensors: not a safetensors file" in said and 'role="alert"' in said
+
+
+def test_two_objects_in_one_picture(handlers, couple, tmp_path):
+    def drawn(**change) -> Image.Image:
+        answer = last(handlers.draw({**couple, **change}, tmp_path, silent))
+        with Image.open(answer["gallery"][1][0]) as picture:
+            picture.load()
+        return picture
+
+    first = drawn()
+    assert first.text["lambda"] == "S 0.8, S2 0.6" and first.tobytes() == drawn().tobytes()
+    apart = drawn(where="right left")
+    assert (apart.text["region S"], apart.text["region S2"]) == ("right", "left")
+    assert drawn(lambda_=0.7).text["lambda"] == "S 0.7, S2 0.6"
+    pictures = [first, apart, drawn(where="left right"), drawn(lambda_=0.7), drawn(second_lambda=0)]
+    assert len({picture.tobytes() for picture in pictures}) == len(pictures)
+    plain = drawn(second_file=None, where="left right")
+    assert plain.text["lambda"] == "0.8" and "region S" not in plain.text
+
+
+def test_the_sweep_keeps_the_second_as_it_is(handlers, couple, tmp_path):
+    answer = last(handlers.sweep(couple, tmp_path, silent))
+    assert answer["gallery"][2][1].startswith("λ S 0.3, S2 0.6, seed 3: ")
+    with Image.open(answer["strip"]) as strip:
+        assert strip.text["lambda"] == "; ".join(f"S {value:g}, S2 0.6" for value in SWEEP)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"prompts": "a S"}, "no placeholder &#x27;S2&#x27;"),
+        ({"second_lambda": 9}, "lambda of S2 9: expected 0 to 1.5"),
+        ({"second_lambda": None}, "lambda of S2 None"),
+        ({"where": "inside out"}, "region &#x27;inside&#x27; of S: expected one of left"),
+    ],
+    ids=str,
+)
+def test_mistakes_with_two_objects_come_back_as_messages(handlers, couple, tmp_path, change, said):
+    answer = last(handlers.draw({**couple, **change}, tmp_path, silent))
+    assert said in answer["status"] and 'role="alert"' in answer["status"]
+
+
+def test_the_page_begins_with_the_default_sampler(served):
+    parts = served[0].config["components"]
+    begun = {part["props"].get("elem_id"): part["props"].get("value") for part in parts}
+    assert (begun["scheduler"], begun["steps"]) == (DEFAULT_SAMPLER, DEFAULT_STEPS)
+    order = Order(("a S",))
+    assert (order.scheduler, order.num_inference_steps) == (DEFAULT_SAMPLER, DEFAULT_STEPS)
+
+
 def test_without_local_mapper_there_is_nothing_to_weigh(
     model_folder, mapper_folder, values, tmp_path
 ):
@@ -209,5 +284,6 @@ def test_without_local_mapper_there_is_nothing_to_weigh(
     parts = {
         part["props"].get("elem_id"): part for part in build_page(handlers).config["components"]
     }
-    assert not parts["lambda_"]["props"]["visible"] and not parts["sweep"]["props"]["visible"]
+    for name in ("lambda_", "second_lambda", "sweep"):
+        assert not parts[name]["props"]["visible"]
     assert "examples" not in parts

@@ -49,7 +49,7 @@ def test_an_upload_is_seen(client, pairs):
     assert len(seen["views"]) == 3 and seen["object_message"] == ""
 
 
-@pytest.mark.parametrize("control", ["picture", "mask", "concept_file"])
+@pytest.mark.parametrize("control", ["picture", "mask", "concept_file", "second_file"])
 @pytest.mark.parametrize("kind", ["file", "bare", "data", "climbing", "linked"])
 def test_no_other_file_is_read(client, draw, pairs, outside, tmp_path, control, kind):
     up = client.upload(pairs / "pair0.png")

@@ -22,7 +22,8 @@ def quiet(done: int, total: int, seconds: float) -> None:
 
 
 def draw(studio, concept, order=ORDER, on_progress=quiet) -> list:
-    return [one for batch in studio.draw(concept, order, on_progress) for one in batch]
+    concepts = concept if isinstance(concept, dict) else {"S": concept}
+    return [one for batch in studio.draw(concepts, order, on_progress) for one in batch]
 
 
 def pixels(drawn) -> list[np.ndarray]:
@@ -57,6 +58,10 @@ def test_prompts_one_a_line(studio):
     ):
         with pytest.raises(ValueError, match=said):
             studio.check_prompts(text)
+    assert studio.check_prompts("a S, a S2", others=["S2"]) == ("a S, a S2",)
+    for text, said in (("a S", "no placeholder 'S2'"), ("a S2", "no placeholder 'S'")):
+        with pytest.raises(ValueError, match=said):
+            studio.check_prompts(text, others=["S2"])
     late = "a " * 74 + "S"
     assert studio.check_prompts(late)
     with pytest.raises(ValueError, match="too long"):
@@ -67,16 +72,67 @@ def test_pictures_are_the_pipelines(studio, concepts):
     order = replace(ORDER, prompts=("a S", "S on grass"), seeds=(3, 4), lambdas=(0.0, 1.2))
     drawn = draw(studio, concepts[0], order)
     assert len(drawn) == order.count == 8
-    assert [(d.lambda_, d.prompt, d.seed) for d in drawn[3:6]] == [
-        (0.0, "S on grass", 4),
-        (1.2, "a S", 3),
-        (1.2, "a S", 4),
+    assert [(d.text["lambda"], d.prompt, d.seed) for d in drawn[3:6]] == [
+        ("0.0", "S on grass", 4),
+        ("1.2", "a S", 3),
+        ("1.2", "a S", 4),
     ]
     pipe = studio.pipe
     pipe.scheduler = make_scheduler("ddim", pipe.scheduler.config)
     expected = pipe("a S", concept=concepts[0], lambda_=1.2, seed=4, num_inference_steps=2)
     assert np.array_equal(np.asarray(drawn[5].picture), np.asarray(expected.images[0]))
     assert not np.array_equal(*pixels([drawn[1], drawn[5]]))  # lambda matters
+
+
+def test_a_second_object_has_its_own_likeness_and_half(studio, concepts):
+    both = dict(zip(("S", "S2"), concepts, strict=True))
+    order = replace(ORDER, prompts=("a S, a S2",), others={"S2": 0.6})
+    order = replace(order, regions={"S": "above", "S2": "below"}, lambdas=(0.0, 1.2), seeds=(3, 4))
+    drawn = draw(Studio(studio.pipe, batch_size=2), both, order)
+    above = np.arange(64) < 32
+    pipe = studio.pipe
+    pipe.scheduler = make_scheduler("ddim", pipe.scheduler.config)
+    expected = pipe(
+        ["a S, a S2"] * 2,
+        concepts=both,
+        lambda_={"S": 1.2, "S2": 0.6},
+        regions={"S": np.tile(above[:, None], 64), "S2": np.tile(~above[:, None], 64)},
+        seed=[3, 4],
+        num_inference_steps=2,
+    )
+    assert all(map(np.array_equal, pixels(drawn)[2:], map(np.asarray, expected.images)))
+    for change in (
+        {"lambdas": (1.1,)},
+        {"others": {"S2": 0.0}},
+        {"regions": {}},
+        {"regions": {"S": "left", "S2": "right"}},
+    ):
+        other = draw(studio, both, replace(order, **{"lambdas": (1.2,), "seeds": (3,), **change}))
+        assert not np.array_equal(pixels(other)[0], pixels(drawn)[2])
+    turned = dict(zip(("S", "S2"), concepts[::-1], strict=True))
+    other = draw(studio, turned, replace(order, lambdas=(1.2,), seeds=(3,)))
+    assert not np.array_equal(pixels(other)[0], pixels(drawn)[2])
+    with pytest.raises(ValueError, match="lambda_ is given for S, S2; expected one for each of S"):
+        draw(studio, concepts[0], order)
+
+
+def test_pictures_of_two_objects_say_both(studio, concepts, tmp_path):
+    both = dict(zip(("S", "S2"), concepts, strict=True))
+    halves = {"S": "left", "S2": "right"}
+    order = replace(ORDER, prompts=("a S, a S2",), lambdas=(0.0, 1.2), others={"S2": 0.6})
+    drawn = draw(studio, both, replace(order, regions=halves))
+    assert {
+        "lambda": "S 1.2, S2 0.6",
+        "concept S": concepts[0].digest,
+        "concept S2": concepts[1].digest,
+        "region S": "left",
+        "region S2": "right",
+    }.items() <= drawn[1].text.items()
+    save_strip(drawn, None, tmp_path / "strip.png")
+    with Image.open(tmp_path / "strip.png") as sheet:
+        assert sheet.text["lambda"] == "S 0, S2 0.6; S 1.2, S2 0.6"
+        assert sheet.text["region S2"] == "right" and sheet.width == 2 * 160
+    assert not any("concept" in key or "region" in key for key in draw(studio, concepts[0])[0].text)
 
 
 def test_batches_change_no_picture(studio, concepts):
@@ -94,7 +150,7 @@ def test_what_progress_raises_ends_the_drawing_and_frees_the_pipeline(studio, co
         if done == 3:
             raise KeyError("enough")
 
-    drawing = studio.draw(concepts[0], replace(ORDER, seeds=(1, 2)), no_more)
+    drawing = studio.draw({"S": concepts[0]}, replace(ORDER, seeds=(1, 2)), no_more)
     assert len(next(drawing)) == 1
     with pytest.raises(KeyError, match="enough"):
         next(drawing)
@@ -121,6 +177,8 @@ def test_people_at_once_get_what_they_would_get_alone(studio, concepts):
         ({"seeds": tuple(range(MAX_PICTURES + 1))}, "number of pictures 33: expected 1 to 32"),
         ({"seeds": ()}, "number of pictures 0"),
         ({"seeds": (-1,)}, "seed -1"),
+        ({"others": {"S2": 2}}, "lambda of S2 2: expected 0 to 1.5"),
+        ({"regions": {"S2": "inside"}}, "region 'inside' of S2: expected one of left, right"),
         ({"lambdas": (1.6,)}, "lambda 1.6: expected 0 to 1.5"),
         ({"lambdas": (float("nan"),)}, "lambda nan"),
         ({"num_inference_steps": 1000}, "steps 1000"),
@@ -144,7 +202,7 @@ def test_saved_pictures_and_strips_say_how_they_were_made(studio, concepts, tmp_
     save_strip(drawn, tiny.picture(0)[0], tmp_path / "strip.png")
     with Image.open(tmp_path / "strip.png") as sheet:
         assert sheet.width == 4 * 160 and sheet.height > 2 * 160
-        assert sheet.text["lambda"] == "0 0.5 1.5" and sheet.text["prompt"] == "a S\nS on grass"
+        assert sheet.text["lambda"] == "0.0; 0.5; 1.5" and sheet.text["prompt"] == "a S\nS on grass"
 
 
 def test_a_concept_file_is_drawn_as_the_concept(studio, concepts, tmp_path):

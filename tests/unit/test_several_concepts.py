@@ -1,5 +1,7 @@
 """Several concepts in one picture: each with its own words, lambda and region."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -217,6 +219,15 @@ def test_regions_change_the_picture(pipe, concept, other):
     same = draw(pipe, PROMPT, concepts=both, regions=everywhere)
     torch.testing.assert_close(same, drawn, **CLOSE)
     assert (draw(pipe, PROMPT, concepts=both, regions=halves()) - drawn).abs().max() > 1e-3
+
+
+def test_regions_confine_words_without_feature_tokens_too(pipe, concept, other):
+    both = {"S1": concept, "S2": other}
+    words = {name: replace(one, feature_tokens=None) for name, one in both.items()}
+    apart = draw(pipe, PROMPT, concepts=words, regions=halves())
+    expected = draw(pipe, PROMPT, concepts=both, regions=halves(), lambda_=0.0)
+    torch.testing.assert_close(apart, expected, **CLOSE)
+    assert (draw(pipe, PROMPT, concepts=words) - apart).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(
