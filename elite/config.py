@@ -45,6 +45,7 @@ __all__ = [
     "TrainLocalConfig",
     "build_config",
     "build_parser",
+    "default_of",
     "parse_config",
     "print_config",
     "read_yaml",
@@ -123,7 +124,7 @@ def build_config(config_class: type[Config], *layers: Mapping[str, Any]) -> Conf
     for item in fields(config_class):  # type: ignore[arg-type]
         if item.name in values:
             continue
-        if _default(item) is MISSING:
+        if default_of(item) is MISSING:
             name = item.name
             raise ValueError(f"{name}: not given; add --{name} or put it into the --config file")
         if item.metadata.get("shipped"):
@@ -158,7 +159,7 @@ def print_config(config: Any) -> None:
     width = max(map(len, values))
     for item in fields(config):
         if item.name in values:
-            mark = " " if values[item.name] == _default(item) else "*"
+            mark = " " if values[item.name] == default_of(item) else "*"
             print(f"{mark} {item.name:{width}}  {values[item.name]}")
 
 
@@ -194,12 +195,13 @@ def _flag_options(hint: Any) -> dict[str, Any]:
 def _help(item: Field[Any]) -> str:
     choices = item.metadata.get("choices")
     listed = f" One of {', '.join(choices)}." if choices else ""
-    default = _default(item)
+    default = default_of(item)
     ending = "Required." if default is MISSING else f"Default: {default}."
     return f"{item.metadata['help']}{listed} {ending}".replace("%", "%%")
 
 
-def _default(item: Field[Any]) -> Any:
+def default_of(item: Field[Any]) -> Any:
+    """A field's default; MISSING where it is required."""
     return item.default if item.default_factory is MISSING else item.default_factory()
 
 

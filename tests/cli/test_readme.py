@@ -1,4 +1,5 @@
-"""The README keeps its promises: the Python snippet runs, its commands name what exists."""
+"""The README keeps its promises: the first commands stand, the Python snippets run; those of docs/
+as well."""
 
 import os
 import re
@@ -6,12 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
+from elite.data import OpenImagesBoxes, OpenImagesMasks, mask_boxes_path, save_mask_boxes
+
 REPOSITORY = Path(__file__).parents[2]
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+ENCODED = """
+for name in ("solid_star_orange", "striped_mug_yellow_blue"):  # as encode.py would have
+    concept.save(f"outputs/concepts/{name}.safetensors")
+"""
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, page: str = "README.md") -> list[str]:
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 def test_the_first_two_blocks_install_and_draw_and_test() -> None:
@@ -24,8 +33,11 @@ def test_the_snippets_draw(tmp_path: Path) -> None:
     """One after the other, as a reader would type them."""
     for name in ("checkpoints", "test_datasets"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
-    fast = re.sub(r"\bseed=(\d)", r"seed=\1, num_inference_steps=4", "\n".join(blocks("python")))
-    assert fast.count("num_inference_steps=4") == 2
+    pages = "README.md", "docs/tutorial.md", "docs/training.md"
+    readme, tutorial, training = ("\n".join(blocks("python", page)) for page in pages)
+    code = "\n".join([readme, ENCODED, tutorial, training])
+    fast = re.sub(r"\bseed=(\d)", r"seed=\1, num_inference_steps=4", code)
+    assert fast.count("num_inference_steps=4") == 3
     env = {
         **os.environ,
         "PYTHONPATH": str(REPOSITORY),
@@ -36,11 +48,18 @@ def test_the_snippets_draw(tmp_path: Path) -> None:
     for name in ("mug_on_the_grass.png", "mug_and_heart.png", "mug_in_place_of_the_star.png"):
         assert (tmp_path / name).stat().st_size > 500
     assert (tmp_path / "mug.safetensors").exists()
+    assert (tmp_path / "lambdas.png").stat().st_size > 500
+    check_training_data(tmp_path / "runs/my_data")
 
 
-def test_every_file_it_names_exists() -> None:
-    named = re.findall(
-        r"(?:python|bash|--config_file|--config) ([\w/]+\.(?:py|sh|json|yaml))", README
+def check_training_data(root: Path) -> None:
+    """Both stages find all twelve objects in it, the boxes tight."""
+    boxes = OpenImagesBoxes(root, resolution=32, clip_size=64)
+    save_mask_boxes(
+        mask_boxes_path(root), {p.name: (0, 256, 0, 256) for p in root.glob("segs/test/*.png")}
     )
-    assert len(named) > 8
-    assert [name for name in named if not (REPOSITORY / name).exists()] == []
+    masks = OpenImagesMasks(root, resolution=32, clip_size=64, latent_size=8)
+    assert (len(boxes), len(masks)) == (12, 12)
+    assert masks.sample(0, np.random.default_rng(0))["object_mask"].any()
+    star = boxes.boxes[list(boxes.image_ids).index(b"solid_star_orange")] * 256
+    np.testing.assert_allclose(star, (35, 221, 31, 210), atol=0.01)  # x0 x1 y0 y1 of its mask

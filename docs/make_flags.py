@@ -1,0 +1,120 @@
+"""Write docs/flags.md from the settings of the scripts: python docs/make_flags.py"""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
+
+from elite import settings
+from elite.config import default_of
+from elite.console import OK, run
+from elite.files import write_atomically
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TARGET = REPOSITORY / "docs/flags.md"
+HEAD = """# Every flag
+
+*Made by `python docs/make_flags.py` from `elite/settings.py`; a test fails when it is out of date.*
+
+A flag is also a key of a YAML file that `--config FILE` reads; flags win over the file, the file
+over the defaults. `--help` says the same as this page. An unknown name is an error with the nearest
+match. Flags of the kind *on or off* have an opposite: `--ema`, `--no-ema`.
+"""
+OTHERS = """
+## Scripts with flags of their own
+
+These are not read from `elite/settings.py`; `--help` explains each.
+"""
+
+
+def scripts() -> dict[str, type]:
+    """The settings of every script of the repository's top folder, by its file's name."""
+    found = {}
+    for path in sorted(REPOSITORY.glob("*.py")):
+        match = re.search(r"parse_config\((\w+)\)", path.read_text(encoding="utf-8"))
+        if match:
+            found[path.name] = getattr(settings, match[1])
+    return found
+
+
+def other_commands() -> Iterator[tuple[str, Path]]:
+    """The command and file of every script that reads its own flags."""
+    for path in sorted(REPOSITORY.glob("data_scripts/*.py")):
+        yield f"python data_scripts/{path.name}", path
+    for path in sorted(REPOSITORY.glob("small_world/*.py")):
+        if "ArgumentParser(" in path.read_text(encoding="utf-8"):
+            yield f"python -m small_world.{path.stem}", path
+
+
+def purpose(path: Path) -> str:
+    """The first sentence of a script's docstring."""
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    first = " ".join(docstring.split("\n\n")[0].split())
+    return re.split(r"(?<!al\.)(?<=\.)\s", first)[0].rstrip(":.") + "."
+
+
+def kind_of(hint: Any) -> str:
+    """What a value is, in words."""
+    if isinstance(hint, UnionType):
+        return kind_of(get_args(hint)[0])
+    if get_origin(hint) is list:
+        return f"{kind_of(get_args(hint)[0])}, one or more"
+    return {bool: "on or off", int: "whole number", float: "number", str: "text"}[hint]
+
+
+def values_of(hint: Any, checks: Mapping[str, Any]) -> str:
+    """What a flag takes: its choices, or its kind and range."""
+    if "choices" in checks:
+        several = ", one or more" if get_origin(hint) is list else ""
+        return ", ".join(f"`{choice}`" for choice in checks["choices"]) + several
+    words = {"at_least": "at least", "above": "more than", "below": "less than"}
+    limits = [f"{words[key]} {checks[key]}" for key in words if key in checks]
+    return ", ".join([checks.get("expected", kind_of(hint)), *limits])
+
+
+def default_text(value: Any) -> str:
+    """A default as one would type it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list):
+        return " ".join(f"`{part}`" for part in value) or "nothing"
+    return "none" if value is None else f"`{value}`"
+
+
+def table(config_class: type) -> str:
+    """One row a flag, in the order of `--help`."""
+    hints = get_type_hints(config_class)
+    rows = ["| flag | default | values | meaning |", "|---|---|---|---|"]
+    for item in fields(config_class):
+        default = default_of(item)
+        shown = "**required**" if default is MISSING else default_text(default)
+        cells = [f"`--{item.name}`", shown, values_of(hints[item.name], item.metadata)]
+        rows.append("| " + " | ".join([*cells, item.metadata["help"].replace("|", "\\|")]) + " |")
+    return "\n".join(rows)
+
+
+def page() -> str:
+    """The whole of docs/flags.md."""
+    parts = [HEAD]
+    for name, config_class in scripts().items():
+        parts.append(f"\n## {name}\n\n{purpose(REPOSITORY / name)}\n\n{table(config_class)}\n")
+    parts.append(f"{OTHERS}\n| command | what it does |\n|---|---|\n")
+    parts += [f"| `{command} --help` | {purpose(path)} |\n" for command, path in other_commands()]
+    return "".join(parts)
+
+
+def main() -> int:
+    text = page()
+    write_atomically(TARGET, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    print(f"{TARGET}: {len(scripts())} scripts")
+    return OK
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,133 @@
+"""README and docs/: commands, flags, links, pictures and names of code are those that exist."""
+
+import re
+import runpy
+import shlex
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+PAGES = [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/*.md"))]
+HAND_WRITTEN = [page for page in PAGES if page.name != "flags.md"]
+make_flags = runpy.run_path(str(REPOSITORY / "docs/make_flags.py"))
+make_teaser = runpy.run_path(str(REPOSITORY / "docs/make_teaser.py"))
+
+
+def names(pages: list[Path]) -> list[str]:
+    return [page.name for page in pages]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of every command of the indented and bash blocks."""
+    joined = text.replace("\\\n", " ")
+    lines = re.findall(
+        r"^(?: {4,}|(?=pip ))(.*\b(?:python|bash|accelerate) .*)$", joined, re.MULTILINE
+    )
+    return [shlex.split(part) for line in lines for part in line.split(" && ")]
+
+
+def script_of(words: list[str]) -> str | None:
+    """The file that a command runs; None where it runs none of this repository's."""
+    if "-m" in words and words[0] == "python":
+        module = words[words.index("-m") + 1]
+        return None if module == "pytest" else module.replace(".", "/") + ".py"
+    return next((word for word in words if word.endswith((".py", ".sh"))), None)
+
+
+def known_flags(script: str) -> set[str]:
+    """The flags of a script; of a shell script those of what it starts."""
+    source = (REPOSITORY / script).read_text(encoding="utf-8")
+    if script.endswith(".sh"):
+        return set() if "exec" not in source else known_flags(script.replace(".sh", ".py"))
+    if settings := make_flags["scripts"]().get(script):
+        return {f"--{item.name}" for item in fields(settings)} | {"--config"}
+    return set(re.findall(r'"(--\w+)"', source))
+
+
+def headings(path: Path) -> set[str]:
+    """The anchors of a page, as GitHub makes them."""
+    found = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+@pytest.mark.parametrize("page", HAND_WRITTEN, ids=names(HAND_WRITTEN))
+def test_every_file_named_in_a_command_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = [script_of(words) for words in commands(text)]
+    named += re.findall(
+        r"(?:python|bash|--config_file|--config) ([\w/]+\.(?:py|sh|json|yaml))", text
+    )
+    named += re.findall(r"`((?:configs|data_scripts|elite|small_world)/[\w/]+\.\w+)", text)
+    ours = [name for name in named if name is not None and not name.startswith("runs/")]
+    assert [name for name in ours if not (REPOSITORY / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", HAND_WRITTEN, ids=names(HAND_WRITTEN))
+def test_every_flag_in_a_command_is_known(page: Path) -> None:
+    for words in commands(page.read_text(encoding="utf-8")):
+        script = script_of(words)
+        if script is None:
+            continue
+        at = next((i for i, word in enumerate(words) if word == script), 0)
+        flags = {word.split("=")[0] for word in words[at:] if word.startswith("--")}
+        assert flags <= known_flags(script), f"{page.name}: {script}"
+
+
+def test_commands_are_found() -> None:
+    """So that the two tests above have something to look at."""
+    found = [script_of(words) for page in PAGES for words in commands(page.read_text("utf-8"))]
+    assert len([name for name in found if name]) > 40
+    assert {"encode.py", "train_global.sh", "small_world/judge.py", "train_local.py"} <= set(found)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
+def test_every_relative_link_and_picture_resolves(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if link.startswith("http"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in headings(target), link
+
+
+def test_every_module_named_is_there() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    modules = set(re.findall(r"python -m\s+((?:benchmarks|small_world|tests)[\w.]*)", text))
+    modules.discard("benchmarks.NAME")
+    assert len(modules) > 4
+    assert [name for name in modules if find_spec(name) is None] == []
+
+
+def test_the_page_of_flags_is_current() -> None:
+    """`python docs/make_flags.py` brings it up to date."""
+    assert make_flags["page"]() == (REPOSITORY / "docs/flags.md").read_text(encoding="utf-8")
+
+
+def test_each_symbol_lives_where_the_page_says() -> None:
+    page = (REPOSITORY / "docs/how_it_works.md").read_text(encoding="utf-8")
+    places = re.findall(r"\]\(\.\./(elite/\w+\.py)\): (`\w+`(?:, `\w+`)*)", page)
+    assert len(places) > 15
+    for file, listed in places:
+        source = (REPOSITORY / file).read_text(encoding="utf-8")
+        for name in re.findall(r"\w+", listed):
+            assert re.search(rf"\b(def|class) {name}\b", source), f"{file}: {name}"
+
+
+def test_each_name_in_the_diagram_is_in_the_code() -> None:
+    diagram = (REPOSITORY / "docs/how_it_works.svg").read_text(encoding="utf-8")
+    sources = "".join(path.read_text(encoding="utf-8") for path in REPOSITORY.glob("elite/*.py"))
+    labels = re.findall(r'class="code">(\w+)<', diagram)
+    assert len(labels) > 8
+    assert [name for name in labels if not re.search(rf"\b{name}\b", sources)] == []
+
+
+def test_the_first_picture_takes_one_object_of_each_silhouette() -> None:
+    rows = make_teaser["draw_rows"](("a S at night",), steps=1)
+    assert [len(row) for row in rows] == [8, 8, 8]
+    sheet = make_teaser["assemble"](rows, ["one", "two", "three"])
+    assert sheet.width > sheet.height
+    assert (REPOSITORY / "docs/teaser.png").stat().st_size < 300_000
