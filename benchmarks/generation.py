@@ -46,7 +46,7 @@ from benchmarks.models import (
 )
 from elite.console import run
 from elite.inference import pick_device
-from elite.loading import SCHEDULERS, side_in_pixels
+from elite.loading import DEFAULT_SAMPLER, SCHEDULERS, side_in_pixels
 from elite.pipeline import initial_noise
 
 STOCK, ELITE, EACH_STEP = "stock", "ELITE", "K and V at each step"
@@ -237,7 +237,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "--resolutions", type=int, nargs="*", default=[], help="growth at one picture (default no)"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--scheduler", choices=SCHEDULERS, default="lms")
+    parser.add_argument("--scheduler", choices=SCHEDULERS, default=DEFAULT_SAMPLER)
     parser.add_argument("--compile", action="store_true", help="the UNet")
     parser.add_argument("--device", help="default CUDA where it is, else the CPU")
     parser.add_argument(
