@@ -220,7 +220,7 @@ def _read_layer(
     for name, value in layer.items():
         if name not in known:
             raise ValueError(f"{source}{name}: unknown setting{_nearest(str(name), known)}")
-        if value == [] == _default(known[name]):  # otherwise a list has at least one part
+        if value == [] == default_of(known[name]):  # otherwise a list has at least one part
             values[name] = []
             continue
         try:
