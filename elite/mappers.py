@@ -191,7 +191,7 @@ class GlobalMapper(Mapper):
 
 class LocalMapper(Mapper):
     """The local mapping network: one feature token per patch, averaged over the levels (paper
-    section 3.3)."""
+    section 3)."""
 
     def forward(self, levels: Sequence[Tensor], patch_mask: Tensor | None = None) -> Tensor:
         """f of the paper.

@@ -162,7 +162,7 @@ class TrainConfig(FitConfig):
 
 @dataclass(kw_only=True)
 class TrainGlobalConfig(TrainConfig):
-    """Stage 1: the global mapping network (paper section 3.1)."""
+    """Stage 1: the global mapping network (paper eq. 4)."""
 
     default_steps: ClassVar[int] = 70_000
 
@@ -179,7 +179,7 @@ class TrainGlobalConfig(TrainConfig):
 
 @dataclass(kw_only=True)
 class TrainLocalConfig(TrainConfig):
-    """Stage 2: the local mapping network (paper section 3.2)."""
+    """Stage 2: the local mapping network (paper eq. 7)."""
 
     default_steps: ClassVar[int] = 65_000
 

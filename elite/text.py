@@ -1,5 +1,5 @@
 """The placeholder in the prompt: where it stands among the tokens, and the words put in its place
-(paper section 3.2)."""
+(paper section 3)."""
 
 import re
 from collections.abc import Iterator, Sequence
