@@ -15,7 +15,9 @@ def quiet_libraries() -> None:
     warn as they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    for category in (FutureWarning, DeprecationWarning, UserWarning):
+    from PIL.Image import DecompressionBombWarning  # such pictures are refused in our own words
+
+    for category in (FutureWarning, DeprecationWarning, UserWarning, DecompressionBombWarning):
         warnings.filterwarnings("ignore", category=category)
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging

@@ -45,12 +45,17 @@ def _is_disk_error(error: Exception) -> bool:
     return in_torch or isinstance(error, OSError | SafetensorError)
 
 
+def is_file(path: Path | str) -> bool:
+    """Whether there is a plain file: a pipe may block and a device never end."""
+    return os.path.isfile(path)
+
+
 def digest_files(*paths: Path) -> str:
     """A short name for what is in these files; one that cannot be read counts as empty."""
     digest = hashlib.sha256()
     for path in paths:
         try:
-            content = path.read_bytes()
+            content = path.read_bytes() if is_file(path) else b""
         except OSError:  # whoever reads the picture in it says why
             content = b""
         digest.update(hashlib.sha256(content).digest())

@@ -9,6 +9,7 @@ from torch import Tensor
 from elite.data import PHOTO_TEMPLATES, is_picture
 from elite.images import read_image, resize, to_pixels
 
+MOST_NARROW = 20  # times; scaled to the square's side, others would fill the memory
 TEMPLATES = {
     "object": PHOTO_TEMPLATES,
     "style": tuple(
@@ -109,6 +110,11 @@ class PictureFolder:
         """
         image, side = read_image(self.paths[index]), self.resolution
         height, width = image.shape[:2]
+        if max(height, width) > MOST_NARROW * min(height, width):
+            raise ValueError(
+                f"{self.paths[index]}: {width} x {height} is more than {MOST_NARROW} times as long "
+                "as wide; crop it"
+            )
         scale = side / min(height, width)
         image = resize(image, max(side, round(width * scale)), max(side, round(height * scale)))
         room = (image.shape[0] - side, image.shape[1] - side)
