@@ -6,6 +6,8 @@ import sys
 import warnings
 from collections.abc import Callable
 
+from elite.wording import one_line
+
 OK, INTERRUPTED, BAD_INPUT, PARTLY_FAILED = 0, 130, 2, 3
 
 
@@ -27,13 +29,23 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
+def complain(message: object) -> None:
+    """One line on stderr, whatever file names or prompts the message quotes."""
+    print(f"error: {one_line(message)}", file=sys.stderr)
+
+
 def run(main: Callable[[], int]) -> None:
-    """Runs a script and exits: with its status, 2 and one line on stderr for a ValueError, 130 for
-    Ctrl-C."""
+    """Runs a script and exits: with its status, 2 and one line on stderr for a ValueError or a file
+    that cannot be reached, 130 for Ctrl-C."""
     try:
         sys.exit(main())
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(error)
+        sys.exit(BAD_INPUT)
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        if error.filename is None:
+            raise
+        complain(f"{error.filename}: {error.strerror}; choose another file or folder")
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
         print("interrupted; what is finished is kept", file=sys.stderr)

@@ -50,6 +50,26 @@ def is_file(path: Path | str) -> bool:
     return os.path.isfile(path)
 
 
+def read_text(path: Path | str, most: int = 2**18) -> str:
+    """The UTF-8 text of a small file.
+
+    Args:
+        most: bytes; what is meant to be written by hand is never longer.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: more than `most` bytes, or no UTF-8; the message does not name the file.
+    """
+    with open(path, "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"more than {most // 1024} kB; expected a short text")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("not text; save it as UTF-8") from None
+
+
 def digest_files(*paths: Path) -> str:
     """A short name for what is in these files; one that cannot be read counts as empty."""
     digest = hashlib.sha256()

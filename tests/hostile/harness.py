@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 from elite import Concept, ElitePipeline
+from elite.wording import one_line
 from tests import tiny
 from tests.conftest import make_pipe, run_script
 
@@ -121,7 +122,7 @@ def judge(case: Case, world: World) -> Verdict:
         with _watchdog():
             case.action(world)
     except ValueError as error:
-        refused, said = True, str(error)
+        refused, said = True, one_line(error)  # as scripts print it
         fault = _fault_of_line(said)
     except BaseException as error:
         trace = traceback.extract_tb(error.__traceback__)[-1]
