@@ -2,7 +2,7 @@
 VENV ?= .venv
 PYTHON ?= $(VENV)/bin/python
 
-.PHONY: setup check test bench demo
+.PHONY: setup check test bench demo hostile
 
 setup:  ## a virtual environment with everything, tools included
 	python3 -m venv $(VENV)
@@ -15,6 +15,11 @@ check:  ## lint, format and types; changes nothing
 
 test:
 	$(PYTHON) -m pytest -q
+
+hostile:  ## every bad input, then fuzzing: hypothesis with many examples, atheris for a minute a reader
+	ELITE_HOSTILE=1 HOSTILE_EXAMPLES=2000 $(PYTHON) -m pytest -q -s tests/hostile
+	for reader in image mask boxes index settings prompts DreamBench concept checkpoint; do \
+		$(PYTHON) -m tests.hostile.guided $$reader 60 || exit 1; done
 
 bench:  ## BENCHMARKS.md anew, at full size: hours on a CPU; the GPU part where there is one
 	$(PYTHON) -m benchmarks.generation --size full --rounds 5 --batch_sizes 1 2 4 --resolutions 256 512 768 --memory_rounds 3

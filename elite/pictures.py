@@ -59,7 +59,9 @@ def read_templates(path: Path | str) -> tuple[str, ...]:
     wrong = [template for template in templates if "{}" not in template]
     if wrong or not templates:
         line = wrong[0] if wrong else "nothing"
-        raise ValueError(f"{path}: holds {brief(line)}; expected captions with {{}} for the new word")
+        raise ValueError(
+            f"{path}: holds {brief(line)}; expected captions with {{}} for the new word"
+        )
     return templates
 
 

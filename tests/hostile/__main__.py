@@ -26,10 +26,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         world = World(Path(folder))
         wanted = [c for c in all_cases(world) if not args.kinds or c.kind in args.kinds]
-        verdicts = [judge(case, world) for case in wanted]
-    for verdict in verdicts:
-        if verdict.fault:
-            print(f"FAULT {verdict.kind} {verdict.name}: {verdict.fault}")
+        verdicts = []
+        for case in wanted:
+            verdict = judge(case, world)
+            verdicts.append(verdict)
+            if verdict.fault:
+                print(f"FAULT {verdict.kind} {verdict.name}: {verdict.fault}", flush=True)
     print(table(verdicts))
     if args.json:
         args.json.write_text(json.dumps(as_dicts(verdicts)), encoding="utf-8")

@@ -190,7 +190,9 @@ def judge_all(cases: Sequence[Case], root: Path) -> list[Verdict]:
 
 def table(verdicts: Sequence[Verdict]) -> str:
     """Counts by kind."""
-    lines = [f"{'kind':14}{'inputs':>8}{'refused':>9}{'taken':>7}{'faults':>8}{'seconds':>9}{'MiB':>7}"]
+    lines = [
+        f"{'kind':14}{'inputs':>8}{'refused':>9}{'taken':>7}{'faults':>8}{'seconds':>9}{'MiB':>7}"
+    ]
     kinds = list(dict.fromkeys(verdict.kind for verdict in verdicts))
     for kind in [*kinds, "all"]:
         mine = [verdict for verdict in verdicts if kind in (verdict.kind, "all")]

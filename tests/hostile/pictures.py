@@ -160,7 +160,10 @@ def refused_images(world: World) -> Iterator[tuple[str, bytes]]:
     yield "noise.jpg", np.random.default_rng(2).bytes(5000)
     yield "text.png", b"not a picture\n"
     yield "html.jpg", b"<html><script>alert(1)</script></html>"
-    yield "svg.png", b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'
+    yield (
+        "svg.png",
+        b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
+    )
     yield "pdf.jpg", b"%PDF-1.4\n%%EOF\n"
     yield "zip.png", b"PK\3\4" + bytes(200)
     yield "eps.png", eps_that_writes(world.canary)
@@ -263,8 +266,9 @@ def masks_taken() -> Iterator[tuple[str, bytes]]:
     labels = np.asarray(square("L", 0, 1)).copy()
     labels[labels > 0] = 1 + np.arange((labels > 0).sum()) % 250
     yield "multi_label", encoded(Image.fromarray(labels))
-    yield "animated", encoded(
-        square("L", 0, 255), save_all=True, append_images=[Image.new("L", (40, 40))]
+    yield (
+        "animated",
+        encoded(square("L", 0, 255), save_all=True, append_images=[Image.new("L", (40, 40))]),
     )
     yield "jpeg_called_png", encoded(square("L", 0, 255), "JPEG", quality=100)
     yield "webp_called_png", encoded(square("RGB", 0, "white"), "WEBP", lossless=True)

@@ -85,8 +85,10 @@ def kept_box(world: World, rows: str) -> None:
 def box_elsewhere(world: World, name: str) -> None:
     """A row that names a file outside the dataset."""
     world.write("secret.jpg", encoded(kind="JPEG"))
-    world.write("set/annotations/test-annotations-bbox.csv", BOXES + GOOD_ROW.replace(
-        "0123456789abcdef", name.format(world.folder)))
+    world.write(
+        "set/annotations/test-annotations-bbox.csv",
+        BOXES + GOOD_ROW.replace("0123456789abcdef", name.format(world.folder)),
+    )
     (world.folder / "set/images/test").mkdir(parents=True)
     dataset = OpenImagesBoxes(world.folder / "set", resolution=32, clip_size=32)
     dataset.sample(0, np.random.default_rng(0))
@@ -118,16 +120,34 @@ def refused_indices(world: World) -> Iterator[tuple[str, bytes]]:
     yield "cut", saved(good_index())[:-9]
     yield "other_fields", saved(np.zeros(3, dtype=[("x", "i4")]))
     yield "no_fields", saved(np.zeros((3, 5)))
-    yield "floats", saved(np.array([("m", 0, 9, 0, 9)], [("name", "U9")] + [
-        (side, "f8") for side in ("hs", "he", "ws", "we")]))
-    yield "names_are_numbers", saved(np.zeros(2, [("name", "i8")] + fields[1:]))
+    yield (
+        "floats",
+        saved(
+            np.array(
+                [("m", 0, 9, 0, 9)],
+                [("name", "U9")] + [(side, "f8") for side in ("hs", "he", "ws", "we")],
+            )
+        ),
+    )
+    yield "names_are_numbers", saved(np.zeros(2, [("name", "i8"), *fields[1:]]))
     yield "no_rows_axis", saved(good_index()[0])
     yield "two_axes", saved(good_index()[None])
-    yield "lying_shape", npy_header(f"{{'descr': {fields}, 'fortran_order': False, 'shape': (10**9,), }}"
-                                    .replace("10**9", "1000000000")) + bytes(50)
-    yield "lying_width", npy_header(
-        "{'descr': [('name', '<U2000000000')], 'fortran_order': False, 'shape': (1,), }")
-    yield "header_is_code", npy_header("__import__('os').system('touch %s')" % world.canary)
+    yield (
+        "lying_shape",
+        npy_header(
+            f"{{'descr': {fields}, 'fortran_order': False, 'shape': (10**9,), }}".replace(
+                "10**9", "1000000000"
+            )
+        )
+        + bytes(50),
+    )
+    yield (
+        "lying_width",
+        npy_header(
+            "{'descr': [('name', '<U2000000000')], 'fortran_order': False, 'shape': (1,), }"
+        ),
+    )
+    yield "header_is_code", npy_header(f"__import__('os').system('touch {world.canary}')")
     yield "header_of_parens", npy_header("(" * 100)
     buffer = io.BytesIO()
     np.savez(buffer, good_index())
@@ -179,8 +199,13 @@ def grab_case(world: World, content: bytes) -> None:
     path = world.write("boxes.csv", content)
     world.write("in/a.png", encoded())
     boxes = make_masks.read_boxes(path, {"a"})
-    failures = [r.failure for r in make_masks.make_masks(
-        make_masks.PairFolder(world.folder / "in").pairs, boxes, False) if r.failure]
+    failures = [
+        r.failure
+        for r in make_masks.make_masks(
+            make_masks.PairFolder(world.folder / "in").pairs, boxes, False
+        )
+        if r.failure
+    ]
     if failures:
         raise ValueError(failures[0])
 
@@ -198,7 +223,11 @@ def refused_prompts() -> Iterator[tuple[str, str, bytes]]:
     yield "number_in_list", "p.yaml", b"prompts: {object: [7]}\n"
     yield "no_placeholder", "p.yaml", b"prompts: {object: ['a dog']}\n"
     yield "two_placeholders", "p.yaml", b"prompts: {object: ['a {} {}']}\n"
-    yield "living_is_lists", "p.yaml", b"prompts: {object: ['a {}'], living: ['a {}']}\nliving: [[a]]\n"
+    yield (
+        "living_is_lists",
+        "p.yaml",
+        b"prompts: {object: ['a {}'], living: ['a {}']}\nliving: [[a]]\n",
+    )
     yield "classes_are_numbers", "p.yaml", b"prompts: {object: ['a {}']}\nclasses: {a: 7}\n"
     yield "python_object", "p.yaml", b"prompts: !!python/object/apply:os.system ['touch canary']\n"
     yield "txt_empty", "p.txt", b""
@@ -219,7 +248,9 @@ def refused_templates() -> Iterator[tuple[str, bytes]]:
     yield "captions_control", b"a \x1b[31m dog\n"
 
 
-def feed(kind: str, name: str, action: Callable, *values: object, refused: bool | None = True) -> Case:
+def feed(
+    kind: str, name: str, action: Callable, *values: object, refused: bool | None = True
+) -> Case:
     return Case(kind, name, lambda world: action(world, *values), refused)
 
 
@@ -229,15 +260,26 @@ def cases(world: World) -> Iterator[Case]:
     for name, rows in unusable_boxes():
         yield feed("csv", f"boxes {name} alone", boxes_case, (BOXES + rows).encode())
         yield feed("csv", f"boxes {name}", kept_box, rows, refused=False)
-    yield feed("csv", "boxes with byte order mark", boxes_case,
-               (BOXES + GOOD_ROW).encode("utf-8-sig"), refused=False)
+    yield feed(
+        "csv",
+        "boxes with byte order mark",
+        boxes_case,
+        (BOXES + GOOD_ROW).encode("utf-8-sig"),
+        refused=False,
+    )
     for name in ("../../../secret", "{}/secret", "a\0b", "..", "/dev/zero", "n" * 200):
         yield feed("csv", f"boxes elsewhere {name[:20]!r}", box_elsewhere, name)
     for name, content in refused_indices(world):
         yield feed("index", name, index_case, content)
     table = "MaskPath,ImageID\n{},a\n"
-    yield feed("index", "good", masks_case, index_of("m.png", 40, 160, 40, 160),
-               table.format("m.png"), refused=False)
+    yield feed(
+        "index",
+        "good",
+        masks_case,
+        index_of("m.png", 40, 160, 40, 160),
+        table.format("m.png"),
+        refused=False,
+    )
     for name, boxes in (
         ("swapped", index_of("m.png", 160, 40, 160, 40)),
         ("overflow", index_of("m.png", -(2**31), 2**31 - 1, -(2**31), 2**31 - 1)),
