@@ -2,7 +2,7 @@
 VENV ?= .venv
 PYTHON ?= $(VENV)/bin/python
 
-.PHONY: setup check test faults bench demo
+.PHONY: setup check test faults hostile bench demo
 
 setup:  ## a virtual environment with everything, tools included
 	python3 -m venv $(VENV)
@@ -18,6 +18,11 @@ test:
 
 faults:  ## kills of training runs at random points, 20 of each kind; figures in runs/faults
 	$(PYTHON) -m tests.faults.long --kills 20 --output runs/faults/report.json
+
+hostile:  ## every bad input, then fuzzing: hypothesis with many examples, atheris for a minute a reader
+	ELITE_HOSTILE=1 HOSTILE_EXAMPLES=2000 $(PYTHON) -m pytest -q -s tests/hostile
+	for reader in image mask boxes index settings prompts DreamBench concept checkpoint; do \
+		$(PYTHON) -m tests.hostile.guided $$reader 60 || exit 1; done
 
 bench:  ## BENCHMARKS.md anew, at full size: hours on a CPU; the GPU part where there is one
 	$(PYTHON) -m benchmarks.generation --size full --rounds 5 --threads 2 --batch_sizes 1 --memory_rounds 0

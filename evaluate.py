@@ -10,11 +10,10 @@ OUTPUT_DIR receives the pictures, results.json, results.csv, results.md and cont
 run draws only what is missing. Exit code 3: some concepts could not be read, the rest is scored.
 """
 
-import sys
 from pathlib import Path
 
 from elite.config import EvaluateConfig, parse_config, to_dict
-from elite.console import BAD_INPUT, OK, PARTLY_FAILED, quiet_libraries, run
+from elite.console import BAD_INPUT, OK, PARTLY_FAILED, complain, quiet_libraries, run
 
 
 def main() -> int:
@@ -50,7 +49,7 @@ def main() -> int:
     if not PartialState().is_main_process:
         return OK  # the main process speaks for all
     for failure in failures:
-        print(f"error: {failure}", file=sys.stderr)
+        complain(failure)
     if not rows:
         return BAD_INPUT
     print(report(cases, rows, output_dir, to_dict(config)))

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
 
 from elite.console import OK, PARTLY_FAILED, quiet_libraries, run
+from elite.wording import one_line
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -84,7 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     print(f"{args.out_dir}: latents of {len(boxes)} targets at {resolution} px")
     if failures:
-        print(f"{len(failures)} images could not be read:", *failures, sep="\n  ", file=sys.stderr)
+        lines = map(one_line, failures)
+        print(f"{len(failures)} images could not be read:", *lines, sep="\n  ", file=sys.stderr)
     return PARTLY_FAILED if failures else OK
 
 

@@ -21,8 +21,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
 
+from elite.console import complain
 from elite.data import save_mask_boxes
 from elite.images import read_mask
+from elite.wording import one_line
 
 Box = tuple[int, int, int, int]  # hs, he, ws, we: mask[hs:he, ws:we] is the object
 CHUNK = 64  # masks handed to a process at a time
@@ -112,11 +114,12 @@ def main(arguments: list[str] | None = None) -> int:
         boxes, failures = collect(boxes_of_files(masks, args.workers))
         save_mask_boxes(index_path, boxes)
     except ValueError as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 2
     print(f"{index_path}: {len(boxes)} boxes of {len(masks)} masks")
     if failures:
-        print(f"{len(failures)} masks could not be read:", *failures, sep="\n  ", file=sys.stderr)
+        lines = map(one_line, failures)
+        print(f"{len(failures)} masks could not be read:", *lines, sep="\n  ", file=sys.stderr)
     return 3 if failures else 0
 
 

@@ -28,12 +28,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
 
-from elite.console import BAD_INPUT, OK, PARTLY_FAILED, run
+from elite.console import BAD_INPUT, OK, PARTLY_FAILED, complain, run
 from elite.data import Pair, PairFolder
 from elite.files import write_atomically
 from elite.images import cut_out, read_image
 from elite.masks import Box, centred_prior, grab_cut, prior_of_box
 from elite.sheets import SHEET_ROWS, TILE, fit_tile, label_tile, tile_rows
+from elite.wording import brief
 
 BOX_COLUMNS = ("name", "left", "top", "right", "bottom")
 OUTLINE = (255, 0, 255)
@@ -83,7 +84,7 @@ def _read_row(row: Mapping[str, str | None], names: set[str], line: str) -> tupl
         return name, Box(*map(int, sides))
     except ValueError:
         raise ValueError(
-            f"{line}: {name} has the box {','.join(sides)}; expected four whole numbers"
+            f"{line}: {name} has the box {brief(','.join(sides))}; expected four whole numbers"
         ) from None
 
 
@@ -220,7 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
     made = sum(result.made for result in results)
     sheets = write_sheets([result.row for result in results if result.row], args.sheet)
     for failure in failures:
-        print(f"error: {failure}", file=sys.stderr)
+        complain(failure)
     if not sheets:
         return BAD_INPUT
     print(f"{args.folder}: {made} masks made; look at {', '.join(sheets)} first")

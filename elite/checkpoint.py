@@ -1,6 +1,7 @@
 """Mapper weights in our format (safetensors + config.json) and in the release's (`.pt` state
 dicts)."""
 
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
@@ -10,11 +11,13 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPVisionModel
 
-from elite.files import write_atomically
+from elite.files import is_file, write_atomically
 from elite.mappers import HIDDEN_LAYERS, Mapper
 
 M = TypeVar("M", bound=Mapper)
 MOST_KEYS_SHOWN = 6
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+WIDEST, MOST_LAYERS = 16_384, 1024  # of a mapper that is worth building
 
 
 def load_mapper(
@@ -32,8 +35,9 @@ def load_mapper(
     if Path(path).suffix in (".pt", ".pth", ".bin"):
         return mapper_from_state_dict(cls, load_official(path), unet, image_encoder, name=str(path))
     try:
-        mapper = cls.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+        _check_config(cls.load_config(path))
+        mapper = cls.from_pretrained(path, use_safetensors=True)
+    except Exception as error:  # a config of any shape
         raise ValueError(
             f"{path}: not a {cls.__name__} folder ({_first_line(error)}); expected config.json "
             "with safetensors, "
@@ -41,22 +45,26 @@ def load_mapper(
         ) from None
     reference = _reference(cls, mapper.state_dict(), unet, image_encoder, dict(mapper.config))
     _check_keys(mapper.state_dict(), reference, name=str(path))
+    _check_values(mapper.state_dict(), name=str(path))
     return mapper
 
 
 def load_official(path: Path | str) -> dict[str, Tensor]:
     """The plain state dict of a `.pt` file; nothing else in it is ever executed."""
+    if not is_file(path):
+        raise ValueError(f"{path}: no such file; expected a mapper checkpoint")
     try:
+        _check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; expected a mapper checkpoint") from None
     except Exception as error:
         raise ValueError(
             f"{path}: not a plain state dict of tensors ({_first_line(error)}); it is refused, "
             "since loading "
             "anything else could run code"
         ) from None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
         raise ValueError(f"{path}: expected a flat state dict of tensors as the release writes it")
     return state
 
@@ -71,6 +79,7 @@ def mapper_from_state_dict(
     """A mapper for these models with the release's tensors, bit for bit (their dtype kept)."""
     mapper = _reference(cls, state, unet, image_encoder)
     _check_keys(state, mapper, name)
+    _check_values(state, name)
     mapper.load_state_dict(state, assign=True)
     return mapper.requires_grad_(True).eval()
 
@@ -95,12 +104,53 @@ def _reference(
     """
     levels = {key.split(".")[0] for key in state if key.startswith("mapping_patch_")}
     first = state.get("mapping_0.0.weight")
-    hidden_dim = 1024 if first is None else first.shape[0]
+    hidden_dim = 1024
+    if first is not None and first.ndim == 2 and first.shape[0] <= WIDEST:
+        hidden_dim = first.shape[0]
     hidden_layers = tuple(4 * (i + 1) for i in range(len(levels) - 1)) if levels else HIDDEN_LAYERS
     if config is not None:
         hidden_dim, hidden_layers = config["hidden_dim"], config["hidden_layers"]
     with torch.device("meta"):
         return cls.shaped_for(unet, image_encoder, hidden_dim, hidden_layers)
+
+
+def _check_archive(path: Path | str) -> None:
+    """Raises ValueError where a `.pt` file would grow as it is read; torch never compresses."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("its entries are compressed")
+
+
+def _check_config(config: dict) -> None:
+    """Raises ValueError where a mapper's config.json holds other than sizes that may be tried."""
+    attention = config.get("attention") or {}
+    layers = config["hidden_layers"]
+    widths = [config.get(name) for name in ("input_dim", "output_dim", "hidden_dim")]
+    numbers = [*widths, *attention.values(), *layers]
+    if not all(isinstance(number, int) and 0 <= number <= WIDEST for number in numbers):
+        raise ValueError(f"config.json: expected whole numbers from 0 to {WIDEST}")
+    if len(layers) > MOST_LAYERS or len(attention) > MOST_LAYERS:
+        raise ValueError(f"config.json: more than {MOST_LAYERS} layers")
+
+
+def _check_values(state: dict[str, Tensor], name: str) -> None:
+    """Raises ValueError where tensors of the right shapes cannot be computed with."""
+    kinds = {value.dtype for value in state.values()}
+    if (
+        len(kinds) > 1
+        or not kinds <= set(DTYPES)
+        or any(value.layout != torch.strided for value in state.values())
+    ):
+        found = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+        raise ValueError(
+            f"{name}: holds {found}; expected plain tensors, all float32, all float16 or all "
+            "bfloat16"
+        )
+    wrong = [key for key, value in state.items() if not value.isfinite().all()]
+    if wrong:
+        raise ValueError(f"{name}: not a number in {_listed(wrong)}; it is damaged, train it again")
 
 
 def _check_keys(state: dict[str, Tensor], reference: Mapper, name: str) -> None:

@@ -11,9 +11,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from elite.files import write_atomically
+from elite.files import is_file, write_atomically
 
 FORMAT_VERSION = "1"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LARGEST = 65_504  # of float16
 HEADER = {"format": "elite-concept", "version": FORMAT_VERSION}
 
 
@@ -91,12 +93,12 @@ class Concept:
     @classmethod
     def load(cls, path: Path | str) -> "Concept":
         """Reads what `save` wrote. Raises ValueError where the file is something else."""
+        if not is_file(path):
+            raise ValueError(f"{path}: no such file; expected a concept")
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except FileNotFoundError:
-            raise ValueError(f"{path}: no such file; expected a concept") from None
         except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"{path}: not a safetensors file ({error}); encode the concept again"
@@ -109,7 +111,23 @@ class Concept:
                 f"{path}: concept format {metadata.get('version')}, this version reads "
                 f"{FORMAT_VERSION}; encode it again"
             )
-        return cls(tensors["words"], tensors.get("feature_tokens"), metadata["fingerprint"])
+        concept = cls(tensors["words"], tensors.get("feature_tokens"), metadata["fingerprint"])
+        if not concept.is_sound:
+            raise ValueError(
+                f"{path}: words or feature tokens of a wrong shape or type, or not numbers; "
+                "encode the concept again"
+            )
+        return concept
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether shapes and types are those of a concept, and every value is a number that half
+        precision holds too."""
+        parts = [self.words, *([] if self.feature_tokens is None else [self.feature_tokens])]
+        if any(part.ndim != 3 or not part.numel() or part.dtype not in DTYPES for part in parts):
+            return False
+        fit = {(len(part), part.shape[2]) for part in parts}
+        return len(fit) == 1 and all(bool((part.abs() <= LARGEST).all()) for part in parts)
 
     @staticmethod
     def stack(concepts: "list[Concept]") -> "Concept":
@@ -145,7 +163,7 @@ class ConceptFolder:
 
     def __init__(self, path: Path | str) -> None:
         path = Path(path)
-        if not path.exists():
+        if not is_file(path) and not path.is_dir():
             raise ValueError(
                 f"{path}: no such file or folder; expected concept files as encode.py writes them"
             )

@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
-from elite.files import write_atomically
+from elite.files import read_text, write_atomically
 from elite.settings import (
     AppConfig,
     EncodeConfig,
@@ -30,6 +30,7 @@ from elite.settings import (
     TrainGlobalConfig,
     TrainLocalConfig,
 )
+from elite.wording import brief, one_line
 
 __all__ = [
     "AppConfig",
@@ -97,7 +98,7 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) 
         preset = _read_layer(config_class, read_yaml(path), f"{path}: ") if path else {}
         return build_config(config_class, preset, _read_layer(config_class, flags, "--"))
     except ValueError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        print(f"{parser.prog}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -135,11 +136,13 @@ def build_config(config_class: type[Config], *layers: Mapping[str, Any]) -> Conf
 def read_yaml(path: Path | str) -> dict[str, Any]:
     """The settings in a YAML file. Raises ValueError where it is no readable mapping."""
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not text"
+        text = read_text(path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{path}: {reason}; --config expects a YAML file") from None
-    except (yaml.YAMLError, ValueError) as error:
+    try:
+        content = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: not YAML ({reason}); write lines of name: value") from None
     if not isinstance(content or {}, dict):
@@ -235,11 +238,11 @@ def _read(value: Any, hint: Any, checks: Mapping[str, Any]) -> Any:
     try:
         result = _convert(value, hint)
     except (TypeError, ValueError):
-        raise ValueError(f"got {value!r}, expected {_describe(hint)}") from None
+        raise ValueError(f"got {brief(value)}, expected {_describe(hint)}") from None
     for part in result if isinstance(result, list) else [result]:
         expected = None if part is None else _violation(part, checks)
         if expected:
-            raise ValueError(f"got {part!r}, expected {expected}")
+            raise ValueError(f"got {brief(part)}, expected {expected}")
     return result
 
 
@@ -254,9 +257,20 @@ def _convert(value: Any, hint: Any) -> Any:
     if hint is int and isinstance(value, float):
         raise TypeError
     result = hint(value)
+    if hint is str and ("\0" in result or not _is_unicode(result)):
+        raise ValueError
     if isinstance(result, float) and not math.isfinite(result):
         raise ValueError
     return result
+
+
+def _is_unicode(text: str) -> bool:
+    """False for half of a surrogate pair, which no file and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _list(value: Any) -> Sequence[Any]:
@@ -280,6 +294,8 @@ def _violation(value: Any, checks: Mapping[str, Any]) -> str | None:
         return f"one of {', '.join(checks['choices'])}"
     if "at_least" in checks and value < checks["at_least"]:
         return f"at least {checks['at_least']}"
+    if "at_most" in checks and value > checks["at_most"]:
+        return f"at most {checks['at_most']}"
     if "above" in checks and value <= checks["above"]:
         return f"more than {checks['above']}"
     if "below" in checks and value >= checks["below"]:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self
 
+from elite.wording import one_line
+
 OK, INTERRUPTED, BAD_INPUT, PARTLY_FAILED = 0, 130, 2, 3
 
 
@@ -20,7 +22,9 @@ def quiet_libraries() -> None:
     warn as they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    for category in (FutureWarning, DeprecationWarning, UserWarning):
+    from PIL.Image import DecompressionBombWarning  # such pictures are refused in our own words
+
+    for category in (FutureWarning, DeprecationWarning, UserWarning, DecompressionBombWarning):
         warnings.filterwarnings("ignore", category=category)
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging
@@ -30,21 +34,30 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
+def complain(message: object) -> None:
+    """One line on stderr, whatever file names or prompts the message quotes."""
+    print(f"error: {one_line(message)}", file=sys.stderr)
+
+
 def run(main: Callable[[], int]) -> None:
-    """Runs a script and exits: with its status, 2 and one line on stderr for a ValueError or where
-    another process of `accelerate launch` is lost, 130 for Ctrl-C."""
+    """Runs a script and exits: with its status, 2 and one line on stderr for a ValueError, a file
+    that cannot be reached or a lost process of `accelerate launch`, 130 for Ctrl-C."""
     try:
         sys.exit(main())
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(error)
+        sys.exit(BAD_INPUT)
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        if error.filename is None:
+            raise
+        complain(f"{error.filename}: {error.strerror}; choose another file or folder")
         sys.exit(BAD_INPUT)
     except RuntimeError as error:
         if not _is_lost_process(error):
             raise
-        print(
-            "error: another process of this run has ended, so this one ends, too; see that one's "
-            "message; what is finished is kept",
-            file=sys.stderr,
+        complain(
+            "another process of this run has ended, so this one ends, too; see that one's "
+            "message; what is finished is kept"
         )
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:

@@ -23,6 +23,7 @@ from elite.images import (
     to_clip_pixels,
     to_pixels,
 )
+from elite.wording import brief
 
 # The 27 captions of textual inversion's "small" ImageNet set, which come from CLIP's prompts.
 PHOTO_TEMPLATES = (
@@ -58,6 +59,7 @@ PHOTO_TEMPLATES = (
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 BOX_PADDING = 10  # pixels around a box of stage 1
 CSV_BLOCK = 16384  # rows held as text at a time
+LONGEST_TEXT = 250  # characters; a longer one would widen the array of all rows
 BOX_FIELDS = ("name", "hs", "he", "ws", "we")  # of the index of mask boxes
 REBUILD = "python data_scripts/cal_bbox_by_seg.py DIR"
 
@@ -90,7 +92,7 @@ def read_columns(path: Path, names: tuple[str, ...]) -> list[np.ndarray]:
         ValueError: no such file, or a column is missing.
     """
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
             rows = csv.reader(file)
             header = next(rows, [])
             missing = [name for name in names if name not in header]
@@ -116,6 +118,8 @@ def _stack_blocks(
     blocks: list[list[np.ndarray]] = [[] for _ in range(columns)]
     picked = map(pick, filter(None, rows))
     while block := list(itertools.islice(picked, CSV_BLOCK)):
+        if any(len(text) > LONGEST_TEXT for row in block for text in row):
+            raise csv.Error(f"a text of more than {LONGEST_TEXT} characters")
         for parts, texts in zip(blocks, zip(*block, strict=True), strict=True):
             parts.append(np.array([text.encode() for text in texts]))
     return [np.concatenate(parts) if parts else np.zeros(0, dtype="S1") for parts in blocks]
@@ -207,7 +211,8 @@ def read_boxes(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """
     image_ids, *sides = read_columns(path, ("ImageID", "XMin", "XMax", "YMin", "YMax"))
     try:
-        boxes = np.stack([side.astype(np.float32) for side in sides], axis=1).clip(0, 1)
+        with np.errstate(over="ignore"):  # 1e300 is outside the image like any other
+            boxes = np.stack([side.astype(np.float32) for side in sides], axis=1).clip(0, 1)
     except ValueError as error:
         raise ValueError(f"{path}: a box is not a number ({error}); download it again") from None
     width, height = boxes[:, 1] - boxes[:, 0], boxes[:, 3] - boxes[:, 2]
@@ -228,7 +233,14 @@ def padded(
 
 
 def _image_path(folder: Path, image_id: bytes) -> Path:
-    return folder / f"{image_id.decode()}.jpg"
+    return _inside(folder, f"{image_id.decode()}.jpg")
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The file of that name. Raises ValueError where a table names one outside the folder."""
+    if not name or Path(name).name != name or not name.isprintable():
+        raise ValueError(f"{folder}: {brief(name)} is no file name; correct the annotations")
+    return folder / name
 
 
 class OpenImagesMasks:
@@ -317,7 +329,7 @@ class OpenImagesMasks:
         return str(self._mask_path(index))
 
     def _mask_path(self, index: int) -> Path:
-        return self.mask_folder / str(self.index["name"][index])
+        return _inside(self.mask_folder, str(self.index["name"][index]))
 
     def _crop(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Image uint8 (h, w, 3) and mask bool (h, w), the object with 10 to 19 px around."""
@@ -363,19 +375,27 @@ def load_mask_boxes(path: Path) -> np.ndarray:
         ValueError: no such file, or not ours (the release's is pickled and never opened).
     """
     try:
-        boxes = np.load(path, allow_pickle=False)
+        # Mapped, since reading would first allocate whatever size the file claims.
+        boxes = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; make it with {REBUILD}") from None
-    except (OSError, ValueError, EOFError):
+    except Exception:  # numpy's reader raises errors of parsers, too
         raise ValueError(f"{path}: pickled or damaged; rebuild it with {REBUILD}") from None
-    if boxes.dtype.names != BOX_FIELDS:
+    if not isinstance(boxes, np.ndarray) or boxes.ndim != 1 or not _is_box_type(boxes.dtype):
         raise ValueError(f"{path}: not an index of mask boxes; rebuild it with {REBUILD}")
-    return boxes
+    return np.array(boxes)
 
 
 def _box_type(width: int) -> np.dtype:
     """A row of the index, with names of up to `width` characters."""
     return np.dtype(list(zip(BOX_FIELDS, (f"U{width}", *4 * ("i4",)), strict=True)))
+
+
+def _is_box_type(dtype: np.dtype) -> bool:
+    if dtype.names != BOX_FIELDS:
+        return False
+    kinds = [(dtype[name].kind, dtype[name].itemsize) for name in BOX_FIELDS]
+    return kinds[0][0] == "U" and set(kinds[1:]) == {("i", 4)}
 
 
 def usable_masks(boxes: np.ndarray) -> np.ndarray:

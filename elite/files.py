@@ -89,12 +89,37 @@ def _is_disk_error(error: Exception) -> bool:
     return in_torch or isinstance(error, OSError | SafetensorError)
 
 
+def is_file(path: Path | str) -> bool:
+    """Whether there is a plain file: a pipe may block and a device never end."""
+    return os.path.isfile(path)
+
+
+def read_text(path: Path | str, most: int = 2**18) -> str:
+    """The UTF-8 text of a small file.
+
+    Args:
+        most: bytes; what is meant to be written by hand is never longer.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: more than `most` bytes, or no UTF-8; the message does not name the file.
+    """
+    with open(path, "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"more than {most // 1024} kB; expected a short text")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("not text; save it as UTF-8") from None
+
+
 def digest_files(*paths: Path) -> str:
     """A short name for what is in these files; one that cannot be read counts as empty."""
     digest = hashlib.sha256()
     for path in paths:
         try:
-            content = path.read_bytes()
+            content = path.read_bytes() if is_file(path) else b""
         except OSError:  # whoever reads the picture in it says why
             content = b""
         digest.update(hashlib.sha256(content).digest())

@@ -12,8 +12,12 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from elite.files import is_file
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+FORMATS = ("PNG", "JPEG", "WEBP")  # no other decoder of Pillow is handed a file
+MAX_PIXELS = 64_000_000  # of a file that nobody bounds tighter; its arrays stay below 2 GB
 SAME_ASPECT = (
     0.02  # relative difference of aspect ratios up to which a mask is resized to its image
 )
@@ -21,22 +25,18 @@ SAME_ASPECT = (
 
 def _open(path: Path | str, max_pixels: int | None = None) -> Image.Image:
     """The decoded picture, upright (EXIF rotation applied)."""
+    if not is_file(path):  # a pipe would block, a device never end
+        raise ValueError(f"{path}: no such file; expected an image")
     try:
-        with Image.open(path) as image:
-            _check_pixels(path, image, max_pixels)
+        with Image.open(path, formats=FORMATS) as image:
+            _check_pixels(path, image, max_pixels or MAX_PIXELS)
             image.load()
             return ImageOps.exif_transpose(image)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; expected an image") from None
     except _TooManyPixels:
         raise
-    except (
-        OSError,
-        UnidentifiedImageError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-    ) as error:
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: not a readable image; save it again as PNG or JPEG") from None
+    except Exception as error:  # decoders raise whatever they like
         raise ValueError(
             f"{path}: not a readable image ({error}); save it again as PNG or JPEG"
         ) from None
@@ -46,8 +46,8 @@ class _TooManyPixels(ValueError):
     """Says itself what is wrong."""
 
 
-def _check_pixels(path: Path | str, image: Image.Image, max_pixels: int | None) -> None:
-    if max_pixels is not None and image.width * image.height > max_pixels:
+def _check_pixels(path: Path | str, image: Image.Image, max_pixels: int) -> None:
+    if image.width * image.height > max_pixels:
         raise _TooManyPixels(
             f"{path}: {image.width} x {image.height} is more than {max_pixels / 1e6:g} million "
             "pixels; make it smaller"
@@ -57,10 +57,10 @@ def _check_pixels(path: Path | str, image: Image.Image, max_pixels: int | None) 
 def to_rgb(image: Image.Image) -> np.ndarray:
     """Any PIL mode to uint8 (H, W, 3); 16-bit grey is scaled, transparency lies on white."""
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
+        values = np.asarray(image)
         top = 65535 if values.max(initial=0) > 255 else 255
-        grey = np.clip(values / top * 255, 0, 255).round().astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=2)
+        rows = [np.clip(row / top * 255, 0, 255).round().astype(np.uint8) for row in values]
+        return np.repeat(np.stack(rows)[..., None], 3, axis=2)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -79,7 +79,7 @@ def to_mask(image: Image.Image) -> np.ndarray:
 
 def read_image(path: Path | str, max_pixels: int | None = None) -> np.ndarray:
     """RGB picture, uint8 (H, W, 3), upright. Raises ValueError naming the file where it cannot be
-    read, or has more than `max_pixels`, which are then not decoded."""
+    read, or has more than `max_pixels` (None: MAX_PIXELS), which are then not decoded."""
     return to_rgb(_open(path, max_pixels))
 
 

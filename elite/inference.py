@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from elite.concept import ConceptFolder
-from elite.console import BAD_INPUT, OK, PARTLY_FAILED
+from elite.console import BAD_INPUT, OK, PARTLY_FAILED, complain
 from elite.data import PairFolder
 from elite.drawing import (
     Drawing,
@@ -295,7 +295,7 @@ def _report(failures: list[str], total: int, failed: str, said: str) -> int:
     if not PartialState().is_main_process:
         return OK  # the main process speaks for all
     for failure in failures:
-        print(f"error: {failure}", file=sys.stderr)
+        complain(failure)
     if failures:
         print(f"{len(failures)} of {total} {failed}", file=sys.stderr)
     if len(failures) == total:

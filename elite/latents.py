@@ -65,6 +65,8 @@ class Shard:
             return f"{self.path.name} is missing"
         except (SafetensorError, OSError):
             return f"{self.path.name} is damaged"
+        if files.shape != self.files.shape:
+            return f"{self.path.name} is damaged"
         for key, what in (
             ("format", "were written by another version"),
             ("vae", "come from another VAE"),

@@ -1,5 +1,5 @@
-"""From CLIP features to words and feature tokens: the two mapping networks of ELITE (paper sections
-3.2 and 3.3).
+"""From CLIP features to words and feature tokens: the two mapping networks of ELITE (paper section
+3).
 
 State-dict keys are those of the released checkpoints. A mapper also owns the K and V projections
 that are trained together with it, one pair per cross-attention layer of the UNet; `elite.attention`

@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from elite.data import PHOTO_TEMPLATES, is_picture
+from elite.files import read_text
 from elite.images import read_image, resize, to_pixels
+from elite.wording import brief
 
+MOST_NARROW = 20  # times; scaled to the square's side, others would fill the memory
 TEMPLATES = {
     "object": PHOTO_TEMPLATES,
     "style": tuple(
@@ -48,15 +51,17 @@ def read_templates(path: Path | str) -> tuple[str, ...]:
         ValueError: no readable text, or a line without {}.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not text"
+        lines = read_text(path).splitlines()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{path}: {reason}; expected captions, one a line") from None
     templates = tuple(line.strip() for line in lines if line.strip())
     wrong = [template for template in templates if "{}" not in template]
     if wrong or not templates:
         line = wrong[0] if wrong else "nothing"
-        raise ValueError(f"{path}: holds {line!r}; expected captions with {{}} for the new word")
+        raise ValueError(
+            f"{path}: holds {brief(line)}; expected captions with {{}} for the new word"
+        )
     return templates
 
 
@@ -113,6 +118,11 @@ class PictureFolder:
         """
         image, side = read_image(self.paths[index]), self.resolution
         height, width = image.shape[:2]
+        if max(height, width) > MOST_NARROW * min(height, width):
+            raise ValueError(
+                f"{self.paths[index]}: {width} x {height} is more than {MOST_NARROW} times as long "
+                "as wide; crop it"
+            )
         scale = side / min(height, width)
         image = resize(image, max(side, round(width * scale)), max(side, round(height * scale)))
         room = (image.shape[0] - side, image.shape[1] - side)

@@ -466,6 +466,12 @@ class ElitePipeline(Carded, StableDiffusionPipeline):
         """`count` rows of one concept, or of one for each."""
         stacked = Concept.stack([concept] if isinstance(concept, Concept) else list(concept))
         stacked.check_mappers(self.fingerprint)
+        width = self.unet.config.cross_attention_dim
+        if stacked.words.shape[2] != width:
+            raise ValueError(
+                f"concept has words {stacked.words.shape[2]} wide, this model {width}; encode it "
+                "again with this pipeline"
+            )
         if len(stacked) not in (1, count):
             raise ValueError(
                 f"{len(stacked)} concepts for {count} prompts; pass one, or one per prompt"

@@ -254,17 +254,26 @@ class DrawConfig(ModelConfig):
     """What everything that draws shares."""
 
     output_dir: str = setting("outputs", "Folder that receives the pictures.")
-    num_images: int = setting(1, "Pictures of each kind, with seeds counting up.", at_least=1)
-    seed: int = setting(42, "Seed of the first picture's noise.", at_least=0)
-    num_inference_steps: int = setting(20, "Denoising steps; the release takes 100.", at_least=1)
+    num_images: int = setting(
+        1, "Pictures of each kind, with seeds counting up.", at_least=1, at_most=100_000
+    )
+    seed: int = setting(42, "Seed of the first picture's noise.", at_least=0, at_most=2**63 - 1)
+    num_inference_steps: int = setting(
+        20, "Denoising steps; the release takes 100.", at_least=1, at_most=1000
+    )
     guidance_scale: float = setting(
-        5.0, "Classifier-free guidance; 1 or less means none.", at_least=0
+        5.0, "Classifier-free guidance; 1 or less means none.", at_least=0, at_most=1000
     )
     scheduler: str = setting("unipc", "Sampler; the release's is lms.", choices=SAMPLERS)
     resolution: int | None = setting(
-        None, "Side of the pictures in pixels; None means what the model draws.", at_least=8
+        None,
+        "Side of the pictures in pixels; None means what the model draws.",
+        at_least=8,
+        at_most=8192,
     )
-    batch_size: int = setting(1, "Pictures drawn at once; changes no picture.", at_least=1)
+    batch_size: int = setting(
+        1, "Pictures drawn at once; changes no picture.", at_least=1, at_most=10_000
+    )
 
 
 @dataclass(kw_only=True)
@@ -337,7 +346,10 @@ class LocalConfig(LocalMapperConfig):
     """The local branch."""
 
     llambda: float = setting(
-        0.8, "Weight of the local features: 0.8 reproduces the object, 0.6 edits it.", at_least=0
+        0.8,
+        "Weight of the local features: 0.8 reproduces the object, 0.6 edits it.",
+        at_least=0,
+        at_most=1000,
     )
 
 

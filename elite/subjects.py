@@ -16,7 +16,9 @@ from PIL import Image
 
 from elite.config import read_yaml
 from elite.data import Pair, PairFolder, is_picture, pair_of
+from elite.files import read_text
 from elite.images import read_image
+from elite.wording import brief
 
 KINDS = ("object", "living")
 
@@ -108,7 +110,8 @@ def read_prompts(path: Path | str) -> Prompts:
     if not isinstance(templates, dict) or not templates.keys() <= set(KINDS):
         raise ValueError(f"{path}: prompts: expected lists under {' and '.join(KINDS)}")
     classes, living = content.get("classes") or {}, content.get("living") or []
-    if not isinstance(classes, dict) or not isinstance(living, list):
+    words = [*classes, *classes.values(), *living] if isinstance(classes, dict) else [classes]
+    if not isinstance(living, list) or not all(isinstance(word, str) for word in words):
         raise ValueError(f"{path}: expected classes as NAME: WORD, and living as a list of words")
     return _checked(path, templates, classes, living)
 
@@ -119,16 +122,26 @@ def _read_dreambench(path: Path) -> Prompts:
     Its prompts name a token and a class word, '{0} {1}'; ELITE's word stands for both.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not text"
+        text = read_text(path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{path}: {reason}; expected prompts_and_classes.txt") from None
     table, _, lists = text.partition("Prompts")
-    rows = re.findall(r"^\s*([\w-]+)\s*,\s*([\w ]+?)\s*$", table, re.MULTILINE)
-    classes = {name: word for name, word in rows if name != "subject_name"}
+    rows = ([part.strip() for part in line.split(",")] for line in table.splitlines())
+    classes = {row[0]: row[1] for row in rows if _is_class_row(row)}
     halves = re.split(r"Live Subject", lists, maxsplit=1)
-    templates = {kind: _quoted(half) for kind, half in zip(KINDS, halves, strict=False)}
+    try:
+        templates = {kind: _quoted(half) for kind, half in zip(KINDS, halves, strict=False)}
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"{path}: a prompt is no Python string ({error}); correct it") from None
     return _checked(path, templates, classes, ["dog", "cat"])
+
+
+def _is_class_row(row: list[str]) -> bool:
+    """Whether these parts of a line are a subject's name and class word."""
+    if len(row) != 2 or row[0] == "subject_name":
+        return False
+    return bool(re.fullmatch(r"[\w-]+", row[0]) and re.fullmatch(r"[\w ]+", row[1]))
 
 
 def _quoted(text: str) -> list[str]:
@@ -144,7 +157,7 @@ def _checked(path: Path | str, templates: Mapping, classes: dict, living: list) 
         if not isinstance(texts, list) or not texts:
             raise ValueError(f"{path}: no prompts for {kind}; expected a list of texts with {{}}")
         for text in texts:
-            if str(text).count("{}") != 1:
-                raise ValueError(f"{path}: prompt {text!r}: expected {{}} in it once")
+            if not isinstance(text, str) or text.count("{}") != 1:
+                raise ValueError(f"{path}: prompt {brief(text)}: expected {{}} in it once")
     kinds = {kind: tuple(texts) for kind, texts in templates.items()}
     return Prompts(kinds, classes, frozenset(living))

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
+from elite.wording import brief
+
 
 def find_placeholder(prompt: str, placeholder: str) -> int:
     """Character position of the placeholder as a whole word of the prompt, case-sensitive.
@@ -22,8 +24,8 @@ def find_placeholder(prompt: str, placeholder: str) -> int:
     if len(found) != 1:
         count = "no" if not found else f"{len(found)} times the"
         raise ValueError(
-            f"prompt {prompt!r} has {count} placeholder {placeholder!r}; write it exactly once, "
-            "as a word of its own"
+            f"prompt {brief(prompt)} has {count} placeholder {brief(placeholder)}; "
+            "write it exactly once, as a word of its own"
         )
     return found[0]
 
@@ -81,8 +83,8 @@ def _tokens(
         covering = [i for i, (a, b) in enumerate(spans) if a < end and b > start]
         if not covering or (spans[covering[0]][0], spans[covering[-1]][1]) != (start, end):
             raise ValueError(
-                f"prompt {prompt!r}: the tokenizer does not keep the placeholder {placeholder!r} "
-                "apart from its neighbours; write blanks around it or choose another word"
+                f"prompt {brief(prompt)}: the tokenizer does not keep the placeholder "
+                f"{brief(placeholder)} apart from its neighbours; write blanks around it or choose another word"
             )
         firsts.append(covering[0])
         dropped += covering[1:]
@@ -94,9 +96,9 @@ def _check_room(prompt: str, index: int, moved: int, num_words: int, length: int
     # A placeholder at the very last place has been cut off in favour of the end token.
     if index + moved + num_words > length or index >= length - 1:
         raise ValueError(
-            f"prompt {prompt!r} is too long: its placeholder is token {index + moved}, the text "
-            f"encoder reads {length} "
-            f"and {num_words} word(s) must fit; shorten what stands before it"
+            f"prompt {brief(prompt)} is too long: its placeholder is token {index + moved}, the "
+            f"text encoder reads {length} and {num_words} word(s) must fit; shorten what stands "
+            "before it"
         )
 
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from elite.concept import Concept
-from elite.files import write_atomically
+from elite.concept import DTYPES, Concept
+from elite.files import is_file, write_atomically
 from elite.loading import is_xl
 from elite.objectives import Batch, DenoisingObjective
 
@@ -158,10 +158,10 @@ def load_embeddings(source: Path | str) -> dict[str, Embeddings]:
 
 
 def _load_file(path: Path) -> Embeddings:
+    if not is_file(path):
+        raise ValueError(f"{path}: no such file; expected learned embeddings")
     try:
         tensors = load_file(path)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; expected learned embeddings") from None
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{path}: not a safetensors file ({error}); other formats are not read, since they "
@@ -169,9 +169,15 @@ def _load_file(path: Path) -> Embeddings:
         ) from None
     if "words" in tensors and tensors["words"].ndim == 3:
         return {f"<{path.stem}>": Concept.load(path).words[0, :1]}
-    if not tensors or any(rows.ndim not in (1, 2) for rows in tensors.values()):
+    if not tensors or not all(map(_is_vectors, tensors.values())):
         raise ValueError(f"{path}: not learned embeddings; expected vectors named by placeholders")
     return {name: rows.reshape(-1, rows.shape[-1]) for name, rows in tensors.items()}
+
+
+def _is_vectors(rows: Tensor) -> bool:
+    """(D) or (L, D) of floating-point numbers."""
+    is_shaped = rows.ndim in (1, 2) and rows.numel() > 0
+    return is_shaped and rows.dtype in DTYPES and bool(rows.isfinite().all())
 
 
 def merge_embeddings(

@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 # A module imports only from lines above its own.
 LAYERS = (
-    ("files",),
+    ("files", "wording"),
     ("cards",),
     (
         "app_server",

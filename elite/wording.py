@@ -1,0 +1,24 @@
+"""What messages quote of a stranger's input: short, on one line, nothing that moves the cursor."""
+
+import reprlib
+
+SHOWN = 200  # characters of one value
+LONGEST = 1500  # characters of a message
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = SHOWN
+_short.maxlevel = 2  # a nested YAML of ten aliases would fill the memory
+_short.maxlist = _short.maxdict = _short.maxtuple = 4
+
+
+def brief(value: object) -> str:
+    """`repr`, but never long."""
+    return _short.repr(value)
+
+
+def one_line(text: object) -> str:
+    """The text without line breaks and control characters; a long one loses its middle."""
+    parts = str(text).strip()
+    if len(parts) > LONGEST:
+        parts = f"{parts[: LONGEST // 2]} ... {parts[-LONGEST // 3 :]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in parts)

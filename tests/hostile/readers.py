@@ -1,0 +1,42 @@
+"""Every reader of a stranger's file, as one function of bytes, for the fuzzers."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from data_scripts.make_masks import read_boxes as read_grabs
+from elite.checkpoint import load_official
+from elite.concept import Concept
+from elite.config import InferenceLocalConfig, build_config, read_yaml
+from elite.data import load_mask_boxes, read_boxes
+from elite.images import read_image, read_mask
+from elite.pictures import read_templates
+from elite.subjects import read_prompts
+from elite.textual_inversion import load_embeddings
+
+READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "image": ("a.png", read_image),
+    "mask": ("a.png", read_mask),
+    "boxes": ("a.csv", read_boxes),
+    "grabcut boxes": ("a.csv", lambda path: read_grabs(path, {"a"})),
+    "index": ("a.npy", load_mask_boxes),
+    "settings": ("a.yaml", lambda path: build_config(InferenceLocalConfig, read_yaml(path))),
+    "prompts": ("a.yaml", read_prompts),
+    "DreamBench": ("a.txt", read_prompts),
+    "captions": ("a.txt", read_templates),
+    "concept": ("a.safetensors", Concept.load),
+    "embeddings": ("a.safetensors", load_embeddings),
+    "checkpoint": ("a.pt", load_official),
+}
+
+
+def feed(reader: str, content: bytes) -> None:
+    """Anything but a ValueError is a fault."""
+    name, read = READERS[reader]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(content)
+        try:
+            read(path)
+        except ValueError as error:
+            assert name in str(error) or reader == "settings", f"does not name the file: {error}"

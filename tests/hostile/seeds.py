@@ -1,0 +1,26 @@
+"""Whole files of every reader, from which fuzzers start."""
+
+import torch
+from safetensors.torch import save
+
+from tests.hostile.pictures import encoded
+from tests.hostile.tables import BOXES, GOOD_ROW, GRAB, good_index, saved
+from tests.hostile.weights import torch_bytes
+
+CONCEPT = {"format": "elite-concept", "version": "1", "fingerprint": "0" * 16}
+SEEDS: dict[str, tuple[bytes, ...]] = {
+    "image": (encoded(), encoded(kind="JPEG"), encoded(kind="WEBP")),
+    "mask": (encoded(), encoded(kind="JPEG")),
+    "boxes": ((BOXES + GOOD_ROW * 3).encode(),),
+    "grabcut boxes": ((GRAB + "a,1,1,9,9\n").encode(),),
+    "index": (saved(good_index()),),
+    "settings": (b"seed: 3\ntemplate: 'a {}'\nllambda: 0.5\nconcept: ['S=a']\n",),
+    "prompts": (b"prompts: {object: ['a {}'], living: ['b {}']}\nclasses: {a: b}\nliving: [b]\n",),
+    "DreamBench": (
+        b"Classes\na,b\nPrompts\n['a {0} {1}'.format(x)]\nLive Subject\n['{0} {1}'.format(y)]",
+    ),
+    "captions": (b"a {}\nthe {}\n",),
+    "concept": (save({"words": torch.ones(1, 3, 4)}, CONCEPT),),
+    "embeddings": (save({"<x>": torch.ones(1, 4)}),),
+    "checkpoint": (torch_bytes({"a": torch.ones(2)}),),
+}
