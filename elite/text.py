@@ -84,7 +84,8 @@ def _tokens(
         if not covering or (spans[covering[0]][0], spans[covering[-1]][1]) != (start, end):
             raise ValueError(
                 f"prompt {brief(prompt)}: the tokenizer does not keep the placeholder "
-                f"{brief(placeholder)} apart from its neighbours; write blanks around it or choose another word"
+                f"{brief(placeholder)} apart from its neighbours; write blanks around it or choose "
+                "another word"
             )
         firsts.append(covering[0])
         dropped += covering[1:]
