@@ -267,7 +267,7 @@ def test_every_training_case_steps():
         (loader.main, ["--count", "1"], "--count 1: expected 4 or more"),
         (table.main, ["--page", "nowhere.md"], "nowhere.md: no such file"),
     ],
-    ids=str,
+    ids=lambda x: x.__module__ if callable(x) else str(x),
 )
 def test_a_mistake_is_one_line(main, arguments, message, capsys):
     with pytest.raises(SystemExit) as exit:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["elite", "yaml", "PIL"], enable_loader_override=False):
+with atheris.instrument_imports(include=["elite"], enable_loader_override=False):
     from tests.hostile.readers import feed
 from tests.hostile.seeds import SEEDS
 

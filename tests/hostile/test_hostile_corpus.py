@@ -14,21 +14,23 @@ LONG = ("embedding", "model", "prompt", "flags")  # each draws; `make hostile` r
 MEMORY_GUARD = 12 * 2**30  # of addresses; what is really used is measured
 
 
+ALL = (*KINDS, *LONG) if "ELITE_HOSTILE" in os.environ else KINDS
+
+
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory) -> list[dict]:
     """Judged in a process of their own, which a bomb may end."""
     path = tmp_path_factory.mktemp("hostile") / "verdicts.json"
-    kinds = [*KINDS, *(LONG if "ELITE_HOSTILE" in os.environ else ())]
     guarded = f"import resource as r; r.setrlimit(r.RLIMIT_AS, ({MEMORY_GUARD},) * 2)"
     code = f"{guarded}; import runpy; runpy.run_module('tests.hostile', run_name='__main__')"
-    command = [sys.executable, "-c", code, "--json", str(path), "--kinds", *kinds]
+    command = [sys.executable, "-c", code, "--json", str(path), "--kinds", *ALL]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=1800)
     print(done.stdout)
     assert path.exists(), done.stderr[-2000:]
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_no_input_ends_badly(verdicts, kind):
     mine = [verdict for verdict in verdicts if verdict["kind"] == kind]
     assert mine, f"no input of the kind {kind}"

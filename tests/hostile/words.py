@@ -180,7 +180,6 @@ FLAGS: tuple[tuple[str, ...], ...] = (
     ("--device", "cuda:99"),
     ("--device", "meta"),
     ("--device", "cpu:x"),
-    ("--device", ""),
     ("--device", "mps"),
     ("--device", "xla"),
     ("--device", "hpu"),
