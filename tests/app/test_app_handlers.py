@@ -238,7 +238,9 @@ def test_two_objects_in_one_picture(handlers, couple, tmp_path):
     assert drawn(lambda_=0.7).text["lambda"] == "S 0.7, S2 0.6"
     pictures = [first, apart, drawn(where="left right"), drawn(lambda_=0.7), drawn(second_lambda=0)]
     assert len({picture.tobytes() for picture in pictures}) == len(pictures)
-    plain = drawn(second_file=None, where="left right")
+    alone = {"second_file": None, "prompts": "a S"}
+    plain = drawn(**alone, where="left right")
+    assert plain.tobytes() == drawn(**alone).tobytes()
     assert plain.text["lambda"] == "0.8" and "region S" not in plain.text
 
 
