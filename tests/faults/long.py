@@ -43,7 +43,9 @@ def main() -> None:
         world = World(Path(folder) / "world", args.steps, {"dataloader_num_workers": 2})
         for number, kind in enumerate(args.kinds):
             place = Path(folder) / f"one_{number}"
-            found = compare_killed(world, kind, place, args.kills, seed + number)
+            found = compare_killed(
+                world, kind, place, kills=args.kills, seed=seed + number, timed=True
+            )
             report["one_process"][kind] = found
             print(kind, found, flush=True)
             write_json(args.output, report)

@@ -13,10 +13,11 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import repeat
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -258,24 +259,46 @@ class Kill:
     while_writing: list[str]  # temporary names found: it was writing or removing these
 
 
+Moment = Callable[[BaseProcess, Path], object]  # waits until a run in a folder is to be killed
+
+
+def in_time(rng: random.Random, longest: float) -> Moment:
+    """At a random moment of at most so many seconds, loading included."""
+    return lambda process, folder: process.join(rng.uniform(0, longest))
+
+
+def in_steps(rng: random.Random, steps: int, kills: int) -> Iterator[Moment]:
+    """Within random steps of as many parts of a run, from the third on: each kill but the first
+    finds a run that was resumed between its ends."""
+    width = (steps - 3) / kills
+    for number in range(kills):
+        step = 3 + int(width * (number + rng.random()))
+        yield partial(_wait_within_step, step=step, rng=rng)
+
+
+def _wait_within_step(process: BaseProcess, folder: Path, step: int, rng: random.Random) -> None:
+    while steps_done(folder) < step and process.is_alive():
+        time.sleep(0.005)
+    process.join(rng.uniform(0, 0.1))
+
+
 def kill_and_resume(
-    call: Callable[[], Call], folder: Path, kills: int, longest: float, rng: random.Random
+    call: Callable[[], Call], folder: Path, moments: Iterator[Moment], kills: int
 ) -> list[Kill]:
-    """Kills a run after at most `longest` seconds, resuming it each time, and lets it end after the
-    last kill."""
+    """Kills a run so many times, resuming it each time, and lets it end after the last one."""
     done: list[Kill] = []
     log = folder.parent / f"{folder.name}.log"
     while len(done) < kills:
-        started, seconds = time.monotonic(), rng.uniform(0, longest)
-        process = start(call(), log)
-        process.join(seconds)
+        wait = next(moments)
+        started, process = time.monotonic(), start(call(), log)
+        wait(process, folder)
         if process.exitcode is None:
             process.kill()
             process.join()
-            done.append(Kill(round(seconds, 3), steps_done(folder), leftovers(folder)))
+            seconds = round(time.monotonic() - started, 3)
+            done.append(Kill(seconds, steps_done(folder), leftovers(folder)))
         else:  # it came to its end; the next life only exports once more
             assert process.exitcode == 0, log.read_text()[-3000:]
-            longest = time.monotonic() - started
     finish_well(start(call(), log), log)
     return done
 
@@ -298,13 +321,21 @@ def spread(kills: int, loading: float, training: float) -> float:
     return loading + each + (each**2 + 2 * loading * each) ** 0.5
 
 
-def compare_killed(world: World, kind: str, folder: Path, kills: int, seed: int) -> dict:
-    """Runs a kind whole, then killed; asserts equality. Returns figures."""
+def compare_killed(
+    world: World, kind: str, folder: Path, *, kills: int, seed: int, timed: bool
+) -> dict:
+    """Runs a kind whole, then killed; asserts equality. Returns figures.
+
+    Args:
+        timed: kills at random times, else within random steps, so that few kills suffice.
+    """
     whole, killed = (output_dir(kind, folder / name) for name in ("whole", "killed"))
     loading, training = time_whole(world.call(kind, whole), whole, folder / "whole.log")
-    call = partial(world.call, kind, killed)
-    longest = spread(kills, loading, training)
-    hits = kill_and_resume(call, killed, kills, longest, random.Random(seed))
+    rng, call = random.Random(seed), partial(world.call, kind, killed)
+    moments = in_steps(rng, world.steps, kills)
+    if timed:
+        moments = repeat(in_time(rng, spread(kills, loading, training)))
+    hits = kill_and_resume(call, killed, moments, kills)
     expected, found = outcome(whole), outcome(killed)
     for part in expected:
         assert found[part] == expected[part], f"{kind}, seed {seed}: {part} differ"

@@ -18,7 +18,7 @@ def world(tmp_path_factory) -> World:
 @pytest.mark.parametrize("kind", CHECKED)
 def test_killed_runs_end_as_uninterrupted_ones(kind, world, tmp_path):
     """Loader process, accumulation, EMA, schedule; ten pictures, so a kill is within an epoch."""
-    assert compare_killed(world, kind, tmp_path, kills=2, seed=0)["kills"] == 2
+    assert compare_killed(world, kind, tmp_path, kills=2, seed=0, timed=False)["kills"] == 2
 
 
 def test_when_one_of_two_processes_is_killed_the_other_ends_and_both_resume(world, tmp_path: Path):

@@ -76,7 +76,6 @@ def test_a_second_signal_ends_at_once_and_leaves_a_usable_folder(number, tmp_pat
     assert process.is_alive()
     os.kill(process.pid, number)
     assert finish(process) == -number
-    os.killpg(process.pid, signal.SIGKILL)  # its loader process, which waits for nothing
     assert [fault(checkpoint) for checkpoint in checkpoints(folder)] == [None] * 3
     again = start((train_on, (str(folder), 5)), log)
     finish_well(again, log)
