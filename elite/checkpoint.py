@@ -148,7 +148,8 @@ def _check_values(state: dict[str, Tensor], name: str) -> None:
             f"{name}: holds {found}; expected plain tensors, all float32, all float16 or all "
             "bfloat16"
         )
-    wrong = [key for key, value in state.items() if not value.isfinite().all()]
+    known = {key: value for key, value in state.items() if not value.is_meta}
+    wrong = [key for key, value in known.items() if not value.isfinite().all()]
     if wrong:
         raise ValueError(f"{name}: not a number in {_listed(wrong)}; it is damaged, train it again")
 
