@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors import safe_open
 from torch import Tensor
 from transformers import CLIPVisionModel
 
@@ -36,6 +37,7 @@ def load_mapper(
         return mapper_from_state_dict(cls, load_official(path), unet, image_encoder, name=str(path))
     try:
         _check_config(cls.load_config(path))
+        _check_files(Path(path))
         mapper = cls.from_pretrained(path, use_safetensors=True)
     except Exception as error:  # a config of any shape
         raise ValueError(
@@ -121,6 +123,15 @@ def _check_archive(path: Path | str) -> None:
             entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("its entries are compressed")
+
+
+def _check_files(folder: Path) -> None:
+    """Raises ValueError where the weights of a folder are of a kind that loading would convert."""
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            found = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+        if not found <= {"F32", "F16", "BF16"}:
+            raise ValueError(f"{path.name}: holds {', '.join(sorted(found))}")
 
 
 def _check_config(config: dict) -> None:

@@ -65,8 +65,6 @@ class Shard:
             return f"{self.path.name} is missing"
         except (SafetensorError, OSError):
             return f"{self.path.name} is damaged"
-        if files.shape != self.files.shape:
-            return f"{self.path.name} is damaged"
         for key, what in (
             ("format", "were written by another version"),
             ("vae", "come from another VAE"),
@@ -75,6 +73,8 @@ class Shard:
         ):
             if found.get(key) != self.needs[key]:
                 return f"the latents {what}"
+        if files.shape != self.files.shape:
+            return f"{self.path.name} is damaged"
         changed = (files != self.files).any(dim=1)
         if changed.any():
             name = self.names[int(changed.nonzero()[0])].decode()

@@ -172,7 +172,7 @@ def test_table_script(tmp_path):
 
 def test_the_repositorys_page_has_a_place_for_every_benchmark():
     names = {match["name"] for match in table.SECTION.finditer(table.PAGE.read_text())}
-    assert names == {"generation", "encoding", "training", "loader", "folder", "gpu"}
+    assert names >= {"generation", "encoding", "training", "loader", "folder", "gpu"}
 
 
 def test_tiny_figures_stay_out_of_the_page():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -108,7 +109,9 @@ def test_pictures_of_files_are_those_of_pairs(script, concepts, tmp_path, name, 
     one, two = tmp_path / "pairs" / folder, tmp_path / "files" / folder
     pictures = {f"0000{index}_0004{seed}.png" for index in (0, 1) for seed in (2, 3)}
     assert files(two) == pictures | {"grid.png"}
-    assert all((pixels(one / name) == pixels(two / name)).all() for name in pictures)
+    # Without a local mapper pairs are encoded from one view alone, which CLIP may round otherwise.
+    for name in pictures:
+        assert np.abs(pixels(one / name).astype(int) - pixels(two / name)).max() <= 1
     assert pixels(two / "grid.png").shape[1] == 3 * 160  # name and two seeds
 
 

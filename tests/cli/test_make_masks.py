@@ -151,7 +151,7 @@ def test_many_pictures_get_several_sheets(script, photos, tmp_path, monkeypatch,
 BAD_BOXES = [
     ("", "no column name, left, top, right, bottom; expected name,left,top,right,bottom"),
     ("name,left,top,right\n", "no column bottom"),
-    (HEADER + "corner,2,18,31\n", "line 2: corner has the box 2,18,31,; expected four whole"),
+    (HEADER + "corner,2,18,31\n", "line 2: corner has the box '2,18,31,'; expected four whole"),
     (HEADER + "corner,2,18,31,4.5\n", "expected four whole numbers"),
     (HEADER + "dog,2,18,31,47\n", "line 2: 'dog' is no picture of the folder"),
     (HEADER + "corner,2,18,31,47\n" * 2, "line 3: 'corner' is no picture of the folder, or has"),

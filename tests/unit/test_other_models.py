@@ -13,7 +13,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from elite import ElitePipeline, GlobalMapper, LocalMapper
 from elite.attention import cross_attention_layers, install, keys_values
-from elite.loading import load_parts, make_scheduler, stock_pipeline
+from elite.loading import DEFAULT_SAMPLER, load_parts, make_scheduler, stock_pipeline
 from elite.objectives import GlobalObjective, LocalObjective
 from tests import tiny
 from tests.conftest import make_pipe
@@ -204,7 +204,7 @@ def test_community_checkpoint_in_half_precision_with_its_own_scheduler(
         },
         **{name: part.float() for name, part in parts.items() if isinstance(part, torch.nn.Module)},
         tokenizer=parts["tokenizer"],
-        scheduler=make_scheduler("lms"),
+        scheduler=make_scheduler(DEFAULT_SAMPLER),
     )
     composed.set_progress_bar_config(disable=True)
     drawn = draw(pipe, concept=concept)

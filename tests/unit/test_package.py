@@ -19,7 +19,7 @@ IMPORTED_BY_OTHERS = {"scipy", "tensorboard"}  # diffusers' LMS, torch's Summary
 
 
 def versions(lines: list[str], comparison: str) -> dict[str, tuple[int, ...]]:
-    pairs = [line.split(comparison) for line in lines if comparison in line]
+    pairs = [line.split(";")[0].split(comparison) for line in lines if comparison in line]
     return {name: tuple(map(int, version.split("."))) for name, version in pairs}
 
 
