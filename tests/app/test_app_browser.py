@@ -79,10 +79,17 @@ def views(page) -> list[np.ndarray]:
     return fetched(page, "#views img")
 
 
-def fetched(page, selector: str) -> list[np.ndarray]:
-    links = [image.get_attribute("src") for image in page.locator(selector).all()]
-    contents = [page.request.get(link).body() for link in links]
-    return [np.asarray(Image.open(io.BytesIO(content)).convert("RGB")) for content in contents]
+def fetched(page, selector: str, tries: int = 5) -> list[np.ndarray]:
+    """Pictures of the page; asked for again where the server is just writing one anew."""
+    try:
+        links = [image.get_attribute("src") for image in page.locator(selector).all()]
+        contents = [page.request.get(link).body() for link in links]
+        return [np.asarray(Image.open(io.BytesIO(content)).convert("RGB")) for content in contents]
+    except (sync_api.Error, OSError):
+        if tries == 1:
+            raise
+    page.wait_for_timeout(300)
+    return fetched(page, selector, tries - 1)
 
 
 def drag(page, *points: tuple[float, float]) -> None:
