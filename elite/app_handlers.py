@@ -20,7 +20,7 @@ from PIL import Image
 from elite.concept import Concept
 from elite.data import PairFolder
 from elite.marking import Shown, read_marks
-from elite.pipeline import Words
+from elite.named_concepts import Words
 from elite.studio import MAX_PICTURES, Drawn, OnProgress, Order, Studio, save_strip
 
 Values = dict[str, Any]

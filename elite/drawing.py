@@ -23,7 +23,8 @@ from elite.data import PairFolder
 from elite.encoding import batches, columns, progress_bar, read_entries, shown
 from elite.files import write_atomically
 from elite.loading import DEFAULT_STEPS, side_in_pixels
-from elite.pipeline import ElitePipeline, Words, initial_noise
+from elite.named_concepts import Words
+from elite.pipeline import ElitePipeline, initial_noise
 from elite.sheets import SHEET_ROWS, tile_rows
 
 WRITES_WAITING = 64  # pictures kept in memory until they are written

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from elite.files import is_file
 
+ImageLike = Image.Image | np.ndarray
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 FORMATS = ("PNG", "JPEG", "WEBP")  # no other decoder of Pillow is handed a file

@@ -31,7 +31,8 @@ from elite.loading import (
     make_scheduler,
     stock_pipeline,
 )
-from elite.pipeline import ElitePipeline, Words
+from elite.named_concepts import Words
+from elite.pipeline import ElitePipeline
 from elite.settings import (
     ConceptConfig,
     DrawConfig,

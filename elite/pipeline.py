@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
@@ -38,15 +37,20 @@ from elite.attention import (
 from elite.cards import Carded, pipeline_card
 from elite.checkpoint import load_mapper
 from elite.concept import Concept
-from elite.images import fit_mask, object_views, to_mask, to_rgb
+from elite.images import ImageLike, fit_mask, object_views, to_mask, to_rgb
 from elite.loading import DEFAULT_STEPS, inside, load_parts, pixels_per_latent, side_in_pixels
 from elite.mappers import GlobalMapper, LocalMapper, Mapper, clip_levels, clip_levels_of_views
+from elite.named_concepts import (
+    Concepts,
+    Weights,
+    Words,
+    concepts_by_name,
+    latent_regions,
+    pick_words,
+    row_per_prompt,
+    weights_by_name,
+)
 from elite.text import injected, tokenize, word_positions
-
-ImageLike = Image.Image | np.ndarray
-Words = int | Literal["all"]
-Concepts = Mapping[str, Concept | Sequence[Concept]]  # by placeholder: one, or one per prompt
-Weights = float | Sequence[float]  # one, or one per prompt
 
 
 class ElitePipeline(Carded, StableDiffusionPipeline):
@@ -306,7 +310,7 @@ class ElitePipeline(Carded, StableDiffusionPipeline):
                 counts; unknown names in `lambda_` or `regions`.
         """
         local = kwargs.pop("ip_adapter_image_embeds", None) or []
-        concepts = _named(concept, concepts, placeholder_token)
+        concepts = concepts_by_name(concept, concepts, placeholder_token)
         if concepts and prompt is not None:
             prompts = [prompt] if isinstance(prompt, str) else list(prompt)
             kwargs["prompt_embeds"], local = self._condition(
@@ -364,7 +368,7 @@ class ElitePipeline(Carded, StableDiffusionPipeline):
         """
         if not isinstance(prompt, str):
             raise ValueError(f"expected one prompt, not {prompt!r}; call once per prompt")
-        named = _named(concept, concepts, placeholder_token)
+        named = concepts_by_name(concept, concepts, placeholder_token)
         if not named:
             raise ValueError("no concept; pass concept or concepts")
         context, local = self._condition([prompt], named, lambda_, words, regions or {}, kwargs)
@@ -433,10 +437,10 @@ class ElitePipeline(Carded, StableDiffusionPipeline):
         names, device, count = list(concepts), self._execution_device, len(prompts)
         if len(names) > COLUMNS:
             raise ValueError(f"{len(names)} concepts in one prompt; at most {COLUMNS} are possible")
-        weights = _by_name(lambda_, names)
+        weights = weights_by_name(lambda_, names)
         sides = (kwargs.get(side) or self.resolution for side in ("height", "width"))
-        shares = _latent_regions(regions, names, *(s // pixels_per_latent(self.vae) for s in sides))
-        rows = [self._row_per_prompt(concepts[name], count) for name in names]
+        shares = latent_regions(regions, names, *(s // pixels_per_latent(self.vae) for s in sides))
+        rows = [self._rows(concepts[name], count) for name in names]
         chosen = torch.stack([pick_words(row.words, words) for row in rows], dim=1).to(device)
         num_words = chosen.shape[2]  # of (B, N, L, D)
         # Words of textual inversion may be several tokens; encode_prompt spells them out itself.
@@ -462,21 +466,17 @@ class ElitePipeline(Carded, StableDiffusionPipeline):
             local.append(visibility(shares, index, num_words, context.shape[1]))
         return context, local
 
-    def _row_per_prompt(self, concept: Concept | Sequence[Concept], count: int) -> Concept:
-        """`count` rows of one concept, or of one for each."""
-        stacked = Concept.stack([concept] if isinstance(concept, Concept) else list(concept))
-        stacked.check_mappers(self.fingerprint)
+    def _rows(self, concept: Concept | Sequence[Concept], count: int) -> Concept:
+        """One concept's rows for these prompts, seen to be of this pipeline."""
+        rows = row_per_prompt(concept, count)
+        rows.check_mappers(self.fingerprint)
         width = self.unet.config.cross_attention_dim
-        if stacked.words.shape[2] != width:
+        if rows.words.shape[2] != width:
             raise ValueError(
-                f"concept has words {stacked.words.shape[2]} wide, this model {width}; encode it "
+                f"concept has words {rows.words.shape[2]} wide, this model {width}; encode it "
                 "again with this pipeline"
             )
-        if len(stacked) not in (1, count):
-            raise ValueError(
-                f"{len(stacked)} concepts for {count} prompts; pass one, or one per prompt"
-            )
-        return stacked if len(stacked) == count else stacked.expand(count)
+        return rows
 
     def prepare_ip_adapter_image_embeds(
         self,
@@ -533,54 +533,6 @@ class _Conditioning:
     local: list[Tensor]  # `local_inputs`, or empty
 
 
-def _named(
-    concept: Concept | Sequence[Concept] | None, concepts: Concepts | None, placeholder: str
-) -> Concepts:
-    """Concepts by their placeholders, of either way to give them."""
-    if concept is None:
-        return concepts or {}
-    if concepts is not None:
-        raise ValueError("concept and concepts are both given; put all into concepts")
-    return {placeholder: concept}
-
-
-def _by_name(lambda_: Weights | Mapping[str, Weights], names: Sequence[str]) -> dict[str, Weights]:
-    """The weight of every concept."""
-    if not isinstance(lambda_, Mapping):
-        return dict.fromkeys(names, lambda_)
-    if set(lambda_) != set(names):
-        raise ValueError(
-            f"lambda_ is given for {', '.join(lambda_) or 'nothing'}; expected one for each of "
-            f"{', '.join(names)}"
-        )
-    return dict(lambda_)
-
-
-def _latent_regions(
-    regions: Mapping[str, ImageLike], names: Sequence[str], height: int, width: int
-) -> Tensor | None:
-    """The share of each latent that lies in a concept's region, (N, height, width); 1 where a
-    concept has none."""
-    unknown = set(regions) - set(names)
-    if unknown:
-        raise ValueError(
-            f"region of {', '.join(sorted(unknown))}: no such concept; there are {', '.join(names)}"
-        )
-    if not regions:
-        return None
-    shares = torch.ones(len(names), height, width)
-    for name, region in regions.items():
-        mask = to_mask(region) if isinstance(region, Image.Image) else np.asarray(region) > 0
-        if mask.ndim != 2 or not mask.any():
-            raise ValueError(
-                f"region of {name}: shape {mask.shape} with {int(mask.sum())} pixels set; expected "
-                "a mask (H, W) that is not empty"
-            )
-        pixels = torch.from_numpy(mask.astype(np.float32))[None, None]
-        shares[names.index(name)] = F.adaptive_avg_pool2d(pixels, (height, width))[0, 0]
-    return shares
-
-
 def _text_options(kwargs: dict) -> dict[str, Any]:
     """What the arguments of a call say about the text encoder."""
     lora_scale = (kwargs.get("cross_attention_kwargs") or {}).get("scale")
@@ -599,15 +551,6 @@ def initial_noise(pipe: DiffusionPipeline, seeds: Sequence[int], height: int, wi
     shape = (pipe.unet.config.in_channels, height // factor, width // factor)
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(noise).to(pipe._execution_device, pipe.unet.dtype)
-
-
-def pick_words(words: Tensor, which: Words) -> Tensor:
-    """w (B, levels, D) to the words that are injected: (B, 1, D) for an index, all for "all"."""
-    if which == "all":
-        return words
-    if not 0 <= which < words.shape[1]:
-        raise ValueError(f"word {which} does not exist; choose 0 to {words.shape[1] - 1} or 'all'")
-    return words[:, which : which + 1]
 
 
 def _fingerprint(*mappers: Mapper | None) -> str:

@@ -20,7 +20,8 @@ from elite.files import write_atomically
 from elite.images import from_clip_pixels
 from elite.loading import DEFAULT_SAMPLER, DEFAULT_STEPS, make_scheduler
 from elite.marking import by_name
-from elite.pipeline import ElitePipeline, Words
+from elite.named_concepts import Words
+from elite.pipeline import ElitePipeline
 from elite.sheets import tile_rows
 from elite.text import tokenize
 

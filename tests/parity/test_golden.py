@@ -13,8 +13,9 @@ from torch import Tensor
 from elite.attention import install, local_inputs, local_values
 from elite.loading import make_scheduler
 from elite.mappers import clip_levels
+from elite.named_concepts import pick_words
 from elite.objectives import EliteObjective, GlobalObjective, LocalObjective
-from elite.pipeline import ElitePipeline, pick_words
+from elite.pipeline import ElitePipeline
 from elite.text import encode_text
 
 # Float32 sums in another order differ by some 1e-6; a wrong formula by far more than this.

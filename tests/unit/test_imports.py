@@ -28,6 +28,7 @@ LAYERS = (
         "text",
     ),
     ("attention", "checkpoint", "concept", "config", "data", "masks", "run_folder"),
+    ("named_concepts",),
     ("latents", "marking", "metrics", "objectives", "pictures", "pipeline", "subjects", "training"),
     ("encoding", "textual_inversion"),
     ("drawing",),

@@ -12,7 +12,7 @@ from elite import Concept, ElitePipeline
 from elite.attention import local_inputs
 from elite.images import object_views
 from elite.loading import DEFAULT_SAMPLER, DEFAULT_STEPS, SCHEDULERS, load_parts, make_scheduler
-from elite.pipeline import pick_words
+from elite.named_concepts import pick_words
 from elite.settings import SAMPLERS
 from elite.text import encode_text
 from tests import tiny

@@ -1,0 +1,91 @@
+"""What one prompt is given for the words in it that stand for objects: which concepts, which of
+their words, how much of their details, and where."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from elite.concept import Concept
+from elite.images import ImageLike, to_mask
+
+Words = int | Literal["all"]
+Concepts = Mapping[str, Concept | Sequence[Concept]]  # by placeholder: one, or one per prompt
+Weights = float | Sequence[float]  # one, or one per prompt
+
+
+def concepts_by_name(
+    concept: Concept | Sequence[Concept] | None, concepts: Concepts | None, placeholder: str
+) -> Concepts:
+    """Concepts by their placeholders, of either way to give them."""
+    if concept is None:
+        return concepts or {}
+    if concepts is not None:
+        raise ValueError("concept and concepts are both given; put all into concepts")
+    return {placeholder: concept}
+
+
+def weights_by_name(
+    lambda_: Weights | Mapping[str, Weights], names: Sequence[str]
+) -> dict[str, Weights]:
+    """The weight of every concept."""
+    if not isinstance(lambda_, Mapping):
+        return dict.fromkeys(names, lambda_)
+    if set(lambda_) != set(names):
+        raise ValueError(
+            f"lambda_ is given for {', '.join(lambda_) or 'nothing'}; expected one for each of "
+            f"{', '.join(names)}"
+        )
+    return dict(lambda_)
+
+
+def latent_regions(
+    regions: Mapping[str, ImageLike], names: Sequence[str], height: int, width: int
+) -> Tensor | None:
+    """The share of each latent that lies in a concept's region, (N, height, width); 1 where a
+    concept has none."""
+    unknown = set(regions) - set(names)
+    if unknown:
+        raise ValueError(
+            f"region of {', '.join(sorted(unknown))}: no such concept; there are {', '.join(names)}"
+        )
+    if not regions:
+        return None
+    shares = torch.ones(len(names), height, width)
+    for name, region in regions.items():
+        mask = to_mask(region) if isinstance(region, Image.Image) else np.asarray(region) > 0
+        if mask.ndim != 2 or not mask.any():
+            raise ValueError(
+                f"region of {name}: shape {mask.shape} with {int(mask.sum())} pixels set; expected "
+                "a mask (H, W) that is not empty"
+            )
+        pixels = torch.from_numpy(mask.astype(np.float32))[None, None]
+        shares[names.index(name)] = F.adaptive_avg_pool2d(pixels, (height, width))[0, 0]
+    return shares
+
+
+def row_per_prompt(concept: Concept | Sequence[Concept], count: int) -> Concept:
+    """`count` rows of one concept, or of one for each.
+
+    Raises:
+        ValueError: another number of concepts, or they are of different mappers.
+    """
+    stacked = Concept.stack([concept] if isinstance(concept, Concept) else list(concept))
+    if len(stacked) not in (1, count):
+        raise ValueError(
+            f"{len(stacked)} concepts for {count} prompts; pass one, or one per prompt"
+        )
+    return stacked if len(stacked) == count else stacked.expand(count)
+
+
+def pick_words(words: Tensor, which: Words) -> Tensor:
+    """w (B, levels, D) to the words that are injected: (B, 1, D) for an index, all for "all"."""
+    if which == "all":
+        return words
+    if not 0 <= which < words.shape[1]:
+        raise ValueError(f"word {which} does not exist; choose 0 to {words.shape[1] - 1} or 'all'")
+    return words[:, which : which + 1]
