@@ -28,11 +28,13 @@ from tqdm import tqdm
 
 from elite.data import OpenImagesBoxes
 from elite.files import write_atomically
+from elite.loading import pixels_per_latent
 from elite.stream import collate
 
 FORMAT = "elite-latents 1"  # to be counted up when the crop of a target changes
 SHARD_ROWS = 1024  # 134 MB in float32 with Stable Diffusion at 512 px
 NO_FILE = (-1, -1)
+STORED = ("F32", "F16", "BF16")  # as safetensors calls the types of mean and std
 SCRIPT = "python data_scripts/cache_latents.py"
 
 
@@ -48,6 +50,7 @@ class Shard:
         rows: of the dataset.
         needs: the metadata it must have.
         files: the tensor of that name, and `names` (rows,) the files it speaks of.
+        shape: of mean and std, (rows, C, h, w).
     """
 
     path: Path
@@ -55,12 +58,15 @@ class Shard:
     needs: Mapping[str, str]
     files: Tensor
     names: np.ndarray
+    shape: tuple[int, ...]
 
     def fault(self) -> str | None:
         """What keeps the file from being used, in words; None where it is right."""
         try:
             with safe_open(self.path, framework="pt") as file:
                 found, files = file.metadata() or {}, file.get_tensor("files")
+                moments = [file.get_slice(name) for name in ("mean", "std")]
+                stored = {(part.get_dtype(), *part.get_shape()) for part in moments}
         except FileNotFoundError:
             return f"{self.path.name} is missing"
         except (SafetensorError, OSError):
@@ -73,7 +79,8 @@ class Shard:
         ):
             if found.get(key) != self.needs[key]:
                 return f"the latents {what}"
-        if files.shape != self.files.shape:
+        is_whole = stored in [{(dtype, *self.shape)} for dtype in STORED]
+        if not is_whole or files.shape != self.files.shape or not _is_list(found.get("failures")):
             return f"{self.path.name} is damaged"
         changed = (files != self.files).any(dim=1)
         if changed.any():
@@ -91,9 +98,19 @@ class Shard:
             return json.loads(file.metadata()["failures"])
 
 
+def _is_list(text: str | None) -> bool:
+    """Whether this is a list in JSON."""
+    try:
+        return isinstance(json.loads(text or ""), list)
+    except (ValueError, RecursionError):
+        return False
+
+
 def shards_of(boxes: OpenImagesBoxes, vae: AutoencoderKL, folder: Path | str) -> list[Shard]:
     """The shards that a cache of this dataset and VAE in `folder` consists of, there or not."""
     fingerprint = vae_fingerprint(vae)
+    side = boxes.resolution // pixels_per_latent(vae)
+    latent = (vae.config.latent_channels, side, side)
     shards = []
     for number, start in enumerate(range(0, len(boxes), SHARD_ROWS)):
         rows = range(start, min(start + SHARD_ROWS, len(boxes)))
@@ -107,7 +124,8 @@ def shards_of(boxes: OpenImagesBoxes, vae: AutoencoderKL, folder: Path | str) ->
             "rows": digest.hexdigest(),
         }
         path = Path(folder) / f"{number:06d}.safetensors"
-        shards.append(Shard(path, rows, needs, file_states(boxes, rows), boxes.image_ids[here]))
+        files, names = file_states(boxes, rows), boxes.image_ids[here]
+        shards.append(Shard(path, rows, needs, files, names, (len(rows), *latent)))
     return shards
 
 

@@ -46,6 +46,9 @@ NOISE_SCHEDULE = {
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
 }
+MAX_TRAIN_TIMESTEPS = 100_000
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 def make_scheduler(name: str, config: dict | None = None) -> KarrasDiffusionSchedulers:
@@ -172,7 +175,27 @@ def _load_scheduler(model: str | Path, hub: dict) -> KarrasDiffusionSchedulers:
     if Path(model).is_dir() and not (Path(model) / "scheduler").is_dir():
         return make_scheduler(DEFAULT_SAMPLER)
     config = load_part(SCHEDULERS[DEFAULT_SAMPLER], model, "scheduler", loader="load_config", **hub)
+    _check_noise_schedule(config, model)
     return make_scheduler(DEFAULT_SAMPLER, config)
+
+
+def _check_noise_schedule(config: dict, model: str | Path) -> None:
+    """Raises ValueError where a value of the noise schedule is of another kind or out of range."""
+    schedule = {**NOISE_SCHEDULE, **config}
+    prediction_type = schedule.get("prediction_type") or "epsilon"
+    steps = schedule["num_train_timesteps"]
+    ends = [schedule[name] for name in ("beta_start", "beta_end")]
+    possible = {
+        f"num_train_timesteps of 1 to {MAX_TRAIN_TIMESTEPS}": isinstance(steps, int)
+        and 1 <= steps <= MAX_TRAIN_TIMESTEPS,
+        "beta_start and beta_end between 0 and 1": all(
+            isinstance(end, int | float) and 0 < end < 1 for end in ends
+        ),
+        f"beta_schedule {' or '.join(BETA_SCHEDULES)}": schedule["beta_schedule"] in BETA_SCHEDULES,
+        f"prediction_type {' or '.join(PREDICTIONS)}": prediction_type in PREDICTIONS,
+    }
+    if missed := [expected for expected, is_met in possible.items() if not is_met]:
+        raise ValueError(f"{model}: scheduler_config.json: expected {', '.join(missed)}")
 
 
 def load_part(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
 from elite.cards import Carded, mapper_card
+from elite.wording import brief
 
 HIDDEN_LAYERS = (4, 8, 12, 16)  # of CLIP ViT-L/14's 24
 
@@ -64,9 +65,8 @@ def check_levels(image_encoder: CLIPVisionModel, hidden_layers: Sequence[int]) -
     depth = image_encoder.config.num_hidden_layers
     if any(not 0 <= layer <= depth for layer in hidden_layers):
         raise ValueError(
-            f"hidden_layers {list(hidden_layers)} do not fit an image encoder of {depth} "
-            "layers; "
-            f"choose from 0 to {depth}"
+            f"hidden_layers {brief(list(hidden_layers))} do not fit an image encoder of {depth} "
+            f"layers; choose from 0 to {depth}"
         )
 
 

@@ -20,6 +20,7 @@ from elite.concept import DTYPES, Concept
 from elite.files import is_file, write_atomically
 from elite.loading import is_xl
 from elite.objectives import Batch, DenoisingObjective
+from elite.wording import brief
 
 # File of each text encoder's embeddings, as diffusers' loaders look for them.
 EMBEDDING_FILES = {
@@ -152,7 +153,7 @@ def load_embeddings(source: Path | str) -> dict[str, Embeddings]:
         for encoder, name in EMBEDDING_FILES.items()
         if (source / name).exists()
     }
-    if not found:
+    if "text_encoder" not in found:
         raise ValueError(f"{source}: no {EMBEDDING_FILES['text_encoder']} in this folder")
     return found
 
@@ -171,6 +172,10 @@ def _load_file(path: Path) -> Embeddings:
         return {f"<{path.stem}>": Concept.load(path).words[0, :1]}
     if not tensors or not all(map(_is_vectors, tensors.values())):
         raise ValueError(f"{path}: not learned embeddings; expected vectors named by placeholders")
+    if bad := [name for name in tensors if not name.strip() or not name.isprintable()]:
+        raise ValueError(
+            f"{path}: {brief(bad[0])} is no placeholder; expected a word that can be typed"
+        )
     return {name: rows.reshape(-1, rows.shape[-1]) for name, rows in tensors.items()}
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -75,7 +76,7 @@ def states(world: World) -> Iterator[tuple[str, Callable[[dict[str, Tensor]], ob
         "many levels",
         lambda state: {
             **state,
-            **{f"mapping_patch_{i}.0.weight": torch.zeros(1) for i in range(500)},
+            **{f"mapping_patch_{i}.0.weight": torch.zeros(1) for i in range(20_000)},
         },
     )
     yield "integers", every(lambda x: x.to(torch.int32))
@@ -291,6 +292,12 @@ def embedding_files(world: World) -> Iterator[tuple[str, str, bytes]]:
     yield "a word of the model", "e.safetensors", save({"a": torch.zeros(1, 24)})
 
 
+def good_embeddings() -> Iterator[tuple[str, str, bytes]]:
+    yield "a good one", "e.safetensors", save({"<x>": torch.ones(2, 24)})
+    yield "of one axis", "e.safetensors", save({"<x>": torch.ones(24)})
+    yield "another alphabet", "e.safetensors", save({"犬": torch.ones(1, 24)})
+
+
 def draw_embedding(world: World, name: str, content: bytes) -> None:
     path = world.write(name, content)
     words = list(load_embeddings(path)["text_encoder"])
@@ -306,6 +313,21 @@ def draw_embedding(world: World, name: str, content: bytes) -> None:
 # --- model folders --------------------------------------------------------------------------------
 
 
+SCHEDULER_CONFIGS = (
+    ("list", "[]"),
+    ("no JSON", "{"),
+    ("deep", "[" * 100_000),
+    ("steps of words", '{"num_train_timesteps": "many"}'),
+    ("no steps", '{"num_train_timesteps": 0}'),
+    ("10^12 steps", '{"num_train_timesteps": 1000000000000}'),
+    ("betas of words", '{"beta_start": "low"}'),
+    ("betas that are no numbers", '{"beta_end": NaN}'),
+    ("unknown schedule", '{"beta_schedule": "evil"}'),
+    ("schedule is a list", '{"beta_schedule": []}'),
+    ("unknown prediction", '{"prediction_type": "evil"}'),
+)
+
+
 def model_folders(world: World) -> Iterator[tuple[str, Callable[[Path], object]]]:
     def unpickled(part: str) -> Callable[[Path], object]:
         def change(folder: Path) -> None:
@@ -319,7 +341,6 @@ def model_folders(world: World) -> Iterator[tuple[str, Callable[[Path], object]]
     def config(part: str, **values: Any) -> Callable[[Path], object]:
         return lambda folder: config_of(**values)(folder / part)
 
-    code = f"open({str(world.canary)!r}, 'w')\nclass Evil:\n    pass\n"
     yield "unet pickled", unpickled("unet")
     yield "text encoder pickled", unpickled("text_encoder")
     yield (
@@ -335,21 +356,11 @@ def model_folders(world: World) -> Iterator[tuple[str, Callable[[Path], object]]
         "tokenizer is no JSON",
         lambda f: [path.write_text("{") for path in (f / "tokenizer").glob("*.json")],
     )
-    yield (
-        "scheduler of words",
-        lambda f: (f / "scheduler/scheduler_config.json").write_text(
-            '{"_class_name": "PNDMScheduler", "num_train_timesteps": "many"}'
-        ),
-    )
-    yield (
-        "code in auto_map",
-        lambda folder: (
-            (folder / "text_encoder/evil.py").write_text(code),
-            config_of(auto_map={"AutoModel": "evil.Evil"}, model_type="evil")(
-                folder / "text_encoder"
-            ),
-        ),
-    )
+    for name, config_file in SCHEDULER_CONFIGS:
+        yield (
+            f"scheduler: {name}",
+            lambda f, c=config_file: (f / "scheduler/scheduler_config.json").write_text(c),
+        )
 
 
 def draw_model(world: World, change: Callable[[Path], object]) -> None:
@@ -359,6 +370,17 @@ def draw_model(world: World, change: Callable[[Path], object]) -> None:
     mappers = {n: world.mappers / n for n in ("global_mapper", "local_mapper")}
     pipe = ElitePipeline.from_stable_diffusion(folder, **mappers)
     tiny.draw(pipe, concept=pipe.encode_concept(*tiny.picture(0)))
+
+
+def code_beside_config(world: World) -> None:
+    """What `auto_map` of a config names is not looked at; the model is drawn from its weights."""
+
+    def change(folder: Path) -> None:
+        code = f"open({str(world.canary)!r}, 'w')\nclass Evil:\n    pass\n"
+        (folder / "text_encoder/evil.py").write_text(code)
+        config_of(auto_map={"AutoModel": "evil.Evil"}, model_type="evil")(folder / "text_encoder")
+
+    draw_model(world, change)
 
 
 def both_kinds_of_weights(world: World) -> None:
@@ -392,10 +414,43 @@ def pipeline_of_code(world: World, index: dict[str, object]) -> None:
     tiny.draw(pipe, concept=world.concept)
 
 
+SHARD_NEEDS = {"format": "f", "vae": "v", "resolution": "8", "rows": "r"}
+
+
+def shard_file(**changes: Any) -> bytes:
+    """A shard of one row as the cache writes it, but for tensors and metadata given by name; None
+    leaves them out."""
+    tensors = {"mean": torch.zeros(1, 4, 2, 2), "std": torch.ones(1, 4, 2, 2)}
+    whole = {**tensors, "files": torch.zeros(1, 2, dtype=torch.int64), **SHARD_NEEDS}
+    parts = {k: x for k, x in {**whole, "failures": "[]", **changes}.items() if x is not None}
+    metadata = {key: value for key, value in parts.items() if isinstance(value, str)}
+    return save({key: x for key, x in parts.items() if isinstance(x, Tensor)}, metadata)
+
+
+def shards() -> Iterator[tuple[str, bytes]]:
+    yield from headers()
+    mean = torch.zeros(1, 4, 2, 2)
+    yield "no files", shard_file(files=None)
+    yield "no mean", shard_file(mean=None)
+    yield "mean without axes", shard_file(mean=torch.tensor(1.0))
+    yield "wide mean", shard_file(mean=torch.zeros(1, 4, 2, 9))
+    yield "more rows", shard_file(mean=mean.repeat(2, 1, 1, 1), std=mean.repeat(2, 1, 1, 1))
+    yield "fp8", shard_file(mean=mean.to(torch.float8_e4m3fn), std=mean.to(torch.float8_e4m3fn))
+    yield "integers", shard_file(mean=mean.int(), std=mean.int())
+    yield "files are words", shard_file(files=torch.zeros(3))
+    yield "another VAE", shard_file(vae="evil")
+    yield "resolution of control characters", shard_file(resolution="\x1b[2J\n")
+    yield "no metadata", shard_file(**dict.fromkeys((*SHARD_NEEDS, "failures")))
+    yield "failures are no JSON", shard_file(failures="{")
+    yield "failures are a word", shard_file(failures='"evil"')
+    yield "deep failures", shard_file(failures="[" * 100_000)
+
+
 def shard_case(world: World, content: bytes) -> None:
     """A shard of the latent cache; it says what is wrong instead of raising."""
-    shard = Shard(world.write("000000.safetensors", content), range(1), {}, torch.zeros(1, 2), None)
-    fault = shard.fault()
+    path = world.write("000000.safetensors", content)
+    files = torch.zeros(1, 2, dtype=torch.int64)
+    fault = Shard(path, range(1), SHARD_NEEDS, files, np.array([b"a"]), (1, 4, 2, 2)).fault()
     if fault:
         raise ValueError(fault)
 
@@ -432,13 +487,19 @@ def cases(world: World) -> Iterator[Case]:
         )
     for name, content in concept_files(world):
         yield feed("concept", name, draw_concept, content)
+    good = concept_file(world, world.concept.tensors)
+    yield feed("concept", "a good one", draw_concept, good, refused=False)
+    for name, file, content in good_embeddings():
+        yield feed("embedding", name, draw_embedding, file, content, refused=False)
     for name, file, content in embedding_files(world):
         yield feed("embedding", name, draw_embedding, file, content)
-    for name, content in headers():
+    for name, content in shards():
         yield feed("latents", name, shard_case, content)
+    yield feed("latents", "a good one", shard_case, shard_file(), refused=False)
     for name, change in model_folders(world):
         yield feed("model", name, draw_model, change)
     yield Case("model", "pickles beside safetensors", both_kinds_of_weights, refused=False)
+    yield Case("model", "code in auto_map", code_beside_config, refused=False)
     for name, index in (
         ("module of its own", {"unet": ["evil", "Evil"]}),
         ("module named like its folder", {"unet": ["unet", "Evil"]}),
