@@ -7,17 +7,20 @@
 Three cases share one UNet, scheduler, batch, number type and size: the stock pipeline; ELITE with a
 concept; and ELITE with K and V computed at each step, as when a callback may change the text. A
 step is timed inside the loop, from the end of the first step to the end of the last; what comes
-before (text, K and V) has a table of its own. Memory is measured in a fresh process a case, where
-the stock pipeline does not hold ELITE's image encoder and mappers.
+before (text, K and V) has a table of its own. On a CPU the cross-attentions are timed by
+themselves, too: all else of a step is the same code in every case, so that the step of the stock
+pipeline with their difference added says more than the whole step on a busy machine. Memory is
+measured in a fresh process a case, where the stock pipeline does not hold ELITE's image encoder and
+mappers.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -47,6 +50,7 @@ from benchmarks.models import (
 from elite.console import run
 from elite.inference import pick_device
 from elite.loading import DEFAULT_SAMPLER, SCHEDULERS, side_in_pixels
+from elite.mappers import cross_attention_layers
 from elite.pipeline import initial_noise
 
 STOCK, ELITE, EACH_STEP = "stock", "ELITE", "K and V at each step"
@@ -116,14 +120,41 @@ def _common(resolution: int, options: dict[str, Any]) -> dict[str, Any]:
     return {"output_type": "latent", **size, **options}
 
 
+class Times(NamedTuple):
+    """Seconds."""
+
+    step: float
+    before: float  # all that comes before the UNet's first call
+    attention: float  # of a step, in the cross-attentions
+
+
+@contextmanager
+def timed_modules(
+    modules: Iterable[nn.Module], clock: Callable[[], float]
+) -> Iterator[list[tuple[float, float]]]:
+    """Within it, the list grows by start and end of each call of these modules."""
+    calls: list[tuple[float, float]] = []
+    starts: list[float] = []
+    hooks = []
+    for module in modules:
+        hooks.append(module.register_forward_pre_hook(lambda *_: starts.append(clock())))
+        hooks.append(module.register_forward_hook(lambda *_: calls.append((starts.pop(), clock()))))
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def step_time(
     draw: Draw,
     unet: nn.Module,
     steps: int,
     device: torch.device,
     clock: Callable[[], float] = time.perf_counter,
-) -> tuple[float, float]:
-    """Seconds of a step, and of all that comes before the UNet's first call."""
+    attentions: Iterable[nn.Module] = (),
+) -> Times:
+    """Times of one generation of so many steps."""
     stamps: list[float] = []
 
     def stamp() -> None:
@@ -139,32 +170,50 @@ def step_time(
             stamp()
         return tensors
 
-    with unet.register_forward_pre_hook(before_unet):
+    with unet.register_forward_pre_hook(before_unet), timed_modules(attentions, clock) as calls:
         stamp()
         draw(num_inference_steps=steps, callback_on_step_end=after_step)
     start, begin, first, last = stamps
-    return (last - first) / (steps - 1), begin - start
+    within = sum(end - begun for begun, end in calls if begun > first)
+    return Times((last - first) / (steps - 1), begin - start, within / (steps - 1))
 
 
 def measure(
     pipes: Pipelines, resolution: int, batch_size: int, steps: int, rounds: int, name: str
-) -> tuple[Row, Row]:
-    """Seconds of a step, and before the first, of every case."""
+) -> dict[str, Row]:
+    """Seconds of every case by the names of `Times`; attention only where it was timed."""
     pipes.recompile()
-    before: dict[str, list[float]] = {case: [] for case in CASES}
+    unet = pipes.elite.unet
+    is_timed = pipes.device.type == "cpu" and not pipes.compiled
+    attentions = list(cross_attention_layers(unet).values()) if is_timed else []
+    times: dict[str, list[Times]] = {case: [] for case in CASES}
 
     def one(case: str) -> float:
         draw = partial(pipes.draw, case, resolution, batch_size)
         with pipes.ready(case):
-            step, preparation = step_time(draw, pipes.elite.unet, steps, pipes.device)
-        before[case].append(preparation)
-        return step
+            found = step_time(draw, unet, steps, pipes.device, attentions=attentions)
+        times[case].append(found)
+        return found.step
 
     for case in CASES:  # warm up
         with pipes.ready(case):
             pipes.draw(case, resolution, batch_size, num_inference_steps=2)
-    figures = alternate({case: partial(one, case) for case in CASES}, rounds, name)
-    return Row(name, figures), Row(name, before)
+    alternate({case: partial(one, case) for case in CASES}, rounds, name)
+    kinds = [kind for kind in Times._fields if attentions or kind != "attention"]
+    return {
+        kind: Row(name, {case: [getattr(x, kind) for x in found] for case, found in times.items()})
+        for kind in kinds
+    }
+
+
+def stock_step_with(attention: Row, step: Row) -> Row:
+    """The step of the stock pipeline of each round, with the cross-attentions of each case."""
+    usual = list(zip(step.rounds[STOCK], attention.rounds[STOCK], strict=True))
+    rounds_of = {
+        case: [whole - part + own for (whole, part), own in zip(usual, mine, strict=True)]
+        for case, mine in attention.rounds.items()
+    }
+    return Row(step.name, rounds_of)
 
 
 def generation_peak(
@@ -195,15 +244,19 @@ def time_tables(pipes: Pipelines, args: argparse.Namespace, resolution: int) -> 
     by_batch = Table("Time of a denoising step, by pictures a batch", "s", GOAL)
     by_side = Table("Time of a denoising step, by resolution, one picture", "s", GOAL)
     before = Table("Time before the first step: text, and K and V once", "s")
-    for batch_size in args.batch_sizes:
-        name = f"{resolution} px, batch {batch_size}"
-        step, preparation = measure(pipes, resolution, batch_size, steps, rounds, name)
-        by_batch.rows.append(step)
-        before.rows.append(preparation)
-    for side in args.resolutions:
-        step, _ = measure(pipes, side, 1, steps, rounds, f"{side} px, batch 1")
-        by_side.rows.append(step)
-    return [by_batch, by_side, before]
+    attention = Table("Time of a step in its cross-attentions", "s")
+    alike = Table("Step of the stock pipeline with the cross-attentions of each", "s", GOAL)
+    settings = [(resolution, size, by_batch) for size in args.batch_sizes]
+    settings += [(side, 1, by_side) for side in args.resolutions]
+    for side, batch_size, table in settings:
+        name = f"{side} px, batch {batch_size}"
+        rows = measure(pipes, side, batch_size, steps, rounds, name)
+        table.rows.append(rows["step"])
+        before.rows.append(rows["before"])
+        if "attention" in rows:
+            attention.rows.append(rows["attention"])
+            alike.rows.append(stock_step_with(rows["attention"], rows["step"]))
+    return [by_batch, by_side, alike, attention, before]
 
 
 def memory_tables(
@@ -232,7 +285,9 @@ def memory_tables(
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = make_parser(__doc__, "generation")
     parser.add_argument("--steps", type=int, default=4, help="a generation (default 4)")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument(
+        "--batch_sizes", type=int, nargs="*", default=[1, 2], help="memory is that of the first"
+    )
     parser.add_argument(
         "--resolutions", type=int, nargs="*", default=[], help="growth at one picture (default no)"
     )
@@ -256,7 +311,7 @@ def main(argv: list[str] | None = None) -> int:
     resolution = side_in_pixels(pipes.elite.unet, pipes.elite.vae)
     tables = time_tables(pipes, args, resolution)
     del pipes
-    if args.memory_rounds:
+    if args.memory_rounds and args.batch_sizes:
         setting = (args.size, device, [args.dtype], resolution, args.batch_sizes[0], args.threads)
         tables += memory_tables(*setting, args.memory_rounds)
     return finish(args, tables, "generation")

@@ -79,14 +79,12 @@ def generation_tables(args: argparse.Namespace, device: torch.device) -> list[Ta
             flops = {c: step_flops(pipes, c, resolution, batch_size) for c in (STOCK, ELITE)}
             for pipes.compiled in (False, True):
                 label = f"{name}, {'compiled' if pipes.compiled else 'eager'}, batch {batch_size}"
-                step, preparation = measure(
-                    pipes, resolution, batch_size, args.steps, args.rounds, label
-                )
+                rows = measure(pipes, resolution, batch_size, args.steps, args.rounds, label)
                 side = MATRIX_SIDE[args.size]
                 matrix = [matrix_rate(side, DTYPES[name], device) for _ in range(args.rounds)]
-                times.rows.append(step)
-                rates.rows.append(rate_row(step, flops, matrix))
-                before.rows.append(preparation)
+                times.rows.append(rows["step"])
+                rates.rows.append(rate_row(rows["step"], flops, matrix))
+                before.rows.append(rows["before"])
             pipes.elite.unet = pipes.stock.unet = eager
     return [times, rates, before]
 

@@ -15,6 +15,9 @@ from tqdm import tqdm
 from benchmarks.harness import Row
 
 MIB = 2**20
+# glibc gives freed blocks above this many bytes back to the system at once. By itself it keeps
+# some of up to 32 MB, so that the peak would depend on what was freed before.
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": str(64 * 1024)}
 
 
 def peak_memory(work: Callable[[], object], device: torch.device) -> dict[str, float]:
@@ -30,6 +33,7 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> dict[str, f
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
     """The answer of a function at module level, called in a process that has imported and no
     more."""
+    os.environ.update(RETURNED)  # read by the server when it starts, and so by all its processes
     context = get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.models"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:

@@ -85,9 +85,30 @@ def test_a_step_lasts_from_the_end_of_the_first_to_the_end_of_the_last():
             callback_on_step_end(None, step, None, {})
 
     # Read at the start, before the UNet, after the first of four steps and after the last.
-    step, before = generation.step_time(draw, unet, 4, CPU, Clock(100, 103, 110, 116))
-    assert (step, before) == (2, 3)
+    times = generation.step_time(draw, unet, 4, CPU, Clock(100, 103, 110, 116))
+    assert times == (2, 3, 0)
     assert not unet._forward_pre_hooks
+
+
+def test_cross_attentions_are_timed_within_the_steps_that_count():
+    attention = nn.Identity()
+    unet = nn.Sequential(attention)
+
+    def draw(num_inference_steps, callback_on_step_end):
+        for step in range(num_inference_steps):
+            unet(torch.zeros(1))
+            callback_on_step_end(None, step, None, {})
+
+    clock = Clock(0, 1, 1, 2, 3, 4, 6, 7, 9, 10)  # in and out at 1-2, 4-6 and 7-9
+    assert generation.step_time(draw, unet, 3, CPU, clock, [attention]) == (3.5, 1, 2)
+    assert not attention._forward_hooks and not attention._forward_pre_hooks
+
+
+def test_the_stock_step_with_other_cross_attentions():
+    attention = Row("a", {"stock": [2.0, 3.0], "ELITE": [2.5, 4.0]})
+    step = Row("a", {"stock": [10.0, 20.0], "ELITE": [9.0, 30.0]})
+    rounds = generation.stock_step_with(attention, step).rounds
+    assert rounds == {"stock": [10.0, 20.0], "ELITE": [10.5, 21.0]}
 
 
 def test_own_times_are_grouped():
@@ -200,7 +221,10 @@ def test_generation_runs(tmp_path):
     arguments += ["--memory_rounds", "0", "--device", "cpu", "--output", str(path)]
     assert generation.main(arguments) == 0
     tables = tables_of(path)
-    assert len(tables) == 3
+    assert len(tables) == 5
+    whole = tables["Time of a denoising step, by pictures a batch"]["rows"][0]["medians"]
+    part = tables["Time of a step in its cross-attentions"]["rows"][0]["medians"]
+    assert all(0 < part[case] < whole[case] for case in generation.CASES)
     (row,) = tables["Time of a denoising step, by resolution, one picture"]["rows"]
     assert list(row["rounds"]) == list(generation.CASES)
     assert all(len(rounds) == 2 for rounds in row["rounds"].values())
