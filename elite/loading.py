@@ -181,6 +181,8 @@ def _load_scheduler(model: str | Path, hub: dict) -> KarrasDiffusionSchedulers:
 
 def _check_noise_schedule(config: dict, model: str | Path) -> None:
     """Raises ValueError where a value of the noise schedule is of another kind or out of range."""
+    if not isinstance(config, dict):
+        raise ValueError(f"{model}: scheduler_config.json: expected names with values")
     schedule = {**NOISE_SCHEDULE, **config}
     prediction_type = schedule.get("prediction_type") or "epsilon"
     steps = schedule["num_train_timesteps"]

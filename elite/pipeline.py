@@ -50,7 +50,7 @@ from elite.named_concepts import (
     row_per_prompt,
     weights_by_name,
 )
-from elite.text import injected, tokenize, word_positions
+from elite.text import check_texts, injected, tokenize, word_positions
 
 
 class ElitePipeline(Carded, StableDiffusionPipeline):
@@ -412,6 +412,7 @@ class ElitePipeline(Carded, StableDiffusionPipeline):
         }
         side = self.resolution
         self.check_inputs(prompt, side, side, None, **given)
+        check_texts(prompt, given["negative_prompt"])
         self._clip_skip = kwargs.get("clip_skip")
         context, negative = self.encode_prompt(
             prompt,
@@ -434,6 +435,7 @@ class ElitePipeline(Carded, StableDiffusionPipeline):
         kwargs: dict,
     ) -> tuple[Tensor, list[Tensor]]:
         """Text context (B, 77, D) and the local inputs for these prompts."""
+        check_texts(prompts)
         names, device, count = list(concepts), self._execution_device, len(prompts)
         if len(names) > COLUMNS:
             raise ValueError(f"{len(names)} concepts in one prompt; at most {COLUMNS} are possible")

@@ -12,6 +12,20 @@ from transformers import CLIPTextModel, PreTrainedTokenizerBase
 from elite.wording import brief
 
 
+def check_texts(*texts: str | Sequence[str] | None) -> None:
+    """Raises ValueError where a text holds half of a character, which no tokenizer reads: a
+    surrogate of JSON, or a byte of a command line that is not UTF-8."""
+    for given in texts:
+        for text in [given] if isinstance(given, str) else given or ():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"prompt {brief(text)}: its character {error.start + 1} is none of Unicode; "
+                    "write it in UTF-8"
+                ) from None
+
+
 def find_placeholder(prompt: str, placeholder: str) -> int:
     """Character position of the placeholder as a whole word of the prompt, case-sensitive.
 
@@ -73,9 +87,10 @@ def _tokens(
     tokenizer: PreTrainedTokenizerBase, prompt: str, placeholders: Sequence[str]
 ) -> tuple[list[int], list[int]]:
     """All ids of a prompt, one for each placeholder, and the placeholders' positions."""
+    check_texts(prompt)
     whole = tokenizer(prompt, return_offsets_mapping=True, verbose=False)
     spans = whole["offset_mapping"]
-    dropped: list[int] = []
+    dropped: set[int] = set()
     firsts = []
     for placeholder in placeholders:
         start = find_placeholder(prompt, placeholder)
@@ -88,7 +103,7 @@ def _tokens(
                 "another word"
             )
         firsts.append(covering[0])
-        dropped += covering[1:]
+        dropped |= set(covering[1:])
     ids = [token for i, token in enumerate(whole["input_ids"]) if i not in dropped]
     return ids, [first - sum(i < first for i in dropped) for first in firsts]
 

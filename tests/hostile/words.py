@@ -314,8 +314,7 @@ def cases(world: World) -> Iterator[Case]:
             "prompt",
             f"template {template[:20]!r}",
             scripted,
-            "--template",
-            template,
+            f"--template={template}",
             refused=refused,
         )
     for flags in FLAGS:

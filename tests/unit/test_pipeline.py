@@ -210,6 +210,16 @@ def test_each_setting_changes_the_picture(pipe, concept, change):
     assert relative(draw(pipe, concept=concept, **change), draw(pipe, concept=concept)) > 1e-4
 
 
+@pytest.mark.parametrize(
+    "given",
+    [{"prompt": "a S \udcff"}, {"negative_prompt": "\ud83d"}],
+    ids=lambda given: next(iter(given)),
+)
+def test_halves_of_characters_are_refused(pipe, concept, given):
+    with pytest.raises(ValueError, match="none of Unicode"):
+        draw(pipe, concept=concept, **given)
+
+
 def test_concept_changes_the_picture(pipe, concept, concepts):
     assert relative(draw(pipe, concept=concept), draw(pipe, concept=concepts[0])) > 1e-3
 

@@ -89,6 +89,12 @@ def test_absent_or_repeated_placeholder(tokenizer, prompt, message):
     assert "exactly once" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_halves_of_characters_are_refused(tokenizer):
+    for prompt in ("a \ud83d S", "a S \udcff"):
+        with pytest.raises(ValueError, match="none of Unicode"):
+            tokenize(tokenizer, [prompt], "S")
+
+
 def test_find_placeholder_gives_the_character():
     assert find_placeholder("close-up of a S", "S") == 14
 

@@ -195,6 +195,8 @@ def test_xl_needs_both_files(xl_folder, tmp_path):
         (b"pickle", "not a safetensors file"),
         ({}, "not learned embeddings"),
         ({"w": torch.zeros(1, 2, 3)}, "not learned embeddings"),
+        ({"": torch.zeros(1, 3)}, "'' is no placeholder"),
+        ({"a\nb": torch.zeros(1, 3)}, "'a.*b' is no placeholder"),
     ],
 )
 def test_other_files_are_refused(tmp_path, content, message):
@@ -206,6 +208,12 @@ def test_other_files_are_refused(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_embeddings(path)
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+
+def test_folder_without_the_first_file_is_refused(tmp_path):
+    save_word(tmp_path, encoders=("text_encoder_2",))
+    with pytest.raises(ValueError, match=r"no learned_embeds\.safetensors"):
+        merge_embeddings([tmp_path])
 
 
 def test_empty_folder_is_refused(tmp_path):
