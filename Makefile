@@ -20,7 +20,7 @@ faults:  ## kills of training runs at random points, 20 of each kind; figures in
 	$(PYTHON) -m tests.faults.long --kills 20 --output runs/faults/report.json
 
 hostile:  ## every bad input, then fuzzing: hypothesis with many examples, atheris for a minute a reader
-	ELITE_HOSTILE=1 HOSTILE_EXAMPLES=2000 $(PYTHON) -m pytest -q -s tests/hostile
+	HOSTILE_EXAMPLES=2000 $(PYTHON) -m pytest -q -s tests/hostile
 	for reader in image mask boxes index settings prompts DreamBench concept checkpoint; do \
 		$(PYTHON) -m tests.hostile.guided $$reader 60 || exit 1; done
 
