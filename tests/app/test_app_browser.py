@@ -121,7 +121,9 @@ def settings(page, **numbers: float) -> None:
 # Counts how often Stop goes on or off: twice for each piece of work, however quick it is.
 COUNT_TURNS = """() => {
     window.turns = 0;
-    new MutationObserver(records => { window.turns += records.length; }).observe(
+    window.counter?.disconnect();
+    window.counter = new MutationObserver(records => { window.turns += records.length; });
+    window.counter.observe(
         document.querySelector("#stop_button"), {attributeFilter: ["disabled"]});
 }"""
 
