@@ -113,6 +113,7 @@ def test_large_requests_are_refused(client):
     assert client.ask(look, marks="x" * (MAX_UPLOAD + 2**20)).status_code == 413
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_picture_that_unpacks_to_much_is_not_decoded(client, draw, tmp_path):
     """100 million pixels in 100 kB."""
     side = 10_000
