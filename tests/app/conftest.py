@@ -56,7 +56,9 @@ class Client:
 
     def __post_init__(self) -> None:
         self.session = uuid.uuid4().hex[:11]
-        self.http = httpx.Client(base_url=f"{self.url}gradio_api", timeout=60)
+        # A connection kept for another thread may just be closing.
+        alone = httpx.Limits(max_keepalive_connections=0)
+        self.http = httpx.Client(base_url=f"{self.url}gradio_api", timeout=60, limits=alone)
         parts = self.page.config["components"]
         self.ids = {part["props"].get("elem_id"): part["id"] for part in parts}
         self.names = {number: name for name, number in self.ids.items()}
