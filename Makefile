@@ -25,15 +25,16 @@ hostile:  ## every bad input, then fuzzing: hypothesis with many examples, ather
 		$(PYTHON) -m tests.hostile.guided $$reader 60 || exit 1; done
 
 bench:  ## BENCHMARKS.md anew, at full size: hours on a CPU; the GPU part where there is one
-	$(PYTHON) -m benchmarks.generation --size full --rounds 5 --threads 2 --batch_sizes 1 --memory_rounds 0
-	$(PYTHON) -m benchmarks.generation --size full --rounds 5 --threads 1 --batch_sizes 1 --resolutions 256 512 768 --memory_rounds 3 --output benchmarks/results/generation_1_thread.json
-	$(PYTHON) -m benchmarks.generation --size full --rounds 5 --threads 2 --batch_sizes 4 --memory_rounds 0 --output benchmarks/results/generation_batch_4.json
+	$(PYTHON) -m benchmarks.generation --size full --rounds 5 --threads 2 --batch_sizes 1 --resolutions 256 --memory_rounds 0
+	$(PYTHON) -m benchmarks.generation --size full --rounds 3 --threads 2 --batch_sizes 4 --memory_rounds 0 --output benchmarks/results/generation_batch_4.json
+	$(PYTHON) -m benchmarks.generation --size full --rounds 3 --threads 2 --batch_sizes --resolutions 768 --memory_rounds 0 --output benchmarks/results/generation_768.json
+	$(PYTHON) -m benchmarks.generation --size full --rounds 3 --threads 1 --batch_sizes 1 --memory_rounds 3 --output benchmarks/results/generation_1_thread.json
 	$(PYTHON) -m benchmarks.encoding --size full --rounds 15
 	$(PYTHON) -m benchmarks.training --size full --rounds 3 --batch_size 1 --stages global
 	$(PYTHON) -m benchmarks.training --size full --rounds 3 --batch_size 1 --stages local --output benchmarks/results/training_stage_2.json
-	$(PYTHON) -m benchmarks.training --size full --rounds 1 --batch_size 4 --stages global --cases "+ bf16, checkpointing" --output benchmarks/results/training_batch_4.json
+	$(PYTHON) -m benchmarks.training --size full --rounds 1 --batch_size 4 --stages global --cases "+ bf16, frozen in bf16" "+ bf16, checkpointing" --output benchmarks/results/training_batch_4.json
 	$(PYTHON) -m benchmarks.loader --size full --rounds 5 --count 32 --index_rows 1000 10000 100000 1000000 --workers 0 1 2
-	$(PYTHON) -m benchmarks.folder --size full --rounds 5 --processes 1 2
+	$(PYTHON) -m benchmarks.folder --size full --rounds 3 --num_images 4 --batch_sizes 1 2 4 8 16 --processes 1 2
 	-$(PYTHON) -m benchmarks.gpu --size full --rounds 7
 	$(PYTHON) -m benchmarks.table
 

@@ -292,7 +292,7 @@ def _wire(controls: dict[str, Any], handlers: AppHandlers) -> None:
     quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     looking = {
         "concurrency_id": "look",
-        "concurrency_limit": 2,
+        "concurrency_limit": 1,  # in order: the answer to the last change comes last
         "trigger_mode": "always_last",
         "show_progress": "hidden",
         "api_visibility": "private",

@@ -12,7 +12,7 @@ from PIL import Image
 
 from elite.app import build_page
 from elite.app_server import serve
-from tests.app.conftest import MAX_UPLOAD, QUEUE, Client, file_data, in_parallel
+from tests.app.conftest import MAX_UPLOAD, QUEUE, Client, file_data, in_parallel, noise_file
 from tests.conftest import REPOSITORY
 
 FLOOD = 200
@@ -152,6 +152,23 @@ def test_a_flood_is_answered_or_refused(served, draw, pairs):
     assert not taken
     status, pictures = drawn(Client(page, url), draw, picture=up)
     assert "1 pictures" in status and len(pictures) == 2
+
+
+def test_the_answer_to_the_last_change_comes_last(client, tmp_path):
+    """Though GrabCut takes longer than taking the whole picture."""
+    up = client.upload(noise_file(tmp_path / "large.png", 300, 300))
+    looks = [client.dependency("picture", "change"), client.dependency("method", "change")]
+    asked = [
+        client.ask(look, picture=up, method=method).json()["event_id"]
+        for look, method in zip(looks, ("centre", "whole"), strict=True)
+    ]
+    ended: list[str] = []
+    for said in client.messages():
+        if said["msg"] == "process_completed":
+            ended.append(said["event_id"])
+        if len(ended) == len(asked):
+            break
+    assert ended == asked
 
 
 def test_people_at_once_get_what_they_would_get_alone(served, draw, pairs):
