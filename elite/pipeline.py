@@ -4,7 +4,7 @@ many times."""
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -325,13 +325,14 @@ class ElitePipeline(Carded, StableDiffusionPipeline):
         if not _may_change_text(kwargs):
             text = self._encode_text(prompt, guidance_scale, kwargs)
             prompt = None
+        conditioning = _Conditioning(text, local)
         return super().__call__(
             prompt,
             *args,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            ip_adapter_image=_Conditioning(text, local),
-            **kwargs,
+            ip_adapter_image=conditioning,
+            **{**kwargs, **conditioning.forgotten_after(kwargs)},
         )
 
     @torch.no_grad()
@@ -503,7 +504,8 @@ class ElitePipeline(Carded, StableDiffusionPipeline):
             return local
         text = torch.cat([repeated(x) for x in ip_adapter_image.text])
         lora_scale = (self.cross_attention_kwargs or {}).get("scale", 1.0)
-        return keys_values(self.unet, text, local, lora_scale)
+        ip_adapter_image.kept.update(keys_values(self.unet, text, local, lora_scale))
+        return ip_adapter_image.kept
 
     def _initial_noise(
         self, seed: int | Sequence[int], prompt: str | Sequence[str] | None, kwargs: dict
@@ -533,6 +535,23 @@ class _Conditioning:
 
     text: list[Tensor]  # as `_encode_text` gives them; empty where a callback may change them
     local: list[Tensor]  # `local_inputs`, or empty
+    kept: dict[str, KeysValues] = field(default_factory=dict)  # of all steps
+
+    def forgotten_after(self, kwargs: dict) -> dict[str, Any]:
+        """The arguments of a call with which K and V go before the VAE decodes, which takes more
+        memory than the steps."""
+        callback = kwargs.get("callback_on_step_end")
+
+        def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
+            answer = tensors if callback is None else callback(pipe, step, timestep, tensors)
+            if step == pipe.num_timesteps - 1:
+                self.kept.clear()
+            return answer
+
+        return {
+            "callback_on_step_end": on_step_end,
+            "callback_on_step_end_tensor_inputs": _callback_inputs(kwargs),
+        }
 
 
 def _text_options(kwargs: dict) -> dict[str, Any]:
@@ -541,9 +560,15 @@ def _text_options(kwargs: dict) -> dict[str, Any]:
     return {"clip_skip": kwargs.get("clip_skip"), "lora_scale": lora_scale}
 
 
+def _callback_inputs(kwargs: dict) -> list[str]:
+    """The tensors that the callback of a call is given; diffusers' own callbacks name theirs."""
+    named = getattr(kwargs.get("callback_on_step_end"), "tensor_inputs", None)
+    given = kwargs.get("callback_on_step_end_tensor_inputs") if named is None else named
+    return ["latents"] if given is None else list(given)
+
+
 def _may_change_text(kwargs: dict) -> bool:
-    inputs = kwargs.get("callback_on_step_end_tensor_inputs") or ()
-    return any("prompt_embeds" in name for name in inputs)
+    return any("prompt_embeds" in name for name in _callback_inputs(kwargs))
 
 
 def initial_noise(pipe: DiffusionPipeline, seeds: Sequence[int], height: int, width: int) -> Tensor:

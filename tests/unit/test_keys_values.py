@@ -1,7 +1,10 @@
 """Keys and values once per generation: computed once, right whatever changes, compiled whole."""
 
+import weakref
+
 import pytest
 import torch
+from diffusers.callbacks import SDCFGCutoffCallback
 from torch import nn
 
 from elite.attention import install, keys_values, local_inputs
@@ -70,6 +73,38 @@ def test_text_changed_by_a_callback_is_read(pipe, concept):
     options = {**EACH_STEP, "concept": concept}
     changed = draw(pipe, **{**options, "callback_on_step_end": nothing_said})
     assert (changed - draw(pipe, **options)).abs().max() > 1e-2
+
+
+def test_callbacks_of_diffusers_that_cut_the_text_are_read(pipe, concept):
+    """Without guidance in the second half, one row of text is left."""
+    cut = SDCFGCutoffCallback(cutoff_step_ratio=0.5)
+    options = {"concept": concept, "num_inference_steps": 4}
+    drawn = draw(pipe, **options, callback_on_step_end=cut)
+    assert drawn.isfinite().all()
+    assert (drawn - draw(pipe, **options)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_they_are_gone_before_the_vae_decodes(pipe, concept, monkeypatch, watched):
+    made, alive, steps = [], [], []
+
+    def watch(pipe, step, timestep, tensors):
+        steps.append(step)
+        return tensors
+
+    def noted(*args):
+        found = keys_values(*args)
+        made.extend(weakref.ref(part.K) for part in found.values())
+        return found
+
+    monkeypatch.setattr("elite.pipeline.keys_values", noted)
+    options = {"callback_on_step_end": watch} if watched else {}
+    with pipe.vae.decoder.register_forward_pre_hook(
+        lambda *_: alive.append(sum(kept() is not None for kept in made))
+    ):
+        pipe("a S", concept=concept, seed=1, num_inference_steps=3, **options)
+    assert made and alive == [0]
+    assert steps == [0, 1, 2] * watched
 
 
 def test_each_change_shows_in_the_next_picture(pipe, concept):
