@@ -113,9 +113,21 @@ def settings(page, **numbers: float) -> None:
     if "steps" in numbers or "seed" in numbers:
         page.get_by_role("button", name="More settings").click()
     for name, number in numbers.items():
-        field = page.locator(f"#{name} input[type=number]")
-        field.fill(str(number))
-        field.blur()
+        type_number(page, name, number)
+
+
+def type_number(page, name: str, number: float, tries: int = 10) -> None:
+    """Types a number until it stays: a control that has just come into sight may still be given its
+    first value, and keep that."""
+    field = page.locator(f"#{name} input[type=number]")
+    field.fill(str(number))
+    field.blur()
+    page.wait_for_timeout(300)
+    shown = [float(part.input_value()) for part in page.locator(f"#{name} input").all()]
+    if all(value == number for value in shown):  # the slider as well
+        return
+    assert tries > 1, f"{name} shows {shown} instead of {number}"
+    type_number(page, name, number, tries - 1)
 
 
 # Counts how often Stop goes on or off: twice for each piece of work, however quick it is.
@@ -159,9 +171,7 @@ def test_upload_paint_draw_and_weigh(visit, disc):
     first = draw(page)
     said(page, "status", "1 pictures, seed 7")
     again = draw(page)
-    settings_lambda = page.locator("#lambda_ input[type=number]")
-    settings_lambda.fill("0")
-    settings_lambda.blur()
+    settings(page, lambda_=0)
     other = draw(page)
     assert [one.shape for one in first] == [(32, 32, 3)] * 2
     assert np.array_equal(first[1], again[1]) and not np.array_equal(first[1], other[1])
