@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,17 @@ def views(page) -> list[np.ndarray]:
     """What the model sees, once it is there."""
     page.wait_for_selector("#views img")
     return fetched(page, "#views img")
+
+
+@contextmanager
+def another_view(page, number: int) -> Iterator[None]:
+    """Ends once what is done within it has changed this view of the model's."""
+    old = page.locator("#views img").nth(number).get_attribute("src")
+    yield
+    page.wait_for_function(
+        "([number, old]) => document.querySelectorAll('#views img')[number]?.src !== old",
+        arg=[number, old],
+    )
 
 
 def fetched(page, selector: str, tries: int = 5) -> list[np.ndarray]:
@@ -193,11 +205,8 @@ def test_a_box_by_mouse_and_strokes_on_top(visit, disc):
     drag(page, (0.1, 0.1), (0.9, 0.9))
     before = views(page)[1]
     page.get_by_role("button", name="Erase").click()
-    drag(page, (0.3, 0.3), (0.7, 0.7))
-    page.wait_for_function(
-        "old => document.querySelectorAll('#views img')[1]?.src !== old",
-        arg=page.locator("#views img").nth(1).get_attribute("src"),
-    )
+    with another_view(page, 1):
+        drag(page, (0.3, 0.3), (0.7, 0.7))
     after = views(page)[1]
     assert (after > 8).any(axis=2).sum() < (before > 8).any(axis=2).sum()
 
@@ -285,11 +294,8 @@ def test_oblong_pictures_are_squared_as_asked(visit, tmp_path):
     upload(page, tmp_path / "wide.png")
     choose(page, "The whole picture")
     cropped = views(page)[0]
-    old = page.locator("#views img").nth(0).get_attribute("src")
-    choose(page, "Add white to the shorter side")
-    page.wait_for_function(
-        "old => document.querySelectorAll('#views img')[0]?.src !== old", arg=old
-    )
+    with another_view(page, 0):
+        choose(page, "Add white to the shorter side")
     padded = views(page)[0]
     assert 30 < cropped[16, 0, 0] < 60 and padded[16, 0, 0] < 10
     assert padded[1].min() > 240 and cropped[1].min() < 60
@@ -326,11 +332,8 @@ def test_two_objects_in_one_picture(visit, tmp_path):
     page.locator("#examples button").nth(0).click()
     page.wait_for_selector("#views img")
     saved = save_object(page, tmp_path / "object.safetensors")
-    old = page.locator("#views img").nth(0).get_attribute("src")
-    page.locator("#examples button").nth(1).click()
-    page.wait_for_function(
-        "old => document.querySelectorAll('#views img')[0]?.src !== old", arg=old
-    )
+    with another_view(page, 0):
+        page.locator("#examples button").nth(1).click()
     settings(page, steps=2, seed=5, count=1)
     sync_api.expect(page.locator("#second_file")).to_be_hidden()
     page.get_by_role("button", name="A second object in the same picture").click()
