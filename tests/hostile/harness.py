@@ -183,11 +183,6 @@ def _peak() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def judge_all(cases: Sequence[Case], root: Path) -> list[Verdict]:
-    world = World(root)
-    return [judge(case, world) for case in cases]
-
-
 def table(verdicts: Sequence[Verdict]) -> str:
     """Counts by kind."""
     lines = [
