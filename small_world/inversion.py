@@ -22,6 +22,7 @@ from elite.textual_inversion import (
     load_into,
 )
 from elite.training import fit, make_accelerator
+from small_world.captions import CLASS_WORD
 from small_world.pretrain import base_pipeline
 from small_world.score import Case, draw_prompts
 
@@ -29,7 +30,7 @@ LEARNING_RATE, BATCH_SIZE = 5e-3, 4
 
 
 def placeholder(case: Case) -> str:
-    return f"<thing-{case.seed}>"
+    return f"<critter-{case.seed}>"
 
 
 def invert(model: Path, case: Case, folder: Path, step_counts: Sequence[int]) -> dict[int, float]:
@@ -60,7 +61,7 @@ def _train(model: Path, case: Case, folder: Path, steps: int, resume: bool) -> f
     """Trains up to `steps`, goes on where the last call ended. Returns its seconds."""
     parts = load_stable_diffusion(model)
     embedding = parts["text_encoder"].get_input_embeddings()
-    start = initial_rows(embedding, parts["tokenizer"], 1, initializer=case.thing.shape)
+    start = initial_rows(embedding, parts["tokenizer"], 1, initializer=CLASS_WORD)
     pictures = PictureFolder(
         folder / "picture",
         resolution=side_in_pixels(parts["unet"], parts["vae"]),

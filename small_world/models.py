@@ -3,26 +3,25 @@ classes."""
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import (
-    CLIPConfig,
-    CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
     CLIPVisionConfig,
+    CLIPVisionModel,
 )
 
 from small_world.samples import SIDE
 from small_world.tokenizer import MAX_LENGTH
 
-WIDTH = 128
+WIDTH = 128  # of text and image features
 
 
-def _text_config(tokenizer: CLIPTokenizer, layers: int) -> CLIPTextConfig:
-    return CLIPTextConfig(
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
         intermediate_size=4 * WIDTH,
-        num_hidden_layers=layers,
+        num_hidden_layers=3,
         num_attention_heads=4,
         max_position_embeddings=MAX_LENGTH,
         projection_dim=WIDTH,
@@ -30,6 +29,7 @@ def _text_config(tokenizer: CLIPTokenizer, layers: int) -> CLIPTextConfig:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    return CLIPTextModel(config)
 
 
 def build_vae() -> AutoencoderKL:
@@ -45,9 +45,9 @@ def build_vae() -> AutoencoderKL:
     )
 
 
-def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """A CLIP of 64 px pictures in patches of 8; its vision half becomes the image encoder."""
-    vision = CLIPVisionConfig(
+def build_image_encoder() -> CLIPVisionModel:
+    """CLIP's vision tower, of 64 px pictures in patches of 8."""
+    config = CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=4 * WIDTH,
         num_hidden_layers=6,
@@ -56,15 +56,7 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
         patch_size=8,
         projection_dim=WIDTH,
     )
-    text = _text_config(tokenizer, layers=2)
-    config = CLIPConfig(
-        text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=WIDTH
-    )
-    return CLIPModel(config)
-
-
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    return CLIPTextModel(_text_config(tokenizer, layers=3))
+    return CLIPVisionModel(config)
 
 
 def build_unet() -> UNet2DConditionModel:
@@ -74,7 +66,7 @@ def build_unet() -> UNet2DConditionModel:
         out_channels=12,
         down_block_types=("CrossAttnDownBlock2D",) * 2,
         up_block_types=("CrossAttnUpBlock2D",) * 2,
-        block_out_channels=(96, 160),
+        block_out_channels=(128, 192),
         layers_per_block=1,
         norm_num_groups=16,
         cross_attention_dim=WIDTH,
