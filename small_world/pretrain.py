@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -267,9 +268,11 @@ def train_base(work_dir: Path, tokenizer: CLIPTokenizer) -> None:
     image_encoder = CLIPVisionModel.from_pretrained(folder).eval()
     cache = work_dir / "base" / "encoded.pt"
     dataset = Latents(work_dir / "samples", tokenizer, vae, image_encoder, cache)
+    unet = build_unet()
+    unet.set_attn_processor(AttnProcessor())  # in bf16 on CPUs 1.4 x as fast as the fused one
     objective = BaseModelObjective(
         build_text_encoder(tokenizer),
-        build_unet(),
+        unet,
         DDPMScheduler(**NOISE_SCHEDULE),
         empty_ids=token_ids(tokenizer, [""])[0],
     )
