@@ -10,12 +10,9 @@ from torch import Tensor
 
 from elite.evaluation import Case
 from elite.images import to_pixels
-from small_world.classifier import Judge
+from small_world.classifier import INPUT_SIDE, Judge
 from small_world.objects import critter_of
-from small_world.samples import SIDE
 from small_world.world import ATTRIBUTES, SCENES, labels
-
-INPUT_SIDE = SIDE // 2  # of the pictures the judge was trained on
 
 
 def scene_of(template: str) -> str:

@@ -26,7 +26,9 @@ NUM_SAMPLES = 40_000
 SEED = 1  # of its renders; those of the models have 0
 JUDGED_FRAMINGS = ("scene", "tight")
 EMBEDDING = 64
-RECIPE = {"samples": 128_000, "batch_size": 64, "learning_rate": 2e-3, "ema_decay": 0.999}
+INPUT_SIDE = 32
+PLACED = 48  # channels whose place in the picture counts
+RECIPE = {"samples": 96_000, "batch_size": 64, "learning_rate": 2e-3, "ema_decay": 0.999}
 
 
 class ResidualBlock(nn.Module):
@@ -60,15 +62,19 @@ class Judge(ModelMixin, ConfigMixin):
             layers += [nn.SiLU(), nn.Conv2d(narrow, wide, 3, stride=2, padding=1)]
             layers.append(ResidualBlock(wide))
         self.stages = nn.Sequential(*layers, nn.GroupNorm(8, widths[-1]), nn.SiLU())
+        self.places = nn.Conv2d(widths[-1], PLACED, 1)
+        cells = (INPUT_SIDE >> (len(widths) - 1)) ** 2
+        width = 2 * widths[-1] + PLACED * cells
         self.heads = nn.ModuleDict(
-            {name: nn.Linear(2 * widths[-1], len(kinds)) for name, kinds in ATTRIBUTES.items()}
+            {name: nn.Linear(width, len(kinds)) for name, kinds in ATTRIBUTES.items()}
         )
-        self.projection = nn.Linear(2 * widths[-1], EMBEDDING)
+        self.projection = nn.Linear(width, EMBEDDING)
 
     def features(self, pixels: Tensor) -> Tensor:
-        """(B, 3, 32, 32) in [-1, 1] to (B, 2 x last width)."""
+        """(B, 3, 32, 32) in [-1, 1] to (B, width): what is there, and where it is."""
         stages = self.stages(pixels)  # (B, C, 4, 4)
-        return torch.cat([stages.mean((2, 3)), stages.amax((2, 3))], dim=1)
+        placed = self.places(stages).flatten(1)
+        return torch.cat([stages.mean((2, 3)), stages.amax((2, 3)), placed], dim=1)
 
     def forward(self, pixels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """(B, 3, 32, 32) in [-1, 1] to logits (B, kinds of the attribute) by attribute, and unit
@@ -129,9 +135,9 @@ def disturbed(pixels: Tensor, rng: np.random.Generator) -> Tensor:
     pixels = wide[:, top : top + height, left : left + width]
     if rng.random() < 0.5:
         soft = F.avg_pool2d(pixels, 3, stride=1, padding=1, count_include_pad=False)
-        pixels = pixels + rng.uniform(0, 0.8) * (soft - pixels)
+        pixels = pixels + rng.uniform(0, 0.6) * (soft - pixels)
     noise = torch.from_numpy(rng.standard_normal(pixels.shape, dtype=np.float32))
-    return (pixels + rng.uniform(0, 0.12) * noise).clamp(-1, 1)
+    return (pixels + rng.uniform(0, 0.08) * noise).clamp(-1, 1)
 
 
 def train_judge(work_dir: Path, target: Path) -> None:

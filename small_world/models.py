@@ -33,13 +33,13 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_vae() -> AutoencoderKL:
-    """32 x 32 pictures to 8 x 8 x 12 latents."""
+    """32 x 32 pictures to 8 x 8 x 16 latents."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(32, 64, 96),
         layers_per_block=1,
-        latent_channels=12,
+        latent_channels=16,
         norm_num_groups=16,
         sample_size=SIDE // 2,
     )
@@ -62,8 +62,8 @@ def build_image_encoder() -> CLIPVisionModel:
 def build_unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=8,
-        in_channels=12,
-        out_channels=12,
+        in_channels=16,
+        out_channels=16,
         down_block_types=("CrossAttnDownBlock2D",) * 2,
         up_block_types=("CrossAttnUpBlock2D",) * 2,
         block_out_channels=(128, 192),

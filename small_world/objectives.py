@@ -89,11 +89,11 @@ class ViewsObjective(nn.Module):
 
 
 class ImageEncoderObjective(ViewsObjective):
-    """The vision tower: attributes and contrast on CLS, and a patch head that paints the object alone
-    and its mask, so that features keep the outline."""
+    """The vision tower: attributes of CLS and the mean of the patches, contrast of CLS, and a patch
+    head that paints the object alone and its mask, so that features keep the outline."""
 
     def __init__(self, image_encoder: CLIPVisionModel) -> None:
-        super().__init__(WIDTH)
+        super().__init__(2 * WIDTH)
         self.image_encoder = image_encoder
         self.projection = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, 64))
         self.painter = nn.Linear(WIDTH, 4 * 4 * 4)
@@ -102,10 +102,11 @@ class ImageEncoderObjective(ViewsObjective):
         clip_pixels = batch["clip_pixels"].transpose(0, 1).flatten(0, 1)  # (2B, 3, 64, 64)
         objects = batch["objects"].transpose(0, 1).flatten(0, 1)  # (2B, 4, 32, 32)
         output = self.image_encoder(clip_pixels)
-        cls = output.pooler_output  # (2B, width)
+        cls, patches = output.pooler_output, output.last_hidden_state[:, 1:]
+        features = torch.cat([cls, patches.mean(1)], dim=1)  # (2B, 2 x width)
         labels = batch["labels"].transpose(0, 1).flatten(0, 1)
-        out = self.compare(cls, self.projection(cls), labels)
-        painted = self.painter(output.last_hidden_state[:, 1:]).float()  # (2B, 64, 64)
+        out = self.compare(features, self.projection(cls), labels)
+        painted = self.painter(patches).float()  # (2B, 64, 64)
         wanted = F.unfold(objects, kernel_size=4, stride=4).transpose(1, 2)
         outline = F.mse_loss(painted, wanted)
         out["loss"] = out["attributes"] + out["contrast"] + 20 * outline

@@ -58,7 +58,7 @@ RECIPES = {
         "learning_rate": 1e-3,
         "ema_decay": 0.999,
     },
-    "base": {"samples": 320_000, "batch_size": 64, "learning_rate": 1e-3, "ema_decay": 0.9995},
+    "base": {"samples": 230_400, "batch_size": 64, "learning_rate": 1e-3, "ema_decay": 0.9995},
 }
 NUM_PREVIEWS = 8  # descriptions in a preview
 
@@ -319,9 +319,11 @@ def base_pipeline(
 
 def assemble(work_dir: Path, target: Path) -> None:
     """The trained parts in diffusers layout, fp16 safetensors, ready for
-    `ElitePipeline.from_stable_diffusion`."""
+    `ElitePipeline.from_stable_diffusion`. The decoder is the one that was trained on, if any."""
+    trained_on = work_dir / "vae_decoder"
+    last = trained_on if (trained_on / "vae").is_dir() else work_dir / "vae"
     pipe = base_pipeline(
-        AutoencoderKL.from_pretrained(work_dir / "vae_decoder" / "vae"),
+        AutoencoderKL.from_pretrained(last / "vae"),
         CLIPTextModel.from_pretrained(work_dir / "base" / "text_encoder"),
         build_tokenizer(),
         UNet2DConditionModel.from_pretrained(work_dir / "base" / "unet"),
