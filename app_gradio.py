@@ -15,12 +15,12 @@ from elite.console import OK, quiet_libraries, run
 def main() -> int:
     config = parse_config(AppConfig)
     quiet_libraries()
-    from elite.app import build_page
-    from elite.app_handlers import AppHandlers
-    from elite.app_server import check_exposure, private_files, read_auth, serve
+    from app.handlers import AppHandlers
+    from app.page import build_page
+    from app.server import check_exposure, private_files, read_auth, serve
+    from app.studio import Studio
     from elite.data import PairFolder
     from elite.inference import load_pipeline
-    from elite.studio import Studio
 
     auth = read_auth(config.auth)
     check_exposure(config.host, config.share, auth)  # before the model is loaded

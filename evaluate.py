@@ -22,9 +22,9 @@ def main() -> int:
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    from elite.evaluation import draw_cases, make_cases, my_share, report, score_cases
     from elite.inference import build_pipeline, drawing_of
-    from elite.subjects import read_prompts, read_subjects
+    from evaluation.cases import draw_cases, make_cases, my_share, report, score_cases
+    from evaluation.subjects import read_prompts, read_subjects
 
     prompts = read_prompts(config.prompts)
     subjects = read_subjects(config.test_data_dir, prompts.classes, config.class_word)
@@ -59,8 +59,8 @@ def main() -> int:
 
 def build_metrics(config: EvaluateConfig, cases: list, device) -> list:
     """The metrics that were asked for."""
-    from elite.evaluation import ClipScores, DinoScores
-    from elite.metrics import Clip, Dino
+    from evaluation.cases import ClipScores, DinoScores
+    from evaluation.metrics import Clip, Dino
     from small_world.attributes import AttributeScores
     from small_world.classifier import load_judge
 

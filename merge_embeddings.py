@@ -19,7 +19,7 @@ def main() -> int:
     quiet_libraries()
     from pathlib import Path
 
-    from elite.textual_inversion import EMBEDDING_FILES, merge_embeddings, save_embeddings
+    from textual_inversion.files import EMBEDDING_FILES, merge_embeddings, save_embeddings
 
     renames = [(old, new) for old, _, new in (text.partition("=") for text in config.rename)]
     for encoder, embeddings in merge_embeddings(config.embeddings, renames).items():

@@ -154,7 +154,7 @@ def save(args: argparse.Namespace, tables: Iterable[Table], command: str, **more
 
 
 def default_output(name: str, size: str) -> Path:
-    """Where results go; what a tiny model measures never reaches BENCHMARKS.md."""
+    """Where results go; what a tiny model measures never reaches docs/BENCHMARKS.md."""
     return (RESULTS if size == "full" else RESULTS / size) / f"{name}.json"
 
 

@@ -1,4 +1,4 @@
-"""Writes what the benchmarks have found into BENCHMARKS.md:
+"""Writes what the benchmarks have found into docs/BENCHMARKS.md:
 
     python -m benchmarks.table
 
@@ -18,7 +18,7 @@ from benchmarks.harness import REPOSITORY, RESULTS
 from elite.console import OK, run
 from elite.files import write_atomically
 
-PAGE = REPOSITORY / "BENCHMARKS.md"
+PAGE = REPOSITORY / "docs" / "BENCHMARKS.md"
 SECTION = re.compile(r"<!-- results: (?P<name>\S+) -->\n.*?<!-- end: (?P=name) -->", re.DOTALL)
 
 
@@ -26,7 +26,7 @@ def render(page: str, results: dict[str, dict[str, Any]]) -> str:
     """The page with the results between its markers; sections without results become empty.
 
     Args:
-        page: text of BENCHMARKS.md.
+        page: text of docs/BENCHMARKS.md.
         results: contents of the files of results, by name.
     """
     present = {match["name"] for match in SECTION.finditer(page)}

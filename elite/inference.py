@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from accelerate import PartialState
@@ -19,7 +19,6 @@ from elite.drawing import (
     Drawing,
     draw_folder,
     draw_prompt_grid,
-    draw_prompts,
     text_of_several,
 )
 from elite.encoding import encode_folder
@@ -27,9 +26,7 @@ from elite.images import read_mask
 from elite.loading import (
     DTYPES,
     image_encoder_sizes,
-    load_stable_diffusion,
     make_scheduler,
-    stock_pipeline,
 )
 from elite.named_concepts import Words
 from elite.pipeline import ElitePipeline
@@ -41,9 +38,7 @@ from elite.settings import (
     InferenceConfig,
     InferenceLocalConfig,
     ModelConfig,
-    TextualInversionInferenceConfig,
 )
-from elite.textual_inversion import load_into, merge_embeddings
 
 NO_MASK_COST = (
     "note: with --no_mask a picture's background becomes part of its concept and is drawn with it "
@@ -71,36 +66,7 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def run_textual_inversion(config: TextualInversionInferenceConfig) -> int:
-    """Draws the prompts with learned words in a stock pipeline. Returns the exit status."""
-    embeddings = merge_embeddings(config.embeddings)
-    words = list(embeddings["text_encoder"])
-    if not any(word in prompt for word in words for prompt in config.prompt):
-        raise ValueError(
-            f"--prompt: none of the learned words {', '.join(words)} is in it; write one there"
-        )
-    parts = load_stable_diffusion(config.pretrained_model_name_or_path)
-    parts["scheduler"] = make_scheduler(config.scheduler, parts["scheduler"].config)
-    pipe = stock_pipeline(parts)
-    load_into(pipe, embeddings)
-    pipe.set_progress_bar_config(disable=True)
-    place(pipe, config)
-    options: dict[str, Any] = {
-        "resolution": config.resolution,
-        "num_inference_steps": config.num_inference_steps,
-        "guidance_scale": config.guidance_scale,
-    }
-    about = {"scheduler": config.scheduler, "model": config.pretrained_model_name_or_path}
-    return _draw_grid(
-        config,
-        partial(draw_prompts, pipe, **options),
-        config.prompt,
-        Path(config.output_dir),
-        {**options, **about},
-    )
-
-
-def _draw_grid(
+def draw_grid(
     config: DrawConfig,
     draw: Callable[[Sequence[str], Sequence[int]], Sequence[Image.Image]],
     prompts: Sequence[str],
@@ -140,7 +106,7 @@ def run_several_concepts(config: InferenceLocalConfig, pipe: ElitePipeline, name
     )
     about = {**drawing.text(pipe), "scheduler": config.scheduler, **_models(config)}
     about |= text_of_several(concepts, weights, masks)
-    return _draw_grid(config, draw, [config.template], Path(config.output_dir) / name, about)
+    return draw_grid(config, draw, [config.template], Path(config.output_dir) / name, about)
 
 
 def _by_name(values: Sequence[str], flag: str) -> dict[str, str]:

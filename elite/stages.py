@@ -14,37 +14,27 @@ from tqdm import tqdm
 from elite.checkpoint import load_mapper
 from elite.config import print_config, to_dict
 from elite.console import Stopped, command_again
-from elite.data import OpenImagesBoxes, OpenImagesMasks, PairFolder
-from elite.drawing import draw_prompts
+from elite.data import PairFolder
 from elite.images import cut_out
 from elite.latents import CachedBoxes
 from elite.loading import (
     DTYPES,
     load_parts,
-    load_stable_diffusion,
     make_scheduler,
     pixels_per_latent,
     side_for_training,
-    stock_pipeline,
 )
 from elite.mappers import GlobalMapper, LocalMapper, Mapper
 from elite.objectives import DenoisingObjective, EliteObjective, GlobalObjective, LocalObjective
-from elite.pictures import TEMPLATES, PictureFolder, read_templates
+from elite.open_images import OpenImagesBoxes, OpenImagesMasks
 from elite.pipeline import ElitePipeline
 from elite.settings import (
     FitConfig,
-    TextualInversionConfig,
     TrainConfig,
     TrainGlobalConfig,
     TrainLocalConfig,
 )
 from elite.sheets import tile_rows
-from elite.textual_inversion import (
-    TOKENIZERS,
-    TextualInversionObjective,
-    concept_rows,
-    initial_rows,
-)
 from elite.training import fit, make_accelerator
 
 PREVIEW_STEPS, PREVIEW_TEMPLATE = 25, "a photo of a {}"
@@ -55,7 +45,7 @@ def train_global(config: TrainGlobalConfig) -> int:
     parts = _load_parts(config)
     mapper = _mapper(GlobalMapper, config.global_mapper_path, parts, config)
     objective = GlobalObjective(parts, mapper, placeholder_token=config.placeholder_token)
-    resolution = _resolution(config, parts)
+    resolution = training_side(config, parts)
     boxes = OpenImagesBoxes(
         config.train_data_dir,
         resolution=resolution,
@@ -73,7 +63,7 @@ def train_local(config: TrainLocalConfig) -> int:
     global_mapper = _mapper(GlobalMapper, config.global_mapper_path, parts, config)
     mapper = _mapper(LocalMapper, config.local_mapper_path, parts, config)
     objective = LocalObjective(parts, global_mapper, mapper, config.placeholder_token)
-    resolution = _resolution(config, parts)
+    resolution = training_side(config, parts)
     dataset = OpenImagesMasks(
         config.train_data_dir,
         resolution=resolution,
@@ -82,47 +72,6 @@ def train_local(config: TrainLocalConfig) -> int:
         placeholder_token=config.placeholder_token,
     )
     return _train_mapper(config, objective, dataset, parts, words=0)
-
-
-def train_textual_inversion(config: TextualInversionConfig) -> int:
-    """Textual inversion. Returns the exit status."""
-    templates = TEMPLATES[config.learnable_property]
-    if config.template_file is not None:
-        templates = read_templates(config.template_file)
-    parts = load_stable_diffusion(config.pretrained_model_name_or_path, revision=config.revision)
-    dataset = PictureFolder(
-        config.train_data_dir,
-        resolution=_resolution(config, parts),
-        placeholder=config.placeholder_token,
-        templates=templates,
-        center_crop=config.center_crop,
-    )
-    objective = TextualInversionObjective(parts, config.placeholder_token, _rows(config, parts))
-    preview = _PromptPreview(config, parts, objective.words)
-    every = config.infer_interval if config.infer_during_train else 0
-    _fit(config, objective, dataset, parts, preview, every)
-    return 0
-
-
-def _rows(config: TextualInversionConfig, parts: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Where the new embeddings of each text encoder start."""
-    rows = {}
-    for encoder, tokenizer in TOKENIZERS.items():
-        if encoder not in parts:
-            continue
-        embedding = parts[encoder].get_input_embeddings()
-        if config.initializer_concept is not None and encoder == "text_encoder":
-            width = embedding.weight.shape[1]
-            rows[encoder] = concept_rows(config.initializer_concept, width, config.num_vectors)
-        else:
-            rows[encoder] = initial_rows(
-                embedding,
-                parts[tokenizer],
-                config.num_vectors,
-                config.initializer_token,
-                config.seed,
-            )
-    return rows
 
 
 def _load_parts(config: TrainConfig) -> dict[str, Any]:
@@ -146,7 +95,7 @@ def _mapper(
     )
 
 
-def _resolution(config: FitConfig, parts: dict[str, Any]) -> int:
+def training_side(config: FitConfig, parts: dict[str, Any]) -> int:
     return side_for_training(config.resolution, parts["unet"].config, parts["vae"])
 
 
@@ -157,14 +106,14 @@ def _train_mapper(
     if config.validation_steps and not config.dry_run:
         pairs = PairFolder(config.validation_data_dir)
         preview = _PairPreview(config, objective, parts, words, pairs)
-    is_main = _fit(config, objective, dataset, parts, preview, config.validation_steps)
+    is_main = fit_as_configured(config, objective, dataset, parts, preview, config.validation_steps)
     if is_main and config.push_to_hub and not config.dry_run:
         repository = config.hub_model_id or Path(config.output_dir).name
         objective.trained.push_to_hub(repository, token=config.hub_token)
     return 0
 
 
-def _fit(
+def fit_as_configured(
     config: FitConfig,
     objective: DenoisingObjective,
     dataset: Any,
@@ -283,25 +232,3 @@ class _PairPreview:
             ]
             rows.append([generated, target, *views])
         return tile_rows(rows, ["generated", "target", "view", "object view", "mask"])
-
-
-class _PromptPreview:
-    """Pictures of the new word as it is now, one seed each."""
-
-    def __init__(self, config: TextualInversionConfig, parts: dict[str, Any], words: str) -> None:
-        self.config, self.parts = config, parts
-        self.prompt = config.infer_prompt.replace("{}", words)
-
-    def __call__(self) -> Image.Image:
-        scheduler = make_scheduler("dpm++", self.parts["scheduler"].config)
-        pipe = stock_pipeline({**self.parts, "scheduler": scheduler})
-        pipe.set_progress_bar_config(disable=True)
-        seeds = range(self.config.seed, self.config.seed + self.config.num_infer_images)
-        pictures = draw_prompts(
-            pipe,
-            [self.prompt] * len(seeds),
-            seeds,
-            resolution=self.config.resolution,
-            num_inference_steps=PREVIEW_STEPS,
-        )
-        return tile_rows([pictures], [f"seed {seed}" for seed in seeds], self.prompt)

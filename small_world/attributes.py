@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from elite.evaluation import Case
 from elite.images import to_pixels
+from evaluation.cases import Case
 from small_world.classifier import Judge
 from small_world.objectives import ATTRIBUTES
 from small_world.samples import SIDE, labels

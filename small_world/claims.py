@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from elite.metrics import bootstrap
+from evaluation.metrics import bootstrap
 
 FIDELITY = ("shape", "pattern", "colour")
 MARGIN = 0.05  # a loss of no more than this counts as none

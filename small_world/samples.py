@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from elite.data import PHOTO_TEMPLATES
+from elite.open_images import PHOTO_TEMPLATES
 from small_world.render import draw
 from small_world.world import (
     ALL_SHAPES,

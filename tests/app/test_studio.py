@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from app.studio import MAX_PICTURES, MAX_PROMPTS, UNREAD, Order, Studio, save_strip
 from elite.concept import Concept
 from elite.images import to_clip_pixels
 from elite.loading import make_scheduler
-from elite.studio import MAX_PICTURES, MAX_PROMPTS, UNREAD, Order, Studio, save_strip
 from tests import tiny
 from tests.app.conftest import in_parallel
 

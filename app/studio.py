@@ -13,13 +13,13 @@ from threading import Lock
 import numpy as np
 from PIL import Image
 
+from app.marking import by_name
 from elite.concept import Concept, ConceptFolder
 from elite.drawing import VERSIONS, Drawing, png_text, text_of_several
 from elite.encoding import batches
 from elite.files import write_atomically
 from elite.images import from_clip_pixels
 from elite.loading import DEFAULT_SAMPLER, DEFAULT_STEPS, make_scheduler
-from elite.marking import by_name
 from elite.named_concepts import Words
 from elite.pipeline import ElitePipeline
 from elite.sheets import tile_rows

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from app.marking import Shown, read_marks
+from app.studio import MAX_PICTURES, Drawn, OnProgress, Order, Studio, save_strip
 from elite.concept import Concept
 from elite.data import PairFolder
-from elite.marking import Shown, read_marks
 from elite.named_concepts import Words
-from elite.studio import MAX_PICTURES, Drawn, OnProgress, Order, Studio, save_strip
 
 Values = dict[str, Any]
 Tell = Callable[..., Any]  # gr.Progress: (steps done, steps in all), desc=, unit=

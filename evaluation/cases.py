@@ -18,10 +18,10 @@ from elite.concept import Concept
 from elite.drawing import Drawing, is_drawn, png_text
 from elite.files import write_atomically, write_json
 from elite.images import cut_out
-from elite.metrics import Clip, Dino, bootstrap, mean_cosine
 from elite.pipeline import ElitePipeline
 from elite.sheets import tile_rows
-from elite.subjects import Prompts, Subject
+from evaluation.metrics import Clip, Dino, bootstrap, mean_cosine
+from evaluation.subjects import Prompts, Subject
 
 SHEET_SUBJECTS, SHEET_PROMPTS = 12, 8  # of one contact sheet
 

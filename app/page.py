@@ -9,13 +9,13 @@ import gradio as gr
 from gradio.data_classes import FileData, ImageData
 from gradio.utils import get_upload_folder
 
-from elite.app_handlers import AppHandlers, Stop, Values, example_pictures
+from app.handlers import AppHandlers, Stop, Values, example_pictures
+from app.studio import MAX_GUIDANCE, MAX_LAMBDA, MAX_STEPS
 from elite.loading import DEFAULT_SAMPLER, DEFAULT_STEPS
 from elite.settings import SAMPLERS
-from elite.studio import MAX_GUIDANCE, MAX_LAMBDA, MAX_STEPS
 
 T = TypeVar("T", gr.Image, gr.File)
-HERE = Path(__file__).parent
+ASSETS = Path(__file__).with_name("assets")
 SMALL = 128  # pictures of a side below this are shown with their pixels
 KEEP_FILES = (600, 3600)  # every so many seconds, files older than so many seconds are deleted
 INTRODUCTION = (
@@ -156,8 +156,8 @@ def _object_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
         )
     controls["marks"] = gr.HTML(
         value="",
-        html_template=(HERE / "app_marker.html").read_text(encoding="utf-8"),
-        js_on_load=(HERE / "app_marker.js").read_text(encoding="utf-8"),
+        html_template=(ASSETS / "marker.html").read_text(encoding="utf-8"),
+        js_on_load=(ASSETS / "marker.js").read_text(encoding="utf-8"),
         picture="",
         method="centre",
     )
