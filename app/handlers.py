@@ -288,7 +288,7 @@ def teller(stop: Stop, tell: Tell) -> OnProgress:
 
 def caption(drawn: Drawn) -> str:
     """Of a thumbnail, which shows its beginning."""
-    return f"\u03bb {drawn.text['lambda']}, seed {drawn.seed}: {drawn.prompt}"
+    return f"\u03bb {drawn.metadata['lambda']}, seed {drawn.seed}: {drawn.prompt}"
 
 
 def seeds_of(order: Order) -> str:

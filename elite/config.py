@@ -1,6 +1,7 @@
 """Typed settings: dataclass defaults < `--config` YAML < flags; an unknown name is an error.
 
-The dataclasses are in `elite/settings.py`. A script reads one and hands plain arguments on.
+The dataclasses are in `elite/settings.py`. A script reads one and hands plain arguments on, or lets
+`inference.py` and `stages.py`, which scripts share, do so.
 """
 
 import argparse
@@ -17,43 +18,7 @@ from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 import yaml
 
 from elite.files import read_text, write_atomically
-from elite.settings import (
-    AppConfig,
-    EncodeConfig,
-    EvaluateConfig,
-    InferenceGlobalConfig,
-    InferenceLocalConfig,
-    MergeEmbeddingsConfig,
-    TextualInversionConfig,
-    TextualInversionInferenceConfig,
-    TrainConfig,
-    TrainGlobalConfig,
-    TrainLocalConfig,
-)
 from elite.wording import brief, one_line
-
-__all__ = [
-    "AppConfig",
-    "EncodeConfig",
-    "EvaluateConfig",
-    "InferenceGlobalConfig",
-    "InferenceLocalConfig",
-    "MergeEmbeddingsConfig",
-    "TextualInversionConfig",
-    "TextualInversionInferenceConfig",
-    "TrainConfig",
-    "TrainGlobalConfig",
-    "TrainLocalConfig",
-    "build_config",
-    "build_parser",
-    "default_of",
-    "parse_config",
-    "print_config",
-    "read_yaml",
-    "save_config",
-    "shipped",
-    "to_dict",
-]
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -148,6 +113,18 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     if not isinstance(content or {}, dict):
         raise ValueError(f"{path}: got {type(content).__name__}; write lines of name: value")
     return content or {}
+
+
+def split_named(values: Sequence[str], flag: str) -> dict[str, str]:
+    """The values of a flag that takes several NAME=VALUE. Raises ValueError where a name comes
+    twice."""
+    named: dict[str, str] = {}
+    for value in values:
+        name, _, rest = value.partition("=")
+        if name in named:
+            raise ValueError(f"{flag} {value}: {name} is given twice; leave one of them out")
+        named[name] = rest
+    return named
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The settings of the scripts: a field is a flag of its name and a key of a `--config` file.
 
-`elite/config.py` reads them; modules never see these classes.
+`elite/config.py` reads them. Of the modules only `inference.py`, `stages.py` and previews see these
+classes; all others take plain arguments.
 """
 
 from dataclasses import dataclass, field

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elite.concept import Concept
-from elite.drawing import Drawing, is_drawn, png_text
+from elite.drawing import Drawing, is_drawn, png_info
 from elite.files import write_atomically, write_json
 from elite.images import cut_out
 from elite.pipeline import ElitePipeline
@@ -130,7 +130,7 @@ def draw_cases(
         metadata: what else a picture depends on; with the drawing's own it is kept in the PNGs, and
             pictures of other settings are drawn anew.
     """
-    settings = {**drawing.text(pipe), **(metadata or {})}
+    settings = {**drawing.metadata(pipe), **(metadata or {})}
     failures: dict[str, str] = {}
 
     @lru_cache(maxsize=1)  # cases come subject by subject
@@ -138,10 +138,10 @@ def draw_cases(
         image, mask = subject.pair.read()
         return pipe.encode_concept(image, mask)
 
-    def text(case: Case) -> dict[str, str]:
+    def metadata_of(case: Case) -> dict[str, str]:
         return {**settings, "prompt": case.template, "source": case.subject.pair.digest}
 
-    missing = [case for case in cases if not is_drawn(output_dir / case.path, text(case))]
+    missing = [case for case in cases if not is_drawn(output_dir / case.path, metadata_of(case))]
     progress = tqdm(
         total=len(cases),
         initial=len(cases) - len(missing),
@@ -164,7 +164,7 @@ def draw_cases(
                 prompts = [case.template.replace("{}", drawing.placeholder_token) for case in batch]
                 pictures = drawing(pipe, prompts, concepts, [case.seed for case in batch])
                 for case, picture in zip(batch, pictures, strict=True):
-                    info = png_text(text(case))
+                    info = png_info(metadata_of(case))
                     write_atomically(output_dir / case.path, partial(picture.save, pnginfo=info))
             progress.update(len(missing[start : start + batch_size]))
     return list(failures.values())
