@@ -130,7 +130,7 @@ class AppHandlers:
         }
 
     def new_picture(self, values: Values) -> Values:
-        """The same for another picture, without the marks on the last one."""
+        """`look` for another picture, without the marks on the last one."""
         looked = self.look({**values, "marks": ""})
         return {**looked, "marks": {**looked["marks"], "value": ""}}
 

@@ -15,11 +15,18 @@ from PIL import Image
 
 from app.marking import folder_hidden
 from elite.concept import Concept, ConceptFolder
+from elite.defaults import (
+    DEFAULT_SAMPLER,
+    DEFAULT_STEPS,
+    GUIDANCE_SCALE,
+    LAMBDA,
+    PLACEHOLDER,
+)
 from elite.drawing import VERSIONS, Drawing, metadata_of_several, png_info
 from elite.encoding import batches
 from elite.files import write_atomically
 from elite.images import from_clip_pixels
-from elite.loading import DEFAULT_SAMPLER, DEFAULT_STEPS, make_scheduler
+from elite.loading import make_scheduler
 from elite.named_concepts import Words
 from elite.pipeline import ElitePipeline
 from elite.sheets import tile_rows
@@ -53,12 +60,12 @@ class Order:
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...] = (0,)
-    lambdas: tuple[float, ...] = (0.8,)
+    lambdas: tuple[float, ...] = (LAMBDA,)
     others: Mapping[str, float] = field(default_factory=dict)
     regions: Mapping[str, str] = field(default_factory=dict)
     words: Words = 0
     num_inference_steps: int = DEFAULT_STEPS
-    guidance_scale: float = 5.0
+    guidance_scale: float = GUIDANCE_SCALE
     scheduler: str = DEFAULT_SAMPLER
 
     def __post_init__(self) -> None:
@@ -127,7 +134,7 @@ class Studio:
         self,
         pipe: ElitePipeline,
         *,
-        placeholder_token: str = "S",
+        placeholder_token: str = PLACEHOLDER,
         resolution: int | None = None,
         batch_size: int = 1,
         model: str = "",

@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
-from elite.files import read_text, write_atomically
+from elite.files import read_text, write_text
 from elite.wording import brief, one_line
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -146,7 +146,7 @@ def print_config(config: Any) -> None:
 def save_config(settings: Mapping[str, Any], path: Path | str) -> None:
     """Writes what `to_dict` gives as a YAML file for `--config`, whole or not at all."""
     text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, text)
 
 
 def shipped(path: str) -> str:

@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 from elite.concept import Concept, ConceptFolder
 from elite.data import PairFolder
+from elite.defaults import DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
 from elite.encoding import batches, columns, progress_bar, read_entries, shown
 from elite.files import write_atomically
-from elite.loading import DEFAULT_STEPS, side_in_pixels
+from elite.loading import side_in_pixels
 from elite.named_concepts import Words
 from elite.pipeline import ElitePipeline, initial_noise
 from elite.sheets import SHEET_ROWS, tile_rows
@@ -37,11 +38,11 @@ class Drawing:
     """How the pictures of one run are drawn with ELITE."""
 
     words: Words = 0
-    lambda_: float = 0.8
-    placeholder_token: str = "S"
+    lambda_: float = LAMBDA
+    placeholder_token: str = PLACEHOLDER
     resolution: int | None = None  # side in pixels; None means what the model draws
     num_inference_steps: int = DEFAULT_STEPS
-    guidance_scale: float = 5.0
+    guidance_scale: float = GUIDANCE_SCALE
 
     @property
     def options(self) -> dict[str, Any]:
@@ -251,7 +252,7 @@ def draw_prompts(
     *,
     resolution: int | None = None,
     num_inference_steps: int = DEFAULT_STEPS,
-    guidance_scale: float = 5.0,
+    guidance_scale: float = GUIDANCE_SCALE,
 ) -> list[Image.Image]:
     """A stock pipeline's pictures, one seed per prompt.
 

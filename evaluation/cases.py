@@ -15,8 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elite.concept import Concept
+from elite.defaults import PLACEHOLDER
 from elite.drawing import Drawing, is_drawn, png_info
-from elite.files import write_atomically, write_json
+from elite.files import write_atomically, write_json, write_text
 from elite.images import cut_out
 from elite.pipeline import ElitePipeline
 from elite.sheets import tile_rows
@@ -232,9 +233,7 @@ def report(cases: Sequence[Case], rows: Sequence[dict], output_dir: Path, settin
     )
     write_atomically(output_dir / "results.csv", partial(_write_csv, rows))
     text = markdown(summary, subjects)
-    write_atomically(
-        output_dir / "results.md", lambda path: path.write_text(text + "\n", encoding="utf-8")
-    )
+    write_text(output_dir / "results.md", text + "\n")
     for number, sheet in enumerate(contact_sheets(cases, output_dir)):
         write_atomically(output_dir / f"grid_{number:02d}.png", sheet.save)
     return text
@@ -274,7 +273,7 @@ def contact_sheets(cases: Sequence[Case], output_dir: Path) -> list[Image.Image]
             with Image.open(output_dir / case.path) as picture:
                 row.append(picture.convert("RGB"))
         rows.append(row)
-        names = [case.template.replace("{}", "S") for case in shown]
+        names = [case.template.replace("{}", PLACEHOLDER) for case in shown]
         columns = max(columns, ["input", "object", *names], key=len)
     return [
         tile_rows(rows[start : start + SHEET_SUBJECTS], columns)

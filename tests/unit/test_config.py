@@ -23,7 +23,8 @@ from elite.config import (
     shipped,
     to_dict,
 )
-from elite.loading import DEFAULT_SAMPLER, DEFAULT_STEPS, SCHEDULERS
+from elite.defaults import DEFAULT_SAMPLER, DEFAULT_STEPS
+from elite.loading import SCHEDULERS
 from elite.settings import (
     InferenceGlobalConfig,
     InferenceLocalConfig,
