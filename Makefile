@@ -24,7 +24,7 @@ hostile:  ## every bad input, then fuzzing: hypothesis with many examples, ather
 	for reader in image mask boxes index settings prompts DreamBench concept checkpoint; do \
 		$(PYTHON) -m tests.hostile.guided $$reader 60 || exit 1; done
 
-bench:  ## BENCHMARKS.md anew, at full size: hours on a CPU; the GPU part where there is one
+bench:  ## docs/BENCHMARKS.md anew, at full size: hours on a CPU; the GPU part where there is one
 	$(PYTHON) -m benchmarks.generation --size full --rounds 5 --threads 2 --batch_sizes 1 --resolutions 256 --memory_rounds 0
 	$(PYTHON) -m benchmarks.generation --size full --rounds 3 --threads 2 --batch_sizes 4 --memory_rounds 0 --output benchmarks/results/generation_batch_4.json
 	$(PYTHON) -m benchmarks.generation --size full --rounds 3 --threads 2 --batch_sizes --resolutions 768 --memory_rounds 0 --output benchmarks/results/generation_768.json

@@ -8,19 +8,20 @@ ELITE_APP_AUTH=me:secret python app_gradio.py --host 0.0.0.0      others may use
 Only this machine reaches the page unless --host or --share say otherwise, which need a password.
 """
 
-from elite.config import AppConfig, parse_config
+from elite.config import parse_config
 from elite.console import OK, quiet_libraries, run
+from elite.settings import AppConfig
 
 
 def main() -> int:
     config = parse_config(AppConfig)
     quiet_libraries()
-    from elite.app import build_page
-    from elite.app_handlers import AppHandlers
-    from elite.app_server import check_exposure, private_files, read_auth, serve
+    from app.handlers import AppHandlers
+    from app.page import build_page
+    from app.server import check_exposure, private_files, read_auth, serve
+    from app.studio import Studio
     from elite.data import PairFolder
     from elite.inference import load_pipeline
-    from elite.studio import Studio
 
     auth = read_auth(config.auth)
     check_exposure(config.host, config.share, auth)  # before the model is loaded

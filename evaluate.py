@@ -11,9 +11,11 @@ run draws only what is missing. Exit code 3: some concepts could not be read, th
 """
 
 from pathlib import Path
+from typing import Any
 
-from elite.config import EvaluateConfig, parse_config, to_dict
+from elite.config import parse_config, to_dict
 from elite.console import BAD_INPUT, OK, PARTLY_FAILED, complain, quiet_libraries, run
+from elite.settings import EvaluateConfig
 
 
 def main() -> int:
@@ -22,9 +24,9 @@ def main() -> int:
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    from elite.evaluation import draw_cases, make_cases, my_share, report, score_cases
     from elite.inference import build_pipeline, drawing_of
-    from elite.subjects import read_prompts, read_subjects
+    from evaluation.cases import draw_cases, make_cases, my_share, report, score_cases
+    from evaluation.subjects import read_prompts, read_subjects
 
     prompts = read_prompts(config.prompts)
     subjects = read_subjects(config.test_data_dir, prompts.classes, config.class_word)
@@ -57,10 +59,10 @@ def main() -> int:
     return PARTLY_FAILED if failures else OK
 
 
-def build_metrics(config: EvaluateConfig, cases: list, device) -> list:
+def build_metrics(config: EvaluateConfig, cases: list, device: Any) -> list:
     """The metrics that were asked for."""
-    from elite.evaluation import ClipScores, DinoScores
-    from elite.metrics import Clip, Dino
+    from evaluation.cases import ClipScores, DinoScores
+    from evaluation.metrics import Clip, Dino
     from small_world.attributes import AttributeScores
     from small_world.classifier import load_judge
 

@@ -4,16 +4,52 @@
         --embeddings runs/cat runs/mug --prompt "a <cat> in a <mug>" --num_images 4
 """
 
-from elite.config import TextualInversionInferenceConfig, parse_config
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from elite.config import parse_config
 from elite.console import quiet_libraries, run
+from elite.settings import TextualInversionInferenceConfig
 
 
 def main() -> int:
     config = parse_config(TextualInversionInferenceConfig)
     quiet_libraries()
-    from elite.inference import run_textual_inversion
+    from elite.drawing import draw_prompts
+    from elite.inference import draw_grid, place
+    from elite.loading import load_stable_diffusion, make_scheduler, stock_pipeline
+    from textual_inversion.files import load_into, merge_embeddings
 
-    return run_textual_inversion(config)
+    # The words.
+    embeddings = merge_embeddings(config.embeddings)
+    words = list(embeddings["text_encoder"])
+    if not any(word in prompt for word in words for prompt in config.prompt):
+        raise ValueError(
+            f"--prompt: none of the learned words {', '.join(words)} is in it; write one there"
+        )
+
+    # A stock pipeline that knows them.
+    parts = load_stable_diffusion(config.pretrained_model_name_or_path)
+    parts["scheduler"] = make_scheduler(config.scheduler, parts["scheduler"].config)
+    pipe = stock_pipeline(parts)
+    load_into(pipe, embeddings)
+    pipe.set_progress_bar_config(disable=True)
+    place(pipe, config)
+
+    # The pictures.
+    options: dict[str, Any] = {
+        "resolution": config.resolution,
+        "num_inference_steps": config.num_inference_steps,
+        "guidance_scale": config.guidance_scale,
+    }
+    metadata = {
+        **options,
+        "scheduler": config.scheduler,
+        "model": config.pretrained_model_name_or_path,
+    }
+    draw = partial(draw_prompts, pipe, **options)
+    return draw_grid(config, draw, config.prompt, Path(config.output_dir), metadata)
 
 
 if __name__ == "__main__":

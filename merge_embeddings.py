@@ -10,8 +10,9 @@ concept gives its primary word w0, named after its file; without ELITE's own K a
 file can hold, a stock pipeline draws it only roughly.
 """
 
-from elite.config import MergeEmbeddingsConfig, parse_config
+from elite.config import parse_config
 from elite.console import OK, quiet_libraries, run
+from elite.settings import MergeEmbeddingsConfig
 
 
 def main() -> int:
@@ -19,7 +20,7 @@ def main() -> int:
     quiet_libraries()
     from pathlib import Path
 
-    from elite.textual_inversion import EMBEDDING_FILES, merge_embeddings, save_embeddings
+    from textual_inversion.files import EMBEDDING_FILES, merge_embeddings, save_embeddings
 
     renames = [(old, new) for old, _, new in (text.partition("=") for text in config.rename)]
     for encoder, embeddings in merge_embeddings(config.embeddings, renames).items():

@@ -43,7 +43,7 @@ from benchmarks.harness import (
 from data_scripts.cal_bbox_by_seg import tight_box
 from data_scripts.make_small_world import BOX_COLUMNS, MASK_COLUMNS, write_csv
 from elite.console import run
-from elite.data import OpenImagesBoxes, OpenImagesMasks, mask_boxes_path, save_mask_boxes
+from elite.open_images import OpenImagesBoxes, OpenImagesMasks, mask_boxes_path, save_mask_boxes
 from elite.stream import TrainingStream, stream_loader
 
 DECODE, SAMPLE, CSV_ALONE, INDEX = "decoding alone", "sample", "csv.reader alone", "index"

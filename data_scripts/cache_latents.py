@@ -63,10 +63,10 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    from elite.data import OpenImagesBoxes
     from elite.inference import pick_device
     from elite.latents import cache_latents
     from elite.loading import load_part, side_for_training
+    from elite.open_images import OpenImagesBoxes
 
     model, hub = args.pretrained_model_name_or_path, {}
     if args.revision:

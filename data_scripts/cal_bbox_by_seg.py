@@ -22,8 +22,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
 
 from elite.console import complain
-from elite.data import save_mask_boxes
 from elite.images import read_mask
+from elite.open_images import save_mask_boxes
 from elite.wording import one_line
 
 Box = tuple[int, int, int, int]  # hs, he, ws, we: mask[hs:he, ws:we] is the object

@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from elite.data import OpenImagesBoxes
 from elite.files import write_atomically
 from elite.loading import pixels_per_latent
+from elite.open_images import OpenImagesBoxes
 from elite.stream import collate
 
 FORMAT = "elite-latents 1"  # to be counted up when the crop of a target changes

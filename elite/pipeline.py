@@ -1,9 +1,12 @@
 """ElitePipeline: Stable Diffusion with ELITE's mappers plugged in; encode a concept once, draw it
-many times."""
+many times.
+
+In reading order: construct, encode, call, condition. What diffusers alone asks for is in
+`compat.py`.
+"""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,12 +16,10 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
-    StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModel
@@ -34,11 +35,17 @@ from elite.attention import (
     uninstall,
     visibility,
 )
-from elite.cards import Carded, pipeline_card
 from elite.checkpoint import load_mapper
+from elite.compat import (
+    DiffusersPipeline,
+    callback_may_change_context,
+    cleared_after_last_step,
+    text_options,
+)
 from elite.concept import Concept
+from elite.defaults import DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
 from elite.images import ImageLike, fit_mask, object_views, to_mask, to_rgb
-from elite.loading import DEFAULT_STEPS, inside, load_parts, pixels_per_latent, side_in_pixels
+from elite.loading import inside, load_parts, pixels_per_latent, side_in_pixels
 from elite.mappers import GlobalMapper, LocalMapper, Mapper, clip_levels, clip_levels_of_views
 from elite.named_concepts import (
     Concepts,
@@ -53,17 +60,14 @@ from elite.named_concepts import (
 from elite.text import check_texts, injected, tokenize, word_positions
 
 
-class ElitePipeline(Carded, StableDiffusionPipeline):
+class ElitePipeline(DiffusersPipeline):
     """Text-to-image with one-picture concepts (ELITE, arXiv 2302.13848).
 
     A call without a concept draws the prompt through the mappers' K_g, V_g, as the release does for
     its unconditional pass. `local_mapper` may be None: global mapping only.
     """
 
-    model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
-    # The UNet reads their K and V; a hook on the whole mapper would not see that.
-    _exclude_from_cpu_offload = ["global_mapper", "local_mapper"]  # noqa: RUF012
-    _optional_components = ["safety_checker", "feature_extractor", "local_mapper"]  # noqa: RUF012
+    # --- construct --------------------------------------------------------------------------------
 
     def __init__(
         self,
@@ -143,17 +147,6 @@ class ElitePipeline(Carded, StableDiffusionPipeline):
                 part.to(torch_dtype)
         return pipe
 
-    @classmethod
-    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
-        """Fetches a pipeline from the hub for `from_pretrained` and returns its folder.
-
-        Diffusers' own refuses parts of classes that are not its own, such as the mappers.
-        """
-        names = ("cache_dir", "force_download", "local_files_only", "token", "revision")
-        given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-        wanted = ["*.json", "*.txt", "*.safetensors"]  # nothing that is unpickled
-        return snapshot_download(pretrained_model_name, allow_patterns=wanted, **given)
-
     def install(self, attention_norm: AttentionNorm = "sample") -> None:
         """Plugs the mappers into this pipeline's UNet; done by the constructor."""
         self.attention_norm = attention_norm
@@ -162,46 +155,6 @@ class ElitePipeline(Carded, StableDiffusionPipeline):
     def uninstall(self) -> None:
         """Gives the plain Stable Diffusion back, bit for bit."""
         uninstall(self.unet)
-
-    @contextmanager
-    def _plain_unet(self) -> Iterator[None]:
-        """Within it the UNet is plain Stable Diffusion."""
-        installed = is_installed(self.unet)
-        self.uninstall()
-        try:
-            yield
-        finally:
-            if installed:
-                self.install(self.attention_norm)
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Saves the whole in diffusers layout, with a model card; the UNet's files are plain Stable
-        Diffusion."""
-        with self._plain_unet():
-            super().save_pretrained(*args, **kwargs)
-
-    def card(self) -> str:
-        """The model card that is saved with it."""
-        base = str(self.unet.config.get("_name_or_path") or "")
-        return pipeline_card(base, self.local_mapper is not None, self.resolution)
-
-    # These exchange the processors of every attention: of ELITE's only the ones it stands in for.
-
-    def set_attention_slice(self, *args: Any) -> None:
-        with self._plain_unet():
-            super().set_attention_slice(*args)
-
-    def set_use_memory_efficient_attention_xformers(self, *args: Any) -> None:
-        with self._plain_unet():
-            super().set_use_memory_efficient_attention_xformers(*args)
-
-    def fuse_qkv_projections(self, *args: Any, **kwargs: Any) -> None:
-        with self._plain_unet():
-            super().fuse_qkv_projections(*args, **kwargs)
-
-    def unfuse_qkv_projections(self, *args: Any, **kwargs: Any) -> None:
-        with self._plain_unet():
-            super().unfuse_qkv_projections(*args, **kwargs)
 
     @property
     def grid(self) -> int:
@@ -213,6 +166,8 @@ class ElitePipeline(Carded, StableDiffusionPipeline):
     def resolution(self) -> int:
         """Side in pixels of the pictures the model draws by default."""
         return side_in_pixels(self.unet, self.vae)
+
+    # --- encode -----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def encode_concept(self, image: ImageLike, mask: ImageLike, name: str = "mask") -> Concept:
@@ -247,7 +202,7 @@ class ElitePipeline(Carded, StableDiffusionPipeline):
     def encode_views(
         self, clip_pixels: Tensor, object_pixels: Tensor, patch_mask: Tensor
     ) -> Concept:
-        """The same for a batch of views.
+        """Reads several objects at once, from their views.
 
         Args:
             clip_pixels, object_pixels: (B, 3, H, W), CLIP-normalised.
@@ -267,6 +222,8 @@ class ElitePipeline(Carded, StableDiffusionPipeline):
         tokens = self.local_mapper(object_levels, patch_mask.to(device))
         return Concept(self.global_mapper(levels), tokens, self.fingerprint)
 
+    # --- call -------------------------------------------------------------------------------------
+
     @torch.no_grad()
     def __call__(
         self,
@@ -274,12 +231,12 @@ class ElitePipeline(Carded, StableDiffusionPipeline):
         *args: Any,
         concept: Concept | Sequence[Concept] | None = None,
         concepts: Concepts | None = None,
-        lambda_: Weights | Mapping[str, Weights] = 0.8,
+        lambda_: Weights | Mapping[str, Weights] = LAMBDA,
         words: Words = 0,
-        placeholder_token: str = "S",
+        placeholder_token: str = PLACEHOLDER,
         regions: Mapping[str, ImageLike] | None = None,
         num_inference_steps: int = DEFAULT_STEPS,
-        guidance_scale: float = 5.0,
+        guidance_scale: float = GUIDANCE_SCALE,
         seed: int | Sequence[int] | None = None,
         **kwargs: Any,
     ) -> StableDiffusionPipelineOutput:
@@ -321,19 +278,42 @@ class ElitePipeline(Carded, StableDiffusionPipeline):
             prompt = None
         if seed is not None:
             kwargs["latents"] = self._initial_noise(seed, prompt, kwargs)
-        text: list[Tensor] = []
-        if not _may_change_text(kwargs):
-            text = self._encode_text(prompt, guidance_scale, kwargs)
+        context: list[Tensor] = []
+        if not callback_may_change_context(kwargs):
+            context = self._encode_text(prompt, guidance_scale, kwargs)
             prompt = None
-        conditioning = _Conditioning(text, local)
+        conditioning = _Conditioning(context, local)
         return super().__call__(
             prompt,
             *args,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             ip_adapter_image=conditioning,
-            **{**kwargs, **conditioning.forgotten_after(kwargs)},
+            **{**kwargs, **cleared_after_last_step(conditioning.kept, kwargs)},
         )
+
+    def _initial_noise(
+        self, seed: int | Sequence[int], prompt: str | Sequence[str] | None, kwargs: dict
+    ) -> Tensor:
+        """Standard normal latents, each from its own CPU generator."""
+        embeds = kwargs.get("prompt_embeds")
+        prompts = (
+            len(embeds)
+            if embeds is not None
+            else 1
+            if isinstance(prompt, str)
+            else len(prompt or ())
+        )
+        count = prompts * kwargs.get("num_images_per_prompt", 1)
+        seeds = [seed] * count if isinstance(seed, int) else list(seed)
+        if len(seeds) != count:
+            raise ValueError(
+                f"{len(seeds)} seeds for {count} pictures; pass one, or one per picture"
+            )
+        height, width = (kwargs.get(side) or self.resolution for side in ("height", "width"))
+        return initial_noise(self, seeds, height, width)
+
+    # --- condition --------------------------------------------------------------------------------
 
     @torch.no_grad()
     def condition(
@@ -341,12 +321,12 @@ class ElitePipeline(Carded, StableDiffusionPipeline):
         prompt: str,
         concept: Concept | None = None,
         concepts: Mapping[str, Concept] | None = None,
-        lambda_: float | Mapping[str, float] = 0.8,
+        lambda_: float | Mapping[str, float] = LAMBDA,
         words: Words = 0,
-        placeholder_token: str = "S",
+        placeholder_token: str = PLACEHOLDER,
         regions: Mapping[str, ImageLike] | None = None,
         negative_prompt: str | None = None,
-        guidance_scale: float = 5.0,
+        guidance_scale: float = GUIDANCE_SCALE,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """A prompt with concepts for the call of a stock pipeline of diffusers that shares this
@@ -361,7 +341,7 @@ class ElitePipeline(Carded, StableDiffusionPipeline):
                 `height` and `width`, if regions are given for other than the usual size.
 
         Returns:
-            {prompt_embeds (1, 77, D), negative_prompt_embeds (the same, None without guidance),
+            {prompt_embeds (1, 77, D), negative_prompt_embeds (1, 77, D) or None without guidance,
             ip_adapter_image_embeds (list), guidance_scale}.
 
         Raises:
@@ -374,12 +354,12 @@ class ElitePipeline(Carded, StableDiffusionPipeline):
             raise ValueError("no concept; pass concept or concepts")
         context, local = self._condition([prompt], named, lambda_, words, regions or {}, kwargs)
         given = {**kwargs, "prompt_embeds": context, "negative_prompt": negative_prompt}
-        text = self._encode_text(None, guidance_scale, given)
+        contexts = self._encode_text(None, guidance_scale, given)
         if not local:  # stock pipelines want some; this adds nothing
             nothing = context.new_zeros(1, 1, context.shape[2])
             index = torch.zeros(1, dtype=torch.int64, device=context.device)
             local = local_inputs(nothing, index, 0.0, context.shape[1])
-        if len(text) > 1:  # the guidance rows read no feature tokens, and see everything
+        if len(contexts) > 1:  # the guidance rows read no feature tokens, and see everything
             local = [torch.cat([torch.full_like(x, x.ndim == 4), x]) for x in local]
         return {
             "prompt_embeds": given["prompt_embeds"],
@@ -387,44 +367,6 @@ class ElitePipeline(Carded, StableDiffusionPipeline):
             "ip_adapter_image_embeds": local,
             "guidance_scale": guidance_scale,
         }
-
-    def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """As diffusers', whose clip_skip looks for the `text_model` that transformers 5 has
-        dissolved."""
-        encoder = self.text_encoder
-        if kwargs.get("clip_skip") is None or hasattr(encoder, "text_model"):
-            return super().encode_prompt(*args, **kwargs)
-        encoder.__dict__["text_model"] = encoder  # past nn.Module, which would register it
-        try:
-            return super().encode_prompt(*args, **kwargs)
-        finally:
-            del encoder.__dict__["text_model"]
-
-    def _encode_text(
-        self, prompt: str | Sequence[str] | None, guidance_scale: float, kwargs: dict
-    ) -> list[Tensor]:
-        """Text contexts (prompts, 77, D), of the negative prompts (if guided) and of the prompts.
-
-        In `kwargs` they take the place of the prompts.
-        """
-        given = {
-            key: kwargs.pop(key, None)
-            for key in ("negative_prompt", "prompt_embeds", "negative_prompt_embeds")
-        }
-        side = self.resolution
-        self.check_inputs(prompt, side, side, None, **given)
-        check_texts(prompt, given["negative_prompt"])
-        self._clip_skip = kwargs.get("clip_skip")
-        context, negative = self.encode_prompt(
-            prompt,
-            self._execution_device,
-            1,
-            guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None,
-            **_text_options(kwargs),
-            **given,
-        )
-        kwargs |= {"prompt_embeds": context, "negative_prompt_embeds": negative}
-        return [context] if negative is None else [negative, context]
 
     def _condition(
         self,
@@ -435,7 +377,7 @@ class ElitePipeline(Carded, StableDiffusionPipeline):
         regions: Mapping[str, ImageLike],
         kwargs: dict,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Text context (B, 77, D) and the local inputs for these prompts."""
+        """Context (B, 77, D) and the local inputs of these prompts."""
         check_texts(prompts)
         names, device, count = list(concepts), self._execution_device, len(prompts)
         if len(names) > COLUMNS:
@@ -444,6 +386,8 @@ class ElitePipeline(Carded, StableDiffusionPipeline):
         sides = (kwargs.get(side) or self.resolution for side in ("height", "width"))
         shares = latent_regions(regions, names, *(s // pixels_per_latent(self.vae) for s in sides))
         rows = [self._rows(concepts[name], count) for name in names]
+
+        # The words into the prompt.
         chosen = torch.stack([pick_words(row.words, words) for row in rows], dim=1).to(device)
         num_words = chosen.shape[2]  # of (B, N, L, D)
         # Words of textual inversion may be several tokens; encode_prompt spells them out itself.
@@ -451,8 +395,10 @@ class ElitePipeline(Carded, StableDiffusionPipeline):
         input_ids, index = tokenize(self.tokenizer, spelled, names, num_words)
         index = index.to(device)
         with injected(self.text_encoder, chosen, index, input_ids.to(device)):
-            context, _ = self.encode_prompt(prompts, device, 1, False, **_text_options(kwargs))
-        index = word_positions(index, num_words)
+            context, _ = self.encode_prompt(prompts, device, 1, False, **text_options(kwargs))
+
+        # Beside it the feature tokens of each concept, its placeholder and its lambda.
+        index = word_positions(index, num_words)  # (B, N)
         local: list[Tensor] = []
         for n, (name, row) in enumerate(zip(names, rows, strict=True)):
             if row.feature_tokens is None:
@@ -481,6 +427,32 @@ class ElitePipeline(Carded, StableDiffusionPipeline):
             )
         return rows
 
+    def _encode_text(
+        self, prompt: str | Sequence[str] | None, guidance_scale: float, kwargs: dict
+    ) -> list[Tensor]:
+        """Contexts (prompts, 77, D), of the negative prompts (if guided) and of the prompts.
+
+        In `kwargs` they take the place of the prompts.
+        """
+        given = {
+            key: kwargs.pop(key, None)
+            for key in ("negative_prompt", "prompt_embeds", "negative_prompt_embeds")
+        }
+        side = self.resolution
+        self.check_inputs(prompt, side, side, None, **given)
+        check_texts(prompt, given["negative_prompt"])
+        self._clip_skip = kwargs.get("clip_skip")
+        context, negative = self.encode_prompt(
+            prompt,
+            self._execution_device,
+            1,
+            guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None,
+            **text_options(kwargs),
+            **given,
+        )
+        kwargs |= {"prompt_embeds": context, "negative_prompt_embeds": negative}
+        return [context] if negative is None else [negative, context]
+
     def prepare_ip_adapter_image_embeds(
         self,
         ip_adapter_image: "_Conditioning",
@@ -490,7 +462,7 @@ class ElitePipeline(Carded, StableDiffusionPipeline):
         do_classifier_free_guidance: bool,
     ) -> dict[str, KeysValues] | list[Tensor]:
         """K and V of every cross-attention for all steps; the local inputs alone where a callback
-        may change the text.
+        may change the context.
 
         `num_images_per_prompt` is the whole batch (prompts x pictures), as the stock pipelines pass
         it. The guidance rows come first and have no local inputs.
@@ -500,75 +472,21 @@ class ElitePipeline(Carded, StableDiffusionPipeline):
             return x.repeat_interleave(num_images_per_prompt // len(x), dim=0).to(device)
 
         local = [repeated(x) for x in ip_adapter_image.local]
-        if not ip_adapter_image.text or not is_installed(self.unet):
+        if not ip_adapter_image.context or not is_installed(self.unet):
             return local
-        text = torch.cat([repeated(x) for x in ip_adapter_image.text])
+        context = torch.cat([repeated(x) for x in ip_adapter_image.context])
         lora_scale = (self.cross_attention_kwargs or {}).get("scale", 1.0)
-        ip_adapter_image.kept.update(keys_values(self.unet, text, local, lora_scale))
+        ip_adapter_image.kept.update(keys_values(self.unet, context, local, lora_scale))
         return ip_adapter_image.kept
-
-    def _initial_noise(
-        self, seed: int | Sequence[int], prompt: str | Sequence[str] | None, kwargs: dict
-    ) -> Tensor:
-        """Standard normal latents, each from its own CPU generator."""
-        embeds = kwargs.get("prompt_embeds")
-        prompts = (
-            len(embeds)
-            if embeds is not None
-            else 1
-            if isinstance(prompt, str)
-            else len(prompt or ())
-        )
-        count = prompts * kwargs.get("num_images_per_prompt", 1)
-        seeds = [seed] * count if isinstance(seed, int) else list(seed)
-        if len(seeds) != count:
-            raise ValueError(
-                f"{len(seeds)} seeds for {count} pictures; pass one, or one per picture"
-            )
-        height, width = (kwargs.get(side) or self.resolution for side in ("height", "width"))
-        return initial_noise(self, seeds, height, width)
 
 
 @dataclass(frozen=True)
 class _Conditioning:
     """What one call shows to the cross-attentions, one row per prompt."""
 
-    text: list[Tensor]  # as `_encode_text` gives them; empty where a callback may change them
+    context: list[Tensor]  # as `_encode_text` gives it; empty where a callback may change it
     local: list[Tensor]  # `local_inputs`, or empty
     kept: dict[str, KeysValues] = field(default_factory=dict)  # of all steps
-
-    def forgotten_after(self, kwargs: dict) -> dict[str, Any]:
-        """The arguments of a call with which K and V go before the VAE decodes, which takes more
-        memory than the steps."""
-        callback = kwargs.get("callback_on_step_end")
-
-        def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
-            answer = tensors if callback is None else callback(pipe, step, timestep, tensors)
-            if step == pipe.num_timesteps - 1:
-                self.kept.clear()
-            return answer
-
-        return {
-            "callback_on_step_end": on_step_end,
-            "callback_on_step_end_tensor_inputs": _callback_inputs(kwargs),
-        }
-
-
-def _text_options(kwargs: dict) -> dict[str, Any]:
-    """What the arguments of a call say about the text encoder."""
-    lora_scale = (kwargs.get("cross_attention_kwargs") or {}).get("scale")
-    return {"clip_skip": kwargs.get("clip_skip"), "lora_scale": lora_scale}
-
-
-def _callback_inputs(kwargs: dict) -> list[str]:
-    """The tensors that the callback of a call is given; diffusers' own callbacks name theirs."""
-    named = getattr(kwargs.get("callback_on_step_end"), "tensor_inputs", None)
-    given = kwargs.get("callback_on_step_end_tensor_inputs") if named is None else named
-    return ["latents"] if given is None else list(given)
-
-
-def _may_change_text(kwargs: dict) -> bool:
-    return any("prompt_embeds" in name for name in _callback_inputs(kwargs))
 
 
 def initial_noise(pipe: DiffusionPipeline, seeds: Sequence[int], height: int, width: int) -> Tensor:

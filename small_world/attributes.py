@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from elite.evaluation import Case
 from elite.images import to_pixels
+from evaluation.cases import Case
 from small_world.classifier import INPUT_SIDE, Judge
 from small_world.objects import critter_of
 from small_world.world import ATTRIBUTES, SCENES, labels

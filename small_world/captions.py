@@ -6,7 +6,7 @@ in the noun's place.
 
 import numpy as np
 
-from elite.data import PHOTO_TEMPLATES
+from elite.open_images import PHOTO_TEMPLATES
 from small_world.world import PARTS, SCENES, Critter
 
 CLASS_WORD = "critter"

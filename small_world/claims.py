@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from elite.metrics import bootstrap
+from evaluation.metrics import bootstrap
 from small_world.world import ATTRIBUTES
 
 FIDELITY = tuple(name for name in ATTRIBUTES if name != "scene")

@@ -13,18 +13,14 @@ from tqdm import tqdm
 
 from elite.files import remove_whole, write_atomically, write_json
 from elite.loading import load_stable_diffusion, side_in_pixels
-from elite.pictures import PictureFolder
 from elite.run_folder import checkpoints
-from elite.textual_inversion import (
-    TextualInversionObjective,
-    initial_rows,
-    load_embeddings,
-    load_into,
-)
 from elite.training import fit, make_accelerator
 from small_world.captions import CLASS_WORD
 from small_world.pretrain import base_pipeline
 from small_world.score import Case, draw_prompts
+from textual_inversion.files import load_embeddings, load_into
+from textual_inversion.objective import TextualInversionObjective, initial_rows
+from textual_inversion.pictures import PictureFolder
 
 LEARNING_RATE, BATCH_SIZE = 5e-3, 4
 

@@ -6,7 +6,7 @@ from string import ascii_letters, punctuation
 from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from elite.data import PHOTO_TEMPLATES
+from elite.open_images import PHOTO_TEMPLATES
 from small_world.captions import CLASS_WORD
 from small_world.world import ATTRIBUTES, HELD_OUT_KINDS, SCENES
 

@@ -15,11 +15,11 @@ from gradio.utils import get_upload_folder
 from gradio_client.utils import apply_diff
 from PIL import Image
 
-from elite.app import build_page
-from elite.app_handlers import AppHandlers, Stop
-from elite.app_server import private_files, serve
+from app.handlers import AppHandlers, Stop
+from app.page import build_page
+from app.server import private_files, serve
+from app.studio import Studio
 from elite.data import PairFolder
-from elite.studio import Studio
 from tests import tiny
 from tests.conftest import make_pipe
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from elite.app import build_page
-from elite.app_handlers import AppHandlers
-from elite.app_server import private_files, serve
+from app.handlers import AppHandlers
+from app.page import build_page
+from app.server import private_files, serve
+from app.studio import Studio
 from elite.data import PairFolder
 from elite.files import write_atomically
 from elite.pipeline import ElitePipeline
-from elite.studio import Studio
 from tests.conftest import REPOSITORY
 
 EXAMPLE = "striped_mug_yellow_blue"

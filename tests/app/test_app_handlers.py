@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from app.handlers import BROKEN, DIMMED, SWEEP, AppHandlers, Stop, data_url, dimmed, message
+from app.marking import Shown
+from app.page import build_page
+from app.studio import Order, Studio
 from elite import ElitePipeline
-from elite.app import build_page
-from elite.app_handlers import BROKEN, DIMMED, SWEEP, AppHandlers, Stop, data_url, dimmed, message
 from elite.data import PairFolder
-from elite.loading import DEFAULT_SAMPLER, DEFAULT_STEPS
-from elite.marking import Shown
-from elite.studio import Order, Studio
+from elite.defaults import DEFAULT_SAMPLER, DEFAULT_STEPS
 from tests.app.conftest import noise_file
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from elite.app import build_page
-from elite.app_server import serve
+from app.page import build_page
+from app.server import serve
 from tests.app.conftest import MAX_UPLOAD, QUEUE, Client, file_data, in_parallel, noise_file
 from tests.conftest import REPOSITORY
 

@@ -10,7 +10,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from elite.app_server import (
+from app.server import (
     BodyLimit,
     check_exposure,
     is_loopback,

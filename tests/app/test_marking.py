@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from elite.marking import MAX_POINTS, Marks, Shown, Stroke, make_square, paint, read_marks
+from app.marking import MAX_POINTS, Marks, Shown, Stroke, make_square, paint, read_marks
 from elite.masks import Box, centred_prior, grab_cut, prior_of_box
 
 DOT = Stroke(((0.5, 0.5),), 0.2)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from elite.subjects import read_prompts, read_subjects
+from evaluation.subjects import read_prompts, read_subjects
 from tests import tiny
 from tests.conftest import run_script
 

@@ -6,12 +6,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from elite import stages
 from elite.loading import load_stable_diffusion, stock_pipeline
-from elite.pictures import PictureFolder, read_templates
-from elite.stages import train_textual_inversion
-from elite.textual_inversion import load_embeddings, load_into
 from tests import tiny
 from tests.conftest import run_script
+from textual_inversion.files import load_embeddings, load_into
+from textual_inversion.pictures import PictureFolder, read_templates
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +85,9 @@ def test_a_word_is_learned_and_drawn(family, photos, tmp_path):
 def test_every_other_weight_stays(family, photos, tmp_path, monkeypatch):
     """Compared with the files, in the very objective that was trained."""
     trained = []
-    fit = train_textual_inversion.__globals__["fit"]
-    monkeypatch.setitem(
-        train_textual_inversion.__globals__,
+    fit = stages.fit
+    monkeypatch.setattr(
+        stages,
         "fit",
         lambda objective, *rest, **options: (
             trained.append(objective),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from elite.data import OpenImagesBoxes, OpenImagesMasks, mask_boxes_path, save_mask_boxes
+from elite.open_images import OpenImagesBoxes, OpenImagesMasks, mask_boxes_path, save_mask_boxes
 
 REPOSITORY = Path(__file__).parents[2]
 ENCODED = """

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from elite import ElitePipeline, GlobalMapper, LocalMapper
 from elite.checkpoint import load_mapper
-from elite.data import OpenImagesBoxes, OpenImagesMasks
 from elite.loading import load_parts
 from elite.objectives import EliteObjective, GlobalObjective, LocalObjective
+from elite.open_images import OpenImagesBoxes, OpenImagesMasks
 from elite.run_folder import checkpoints
 from elite.stream import TrainingStream, collate
 from elite.training import fit, make_accelerator

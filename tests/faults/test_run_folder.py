@@ -92,7 +92,7 @@ def test_limit_never_removes_the_last_whole_checkpoint(stopped, capfd):
 
 def test_limit_removes_nothing_while_the_newest_is_damaged(tmp_path, monkeypatch, capfd):
     train(tmp_path, max_steps=2)
-    monkeypatch.setattr("elite.training.seal", lambda folder: (folder / HASHES).write_text("{"))
+    monkeypatch.setattr("elite.run_folder.seal", lambda folder: (folder / HASHES).write_text("{"))
     train(tmp_path, max_steps=3, resume="latest", checkpoints_total_limit=1)
     assert [p.name for p in checkpoints(tmp_path)] == [f"checkpoint-{n}" for n in (1, 2, 3)]
     assert "older checkpoints are kept" in capfd.readouterr().out

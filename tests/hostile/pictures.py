@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from elite.data import Pair, PairFolder, pair_of
-from elite.pictures import PictureFolder
 from tests.hostile.harness import Case, World
+from textual_inversion.pictures import PictureFolder
 
 GOOD = Image.fromarray(
     np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8), "RGB"

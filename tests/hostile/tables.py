@@ -7,17 +7,17 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from data_scripts import make_masks
-from elite.data import (
+from elite.open_images import (
     OpenImagesBoxes,
     OpenImagesMasks,
     _box_type,
     load_mask_boxes,
     read_boxes,
 )
-from elite.pictures import read_templates
-from elite.subjects import read_prompts
+from evaluation.subjects import read_prompts
 from tests.hostile.harness import Case, World
 from tests.hostile.pictures import GOOD, encoded, square
+from textual_inversion.pictures import read_templates
 
 BOXES = "ImageID,XMin,XMax,YMin,YMax\n"
 GOOD_ROW = "0123456789abcdef,0.1,0.6,0.1,0.6\n"

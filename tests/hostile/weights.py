@@ -19,10 +19,10 @@ from elite import ElitePipeline
 from elite.concept import ConceptFolder
 from elite.latents import Shard
 from elite.loading import load_parts
-from elite.textual_inversion import load_embeddings, merge_embeddings
 from tests import tiny
 from tests.hostile.harness import Case, World
 from tests.hostile.tables import RunsCode, feed
+from textual_inversion.files import load_embeddings, merge_embeddings
 
 # --- checkpoints of the release -------------------------------------------------------------------
 

@@ -7,18 +7,18 @@ import pytest
 import torch
 from PIL import Image
 
-from elite.data import (
+from elite.data import PairFolder
+from elite.images import resize, to_clip_pixels, to_pixels
+from elite.open_images import (
     PHOTO_TEMPLATES,
     OpenImagesBoxes,
     OpenImagesMasks,
-    PairFolder,
     load_mask_boxes,
     mask_boxes_path,
     padded,
     save_mask_boxes,
     with_framing,
 )
-from elite.images import resize, to_clip_pixels, to_pixels
 from tests.open_images import (
     BACKGROUND,
     BOX_COLUMNS,
@@ -181,7 +181,7 @@ def test_many_rows_are_read_in_blocks(tmp_path, monkeypatch):
     ]
     root = boxes_folder(tmp_path, rows)
     whole = OpenImagesBoxes(root)
-    monkeypatch.setattr("elite.data.CSV_BLOCK", 4)
+    monkeypatch.setattr("elite.open_images.CSV_BLOCK", 4)
     blocks = OpenImagesBoxes(root)
     assert blocks.image_ids.tolist() == [row[0].encode() for row in rows]
     np.testing.assert_array_equal(blocks.boxes, whole.boxes)

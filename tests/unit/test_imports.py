@@ -1,4 +1,4 @@
-"""Imports inside `elite` point one way, and users find its public names."""
+"""Imports point one way, within `elite` and among the packages, and users find the public names."""
 
 import ast
 import subprocess
@@ -11,12 +11,11 @@ import elite
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-# A module imports only from lines above its own.
+# A module of elite/ imports only from lines above its own.
 LAYERS = (
-    ("files", "wording"),
+    ("defaults", "files", "wording"),
     ("cards",),
     (
-        "app_server",
         "augment",
         "console",
         "images",
@@ -27,17 +26,28 @@ LAYERS = (
         "stream",
         "text",
     ),
-    ("attention", "checkpoint", "concept", "config", "data", "masks", "run_folder"),
-    ("named_concepts",),
-    ("latents", "marking", "metrics", "objectives", "pictures", "pipeline", "subjects", "training"),
-    ("encoding", "textual_inversion"),
+    ("attention", "checkpoint", "concept", "config", "data", "masks", "open_images"),
+    ("compat", "named_concepts", "run_folder"),
+    ("latents", "objectives", "pipeline", "training"),
+    ("encoding",),
     ("drawing",),
-    ("evaluation", "inference", "stages", "studio"),
-    ("app_handlers",),
-    ("app",),
+    ("inference", "stages"),
 )
 LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
 SAME_LAYER = {("augment", "images")}  # a leaf that uses another
+
+# What each package beside elite/ may import of the repository, besides itself.
+PACKAGES = {
+    "elite": set(),
+    "app": {"elite"},
+    "evaluation": {"elite"},
+    "textual_inversion": {"elite"},
+    "small_world": {"elite", "evaluation", "textual_inversion"},
+    "benchmarks": {"elite", "data_scripts", "small_world"},
+}
+OURS = {path.stem for path in REPOSITORY.glob("*.py")} | {
+    path.parent.name for path in REPOSITORY.glob("*/*.py")
+}
 
 
 def imported_from(path: Path) -> set[str]:
@@ -68,12 +78,17 @@ def test_imports_point_one_way(path):
     assert not wrong, f"{path.stem} must not import {wrong}"
 
 
-def test_elite_knows_nothing_of_what_uses_it():
-    users = ("small_world", "tests", "data_scripts", "app", "benchmarks")
-    scripts = ("train_", "inference_", "encode", "evaluate", "merge_")
-    for path in (REPOSITORY / "elite").glob("*.py"):
-        wrong = {name for name in imported_from(path) if name.startswith(users + scripts)}
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_import_towards_elite(package):
+    for path in (REPOSITORY / package).glob("*.py"):
+        imported = {name.split(".")[0] for name in imported_from(path)} & OURS
+        wrong = imported - PACKAGES[package] - {package}
         assert not wrong, f"{path.name} imports {wrong}"
+
+
+def test_every_package_has_its_place():
+    without = {"data_scripts", "docs", "tests"}  # scripts, which nobody but tests imports
+    assert {path.parent.name for path in REPOSITORY.glob("*/*.py")} == PACKAGES.keys() | without
 
 
 @pytest.mark.parametrize("name", elite.__all__)

@@ -11,10 +11,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from elite.data import OpenImagesBoxes
 from elite.latents import CachedBoxes, cache_latents, file_states
 from elite.loading import load_parts
 from elite.objectives import GlobalObjective
+from elite.open_images import OpenImagesBoxes
 from elite.training import fit, make_accelerator
 from tests import tiny
 from tests.conftest import forget_accelerate
@@ -125,7 +125,7 @@ def train(dataset, model_folder, output_dir):
 def test_training_meets_the_same_samples_noise_and_losses(
     boxes, vae, cache, model_folder, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("elite.training.UNREADABLE_TOLERATED", 0.5)  # two of so few are many
+    monkeypatch.setattr("elite.run_folder.UNREADABLE_TOLERATED", 0.5)  # two of so few are many
     plain = train(boxes, model_folder, tmp_path / "plain")
     plain_output = capsys.readouterr()
     cached = train(CachedBoxes(boxes, cache, vae), model_folder, tmp_path / "cached")

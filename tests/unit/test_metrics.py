@@ -7,10 +7,10 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
 from elite.data import pair_of
-from elite.evaluation import Case, ClipScores, DinoScores, markdown, summarise
 from elite.images import CLIP_MEAN, CLIP_STD
-from elite.metrics import Clip, Dino, bootstrap, centre_square, mean_cosine
-from elite.subjects import Subject
+from evaluation.cases import Case, ClipScores, DinoScores, markdown, summarise
+from evaluation.metrics import Clip, Dino, bootstrap, centre_square, mean_cosine
+from evaluation.subjects import Subject
 from small_world.tokenizer import build_tokenizer
 
 

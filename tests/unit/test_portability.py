@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from elite.data import OpenImagesBoxes, OpenImagesMasks
+from elite.open_images import OpenImagesBoxes, OpenImagesMasks
 from elite.stream import TrainingStream, stream_loader
 from tests.conftest import REPOSITORY
 from tests.open_images import make_open_images

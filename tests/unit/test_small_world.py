@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from data_scripts import make_small_world as writer
-from elite.data import OpenImagesBoxes, OpenImagesMasks, PairFolder, load_mask_boxes
+from elite.data import PairFolder
 from elite.images import read_image, read_mask
+from elite.open_images import OpenImagesBoxes, OpenImagesMasks, load_mask_boxes
 from small_world.classifier import JUDGED, Judge, JudgeObjective, disturbed, load_judge
 from small_world.models import build_clip
 from small_world.objectives import ImageEncoderObjective

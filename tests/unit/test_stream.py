@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from elite.data import OpenImagesMasks
+from elite.open_images import OpenImagesMasks
 from elite.stream import TrainingStream, stream_loader
 from tests.open_images import make_open_images
 

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from elite.config import REPOSITORY
-from elite.subjects import read_prompts, read_subjects
+from evaluation.subjects import read_prompts, read_subjects
 from small_world.attributes import scene_of, thing_of
 from small_world.world import SCENES, things
 from tests import tiny

@@ -6,19 +6,21 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 from elite.loading import load_stable_diffusion, stock_pipeline
-from elite.textual_inversion import (
+from textual_inversion.files import (
     EMBEDDING_FILES,
     TOKENIZERS,
-    ExtendedEmbedding,
-    TextualInversionObjective,
-    add_tokens,
-    concept_rows,
-    initial_rows,
     load_embeddings,
     load_into,
     merge_embeddings,
     save_embeddings,
     spell,
+)
+from textual_inversion.objective import (
+    ExtendedEmbedding,
+    TextualInversionObjective,
+    add_tokens,
+    concept_rows,
+    initial_rows,
 )
 
 WORD = "<cat>"

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 AUTH_VARIABLE = "ELITE_APP_AUTH"
 FILES_VARIABLE = "GRADIO_TEMP_DIR"
 MAX_SESSIONS = 200  # whose state is kept; older ones start anew
-STYLE = Path(__file__).with_name("app.css")
+STYLE = Path(__file__).with_name("assets") / "style.css"
 FONT, MONOSPACE = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")  # none to download
 
 

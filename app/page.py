@@ -9,13 +9,13 @@ import gradio as gr
 from gradio.data_classes import FileData, ImageData
 from gradio.utils import get_upload_folder
 
-from elite.app_handlers import AppHandlers, Stop, Values, example_pictures
-from elite.loading import DEFAULT_SAMPLER, DEFAULT_STEPS
+from app.handlers import AppHandlers, Stop, Values, example_pictures
+from app.studio import MAX_GUIDANCE, MAX_LAMBDA, MAX_STEPS
+from elite.defaults import DEFAULT_SAMPLER, DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA
 from elite.settings import SAMPLERS
-from elite.studio import MAX_GUIDANCE, MAX_LAMBDA, MAX_STEPS
 
 T = TypeVar("T", gr.Image, gr.File)
-HERE = Path(__file__).parent
+ASSETS = Path(__file__).with_name("assets")
 SMALL = 128  # pictures of a side below this are shown with their pixels
 KEEP_FILES = (600, 3600)  # every so many seconds, files older than so many seconds are deleted
 INTRODUCTION = (
@@ -156,8 +156,8 @@ def _object_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
         )
     controls["marks"] = gr.HTML(
         value="",
-        html_template=(HERE / "app_marker.html").read_text(encoding="utf-8"),
-        js_on_load=(HERE / "app_marker.js").read_text(encoding="utf-8"),
+        html_template=(ASSETS / "marker.html").read_text(encoding="utf-8"),
+        js_on_load=(ASSETS / "marker.js").read_text(encoding="utf-8"),
         picture="",
         method="centre",
     )
@@ -194,7 +194,7 @@ def _prompt_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
     controls["lambda_"] = gr.Slider(
         0,
         MAX_LAMBDA,
-        0.8,
+        LAMBDA,
         step=0.05,
         label="Likeness to your object (lambda)",
         info="0: only a rough idea of it. 0.6: room for the prompt. 0.8: the object itself.",
@@ -207,7 +207,7 @@ def _prompt_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
         controls["guidance"] = gr.Slider(
             0,
             MAX_GUIDANCE,
-            5,
+            GUIDANCE_SCALE,
             step=0.5,
             label="How closely pictures follow the prompt (guidance)",
             info="1 or less: loosely. Very high: harsh colours.",
@@ -269,7 +269,7 @@ def _second_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
     controls["second_lambda"] = gr.Slider(
         0,
         MAX_LAMBDA,
-        0.8,
+        LAMBDA,
         step=0.05,
         label=f"Likeness to {second} (lambda)",
         visible=studio.has_details,

@@ -1,43 +1,22 @@
-"""Textual inversion (Gal et al. 2022, arXiv 2208.01618): new rows of the token embedding learn one
-concept from a few pictures. Stable Diffusion 1.x and SDXL; the files are those of diffusers.
+"""What textual inversion learns: new rows of the token embedding, from a few pictures of one
+concept, by the same loss as Stable Diffusion itself."""
 
-A placeholder of several vectors is spelled as diffusers does: `<cat> <cat>_1 <cat>_2`.
-"""
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from elite.concept import DTYPES, Concept
-from elite.files import is_file, write_atomically
+from elite.concept import Concept
 from elite.loading import is_xl
 from elite.objectives import Batch, DenoisingObjective
-from elite.wording import brief
-
-# File of each text encoder's embeddings, as diffusers' loaders look for them.
-EMBEDDING_FILES = {
-    "text_encoder": "learned_embeds.safetensors",
-    "text_encoder_2": "learned_embeds_2.safetensors",
-}
-TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-
-Embeddings = dict[str, Tensor]  # placeholder to its vectors (L, D)
-
+from textual_inversion.files import EMBEDDING_FILES, TOKENIZERS, save_embeddings, spell
 
 # --- tokens and rows ------------------------------------------------------------------------------
-
-
-def spell(placeholder: str, num_vectors: int) -> list[str]:
-    """The tokens of a placeholder: ['<cat>', '<cat>_1', ...]."""
-    return [placeholder, *(f"{placeholder}_{i}" for i in range(1, num_vectors))]
 
 
 def add_tokens(tokenizer: CLIPTokenizer, placeholder: str, num_vectors: int) -> list[int]:
@@ -128,130 +107,30 @@ def concept_rows(path: Path | str, width: int, num_vectors: int) -> Tensor:
     return words[:num_vectors]
 
 
-# --- files ----------------------------------------------------------------------------------------
-
-
-def save_embeddings(path: Path | str, embeddings: Embeddings) -> None:
-    """Writes placeholders with their vectors; of a single one diffusers reads the file as it is."""
-    tensors = {name: rows.detach().cpu().contiguous() for name, rows in embeddings.items()}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary))
-
-
-def load_embeddings(source: Path | str) -> dict[str, Embeddings]:
-    """Embeddings by text encoder: of a file the first encoder's, of a folder whatever is there.
-
-    A concept of ELITE counts as the embedding of its w0, named after its file.
-
-    Raises:
-        ValueError: nothing there, or not a file of embeddings.
-    """
-    source = Path(source)
-    if not source.is_dir():
-        return {"text_encoder": _load_file(source)}
-    found = {
-        encoder: _load_file(source / name)
-        for encoder, name in EMBEDDING_FILES.items()
-        if (source / name).exists()
-    }
-    if "text_encoder" not in found:
-        raise ValueError(f"{source}: no {EMBEDDING_FILES['text_encoder']} in this folder")
-    return found
-
-
-def _load_file(path: Path) -> Embeddings:
-    if not is_file(path):
-        raise ValueError(f"{path}: no such file; expected learned embeddings")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path}: not a safetensors file ({error}); other formats are not read, since they "
-            "could run code"
-        ) from None
-    if "words" in tensors and tensors["words"].ndim == 3:
-        return {f"<{path.stem}>": Concept.load(path).words[0, :1]}
-    if not tensors or not all(map(_is_vectors, tensors.values())):
-        raise ValueError(f"{path}: not learned embeddings; expected vectors named by placeholders")
-    if bad := [name for name in tensors if not name.strip() or not name.isprintable()]:
-        raise ValueError(
-            f"{path}: {brief(bad[0])} is no placeholder; expected a word that can be typed"
-        )
-    return {name: rows.reshape(-1, rows.shape[-1]) for name, rows in tensors.items()}
-
-
-def _is_vectors(rows: Tensor) -> bool:
-    """(D) or (L, D) of floating-point numbers."""
-    is_shaped = rows.ndim in (1, 2) and rows.numel() > 0
-    return is_shaped and rows.dtype in DTYPES and bool(rows.isfinite().all())
-
-
-def merge_embeddings(
-    sources: Sequence[Path | str], renames: Sequence[tuple[str, str]] = ()
-) -> dict[str, Embeddings]:
-    """Several files or folders as one.
+def starting_rows(
+    parts: Mapping[str, Any],
+    num_vectors: int,
+    words: str | None = None,
+    concept: str | None = None,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Where the new rows (L, D) of each text encoder start.
 
     Args:
-        renames: (old, new) pairs; of placeholders that clash the first keeps its name and each
-            rename gives the next one another.
-
-    Raises:
-        ValueError: two sources use one placeholder, or a rename matches none.
+        parts: as `loading.load_stable_diffusion` gives them.
+        words, seed: as `initializer` and `seed` of `initial_rows`.
+        concept: a concept file of ELITE, for the first text encoder; see `concept_rows`.
     """
-    merged: dict[str, Embeddings] = {}
-    owner: dict[str, str] = {}  # token to the source that has it
-    pending = list(renames)
-    loaded = [(str(source), load_embeddings(source)) for source in sources]
-    times = [name for _, by_encoder in loaded for name in by_encoder["text_encoder"]]
-    for source, by_encoder in loaded:
-        for old in by_encoder["text_encoder"]:
-            name = old
-            if old in owner or times.count(old) == 1:
-                name = next((new for known, new in pending if known == old), old)
-                pending = [(k, new) for k, new in pending if (k, new) != (old, name)]
-            for token in spell(name, len(by_encoder["text_encoder"][old])):
-                if token in owner:
-                    raise ValueError(
-                        f"{source}: placeholder {token!r} is also in {owner[token]}; give it "
-                        f"another name with --rename '{old}=NEW'"
-                    )
-                owner[token] = source
-            for encoder, embeddings in by_encoder.items():
-                if old in embeddings:
-                    merged.setdefault(encoder, {})[name] = embeddings[old]
-    if pending:
-        raise ValueError(
-            f"--rename {pending[0][0]}={pending[0][1]}: no input has that placeholder left to "
-            f"rename; they have {', '.join(owner)}"
-        )
-    return merged
-
-
-def load_into(pipe: Any, embeddings: Mapping[str, Embeddings]) -> None:
-    """Loads embeddings into a stock pipeline of diffusers.
-
-    Raises:
-        ValueError: of another width than the text encoder, a token that exists, or a missing
-            encoder's part.
-    """
+    rows = {}
     for encoder, tokenizer in TOKENIZERS.items():
-        module = getattr(pipe, encoder, None)
-        if module is None:
+        if encoder not in parts:
             continue
-        if encoder not in embeddings:
-            raise ValueError(
-                f"this model reads two text encoders; pass the folder with "
-                f"{EMBEDDING_FILES[encoder]}, too"
-            )
-        width = module.get_input_embeddings().weight.shape[1]
-        for name, rows in embeddings[encoder].items():
-            if rows.shape[1] != width:
-                raise ValueError(
-                    f"embedding {name!r} is {rows.shape[1]} wide, {encoder} of this model {width}; "
-                    "use the model it was learned with"
-                )
-            pipe.load_textual_inversion(
-                {name: rows}, text_encoder=module, tokenizer=getattr(pipe, tokenizer)
-            )
+        embedding = parts[encoder].get_input_embeddings()
+        if concept is not None and encoder == "text_encoder":
+            rows[encoder] = concept_rows(concept, embedding.weight.shape[1], num_vectors)
+        else:
+            rows[encoder] = initial_rows(embedding, parts[tokenizer], num_vectors, words, seed)
+    return rows
 
 
 # --- learning -------------------------------------------------------------------------------------
@@ -325,7 +204,7 @@ class TextualInversionObjective(DenoisingObjective):
         return {"loss": mse}
 
     def encode_text(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Text context (B, 77, D), and what SDXL's UNet reads besides."""
+        """Context (B, 77, D), and what SDXL's UNet reads besides."""
         if self.text_encoder_2 is None:
             return self.text_encoder(batch["text_encoder"]).last_hidden_state, {}
         first = self.text_encoder(batch["text_encoder"], output_hidden_states=True)

@@ -1,6 +1,6 @@
 // Marks an object on a square picture: strokes and a box, by mouse, finger or keyboard.
 // In: props.picture (an image as data URL), props.method. Out: props.value, the JSON that
-// elite/marking.py reads, all in shares of the side. `element`, `props`, `trigger` and `watch` are
+// app/marking.py reads, all in shares of the side. `element`, `props`, `trigger` and `watch` are
 // Gradio's.
 const image = element.querySelector("img");
 const canvas = element.querySelector("canvas");

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from app.marking import Shown, read_marks
+from app.studio import MAX_PICTURES, Drawn, OnProgress, Order, Studio, save_strip
 from elite.concept import Concept
 from elite.data import PairFolder
-from elite.marking import Shown, read_marks
 from elite.named_concepts import Words
-from elite.studio import MAX_PICTURES, Drawn, OnProgress, Order, Studio, save_strip
 
 Values = dict[str, Any]
 Tell = Callable[..., Any]  # gr.Progress: (steps done, steps in all), desc=, unit=
@@ -130,7 +130,7 @@ class AppHandlers:
         }
 
     def new_picture(self, values: Values) -> Values:
-        """The same for another picture, without the marks on the last one."""
+        """`look` for another picture, without the marks on the last one."""
         looked = self.look({**values, "marks": ""})
         return {**looked, "marks": {**looked["marks"], "value": ""}}
 
@@ -288,7 +288,7 @@ def teller(stop: Stop, tell: Tell) -> OnProgress:
 
 def caption(drawn: Drawn) -> str:
     """Of a thumbnail, which shows its beginning."""
-    return f"\u03bb {drawn.text['lambda']}, seed {drawn.seed}: {drawn.prompt}"
+    return f"\u03bb {drawn.metadata['lambda']}, seed {drawn.seed}: {drawn.prompt}"
 
 
 def seeds_of(order: Order) -> str:

@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elite.data import PHOTO_TEMPLATES, is_picture
+from elite.data import is_picture
 from elite.files import read_text
 from elite.images import read_image, resize, to_pixels
+from elite.open_images import PHOTO_TEMPLATES
 from elite.wording import brief
 
 MOST_NARROW = 20  # times; scaled to the square's side, others would fill the memory

@@ -1,0 +1,126 @@
+"""What a pipeline owes to diffusers and the method does not need: the hub, saving, exchanges of
+attention processors, clip_skip, callbacks."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from diffusers import StableDiffusionPipeline
+from huggingface_hub import snapshot_download
+from torch import Tensor
+
+from elite.attention import is_installed
+from elite.cards import Carded, pipeline_card
+from elite.loading import side_in_pixels
+
+
+class DiffusersPipeline(Carded, StableDiffusionPipeline):
+    """The side of `ElitePipeline` that faces diffusers; that class adds `install` and
+    `uninstall`."""
+
+    model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
+    # The UNet reads their K and V; a hook on the whole mapper would not see that.
+    _exclude_from_cpu_offload = ["global_mapper", "local_mapper"]  # noqa: RUF012
+    _optional_components = ["safety_checker", "feature_extractor", "local_mapper"]  # noqa: RUF012
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
+        """Fetches a pipeline from the hub for `from_pretrained` and returns its folder.
+
+        Diffusers' own refuses parts of classes that are not its own, such as the mappers.
+        """
+        names = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+        given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        wanted = ["*.json", "*.txt", "*.safetensors"]  # nothing that is unpickled
+        return snapshot_download(pretrained_model_name, allow_patterns=wanted, **given)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Saves the whole in diffusers layout, with a model card; the UNet's files are plain Stable
+        Diffusion."""
+        with self._plain_unet():
+            super().save_pretrained(*args, **kwargs)
+
+    def card(self) -> str:
+        """The model card that is saved with it."""
+        base = str(self.unet.config.get("_name_or_path") or "")
+        side = side_in_pixels(self.unet, self.vae)
+        return pipeline_card(base, self.local_mapper is not None, side)
+
+    @contextmanager
+    def _plain_unet(self) -> Iterator[None]:
+        """Within it the UNet is plain Stable Diffusion."""
+        installed = is_installed(self.unet)
+        self.uninstall()
+        try:
+            yield
+        finally:
+            if installed:
+                self.install(self.attention_norm)
+
+    # These exchange the processors of every attention: of ELITE's only the ones it stands in for.
+
+    def set_attention_slice(self, *args: Any) -> None:
+        with self._plain_unet():
+            super().set_attention_slice(*args)
+
+    def set_use_memory_efficient_attention_xformers(self, *args: Any) -> None:
+        with self._plain_unet():
+            super().set_use_memory_efficient_attention_xformers(*args)
+
+    def fuse_qkv_projections(self, *args: Any, **kwargs: Any) -> None:
+        with self._plain_unet():
+            super().fuse_qkv_projections(*args, **kwargs)
+
+    def unfuse_qkv_projections(self, *args: Any, **kwargs: Any) -> None:
+        with self._plain_unet():
+            super().unfuse_qkv_projections(*args, **kwargs)
+
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As diffusers', whose clip_skip looks for the `text_model` that transformers 5 has
+        dissolved."""
+        encoder = self.text_encoder
+        if kwargs.get("clip_skip") is None or hasattr(encoder, "text_model"):
+            return super().encode_prompt(*args, **kwargs)
+        encoder.__dict__["text_model"] = encoder  # past nn.Module, which would register it
+        try:
+            return super().encode_prompt(*args, **kwargs)
+        finally:
+            del encoder.__dict__["text_model"]
+
+
+# --- the arguments of a call ----------------------------------------------------------------------
+
+
+def text_options(kwargs: dict) -> dict[str, Any]:
+    """What the arguments of a call say about the text encoder."""
+    lora_scale = (kwargs.get("cross_attention_kwargs") or {}).get("scale")
+    return {"clip_skip": kwargs.get("clip_skip"), "lora_scale": lora_scale}
+
+
+def callback_may_change_context(kwargs: dict) -> bool:
+    """Whether the callback of a call is given the prompts' embeddings."""
+    return any("prompt_embeds" in name for name in _callback_inputs(kwargs))
+
+
+def cleared_after_last_step(kept: dict, kwargs: dict) -> dict[str, Any]:
+    """The arguments of a call with which `kept` is empty before the VAE decodes, which takes more
+    memory than the steps."""
+    callback = kwargs.get("callback_on_step_end")
+
+    def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
+        answer = tensors if callback is None else callback(pipe, step, timestep, tensors)
+        if step == pipe.num_timesteps - 1:
+            kept.clear()
+        return answer
+
+    return {
+        "callback_on_step_end": on_step_end,
+        "callback_on_step_end_tensor_inputs": _callback_inputs(kwargs),
+    }
+
+
+def _callback_inputs(kwargs: dict) -> list[str]:
+    """The tensors that the callback of a call is given; diffusers' own callbacks name theirs."""
+    named = getattr(kwargs.get("callback_on_step_end"), "tensor_inputs", None)
+    given = kwargs.get("callback_on_step_end_tensor_inputs") if named is None else named
+    return ["latents"] if given is None else list(given)

@@ -1,0 +1,408 @@
+"""Open Images as training data: boxes for stage 1, masks for stage 2, their captions, and the index
+of mask boxes.
+
+Another dataset needs what `OpenImagesBoxes` and `OpenImagesMasks` have: `len`, `sample` and `name`.
+"""
+
+import csv
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import itemgetter
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from elite.augment import clip_view, object_view, scaled_target
+from elite.defaults import PLACEHOLDER
+from elite.files import write_atomically
+from elite.images import (
+    fit_mask,
+    read_image,
+    read_mask,
+    resize,
+    to_clip_pixels,
+    to_pixels,
+)
+from elite.wording import brief
+
+# The 27 captions of textual inversion's "small" ImageNet set, which come from CLIP's prompts.
+PHOTO_TEMPLATES = (
+    "a photo of a {}",
+    "a rendering of a {}",
+    "a cropped photo of the {}",
+    "the photo of a {}",
+    "a photo of a clean {}",
+    "a photo of a dirty {}",
+    "a dark photo of the {}",
+    "a photo of my {}",
+    "a photo of the cool {}",
+    "a close-up photo of a {}",
+    "a bright photo of the {}",
+    "a cropped photo of a {}",
+    "a photo of the {}",
+    "a good photo of the {}",
+    "a photo of one {}",
+    "a close-up photo of the {}",
+    "a rendition of the {}",
+    "a photo of the clean {}",
+    "a rendition of a {}",
+    "a photo of a nice {}",
+    "a good photo of a {}",
+    "a photo of the nice {}",
+    "a photo of the small {}",
+    "a photo of the weird {}",
+    "a photo of the large {}",
+    "a photo of a cool {}",
+    "a photo of a small {}",
+)
+
+BOX_PADDING = 10  # pixels around a box of stage 1
+CSV_BLOCK = 16384  # rows held as text at a time
+LONGEST_TEXT = 250  # characters; a longer one would widen the array of all rows
+BOX_FIELDS = ("name", "hs", "he", "ws", "we")  # of the index of mask boxes
+REBUILD = "python data_scripts/cal_bbox_by_seg.py DIR"
+
+
+# --- captions -------------------------------------------------------------------------------------
+
+
+def with_framing(caption: str, phrase: str) -> str:
+    """The caption with its leading article replaced, as a word, by the phrase.
+
+    Deviation: the release replaces letters and trains on "ahe photo of a S".
+    """
+    rest = re.sub(r"^(a|an|the)\s+", "", caption)
+    return f"{phrase} {rest}"
+
+
+def _draw_caption(placeholder_token: str, rng: np.random.Generator) -> str:
+    return PHOTO_TEMPLATES[rng.integers(len(PHOTO_TEMPLATES))].format(placeholder_token)
+
+
+# --- Open Images ----------------------------------------------------------------------------------
+
+
+def read_columns(path: Path, names: tuple[str, ...]) -> list[np.ndarray]:
+    """The named columns of a CSV file as byte strings (rows,).
+
+    Read in blocks, so that a million rows cost little memory.
+
+    Raises:
+        ValueError: no such file, or a column is missing.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file)
+            header = next(rows, [])
+            missing = [name for name in names if name not in header]
+            if missing:
+                raise ValueError(
+                    f"{path}: no column {', '.join(missing)}; expected the CSV of Open Images V6"
+                )
+            pick = itemgetter(*(header.index(name) for name in names))
+            return _stack_blocks(rows, pick, len(names))
+    except OSError as error:
+        raise ValueError(
+            f"{path}: {error.strerror}; "
+            "expected the Open Images V6 layout (annotations/, images/, segs/)"
+        ) from None
+    except (IndexError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not a readable CSV file ({error}); download it again") from None
+
+
+def _stack_blocks(
+    rows: Iterator[list[str]], pick: Callable[[list[str]], Sequence[str]], columns: int
+) -> list[np.ndarray]:
+    """Picked columns of all rows, as arrays no wider than their longest text."""
+    blocks: list[list[np.ndarray]] = [[] for _ in range(columns)]
+    picked = map(pick, filter(None, rows))
+    while block := list(itertools.islice(picked, CSV_BLOCK)):
+        if any(len(text) > LONGEST_TEXT for row in block for text in row):
+            raise csv.Error(f"a text of more than {LONGEST_TEXT} characters")
+        for parts, texts in zip(blocks, zip(*block, strict=True), strict=True):
+            parts.append(np.array([text.encode() for text in texts]))
+    return [np.concatenate(parts) if parts else np.zeros(0, dtype="S1") for parts in blocks]
+
+
+class OpenImagesBoxes:
+    """Stage 1: boxes that cover 2 to 80 % of their image, groups of objects included.
+
+    The class names of `oidv6-class-descriptions.csv` play no part in training and need not be
+    there.
+
+    Args:
+        root: folder with `images/test/ID.jpg` and `annotations/test-annotations-bbox.csv`.
+        resolution: side of the target in pixels.
+        clip_size: side of the CLIP input in pixels.
+        placeholder_token: word that stands for the object in captions.
+        set_name: `test`, `validation` or `train`, as in the names of files and folders.
+
+    Raises:
+        ValueError: no CSV file, or no usable box in it.
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        *,
+        resolution: int = 512,
+        clip_size: int = 224,
+        placeholder_token: str = PLACEHOLDER,
+        set_name: str = "test",
+    ) -> None:
+        self.image_folder = Path(root) / "images" / set_name
+        self.resolution, self.clip_size = resolution, clip_size
+        self.placeholder_token = placeholder_token
+        path = Path(root) / "annotations" / f"{set_name}-annotations-bbox.csv"
+        self.image_ids, self.boxes = read_boxes(path)  # (N,) bytes, (N, 4) x0 x1 y0 y1 in [0, 1]
+        if not len(self.boxes):
+            raise ValueError(f"{path}: no box covers 2 to 80 % of its image; nothing to train on")
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Tensor | str]:
+        """Target, CLIP view and caption of a box; the target depends on the box alone.
+
+        Returns:
+            pixels: float32 (3, resolution, resolution) in [-1, 1].
+            clip_pixels: float32 (3, clip_size, clip_size), augmented, CLIP-normalised.
+            caption: e.g. "a photo of a S".
+
+        Raises:
+            ValueError: the image cannot be read; the message names it.
+        """
+        crop = self.crop(index)
+        return {"pixels": self.target(crop), **self.view(crop, rng)}
+
+    def name(self, index: int) -> str:
+        """The file that a box lies in, and the box: x0, x1, y0, y1 relative to it."""
+        place = ", ".join(f"{side:.3f}" for side in self.boxes[index])
+        return f"{self.image_path(index)} [{place}]"
+
+    def image_path(self, index: int) -> Path:
+        """The file that a box lies in."""
+        return _image_path(self.image_folder, self.image_ids[index])
+
+    def crop(self, index: int) -> np.ndarray:
+        """A box with 10 px around, uint8 (h, w, 3). Raises ValueError as `sample` does."""
+        image = read_image(self.image_path(index))
+        height, width = image.shape[:2]
+        left, right, top, bottom = self.boxes[index] * (width, width, height, height)
+        return image[padded((top, bottom, left, right), BOX_PADDING, height, width)]
+
+    def target(self, crop: np.ndarray) -> Tensor:
+        """The `pixels` of a crop."""
+        return to_pixels(resize(crop, self.resolution, self.resolution))
+
+    def view(self, crop: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor | str]:
+        """The `clip_pixels` and `caption` of a crop."""
+        return {
+            "clip_pixels": to_clip_pixels(clip_view(crop, self.clip_size, rng)),
+            "caption": _draw_caption(self.placeholder_token, rng),
+        }
+
+
+def read_boxes(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Image names (N,) and boxes float32 (N, 4) x0 x1 y0 y1 that cover 2 to 80 % of their image.
+
+    Boxes are cut to the image first.
+    """
+    image_ids, *sides = read_columns(path, ("ImageID", "XMin", "XMax", "YMin", "YMax"))
+    try:
+        with np.errstate(over="ignore"):  # 1e300 is outside the image like any other
+            boxes = np.stack([side.astype(np.float32) for side in sides], axis=1).clip(0, 1)
+    except ValueError as error:
+        raise ValueError(f"{path}: a box is not a number ({error}); download it again") from None
+    width, height = boxes[:, 1] - boxes[:, 0], boxes[:, 3] - boxes[:, 2]
+    area = np.where((width > 0) & (height > 0), width * height, 0)
+    usable = (area >= 0.02) & (area <= 0.8)
+    return image_ids[usable], boxes[usable]
+
+
+def padded(
+    box: Sequence[float] | np.ndarray, padding: int, height: int, width: int
+) -> tuple[slice, slice]:
+    """Rows and columns of a box (top, bottom, left, right) in pixels, grown inside the image."""
+    top, bottom, left, right = box
+    return (
+        slice(max(math.floor(top) - padding, 0), min(math.ceil(bottom) + padding, height)),
+        slice(max(math.floor(left) - padding, 0), min(math.ceil(right) + padding, width)),
+    )
+
+
+def _image_path(folder: Path, image_id: bytes) -> Path:
+    return _inside(folder, f"{image_id.decode()}.jpg")
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The file of that name. Raises ValueError where a table names one outside the folder."""
+    if not name or Path(name).name != name or not name.isprintable():
+        raise ValueError(f"{folder}: {brief(name)} is no file name; correct the annotations")
+    return folder / name
+
+
+class OpenImagesMasks:
+    """Stage 2: masks with both sides of at least 100 px and an aspect of 0.5 to 2.
+
+    Sizes are those of the mask file, which may differ from the image's.
+
+    Args:
+        root: folder with `images/test/ID.jpg`, `segs/test/*.png`, `segs/test_bbox_dict.npy` and
+            `annotations/test-annotations-object-segmentation.csv`.
+        resolution: side of the target in pixels.
+        clip_size: side of the CLIP input in pixels.
+        latent_size: side of the latent.
+        placeholder_token: word that stands for the object in captions.
+        set_name: `test`, `validation` or `train`, as in the names of files and folders.
+
+    Raises:
+        ValueError: a file of the index is missing or pickled, or no usable mask is in it.
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        *,
+        resolution: int = 512,
+        clip_size: int = 224,
+        latent_size: int = 64,
+        placeholder_token: str = PLACEHOLDER,
+        set_name: str = "test",
+    ) -> None:
+        self.image_folder = Path(root) / "images" / set_name
+        self.mask_folder = Path(root) / "segs" / set_name
+        self.resolution, self.clip_size, self.latent_size = resolution, clip_size, latent_size
+        self.placeholder_token = placeholder_token
+        path = Path(root) / "annotations" / f"{set_name}-annotations-object-segmentation.csv"
+        index = usable_masks(load_mask_boxes(mask_boxes_path(root, set_name)))
+        mask_names, image_ids = read_columns(path, ("MaskPath", "ImageID"))
+        known = np.char.encode(index["name"], "utf-8")
+        _, rows, entries = np.intersect1d(mask_names, known, return_indices=True)
+        self.image_ids, self.index = image_ids[rows], index[entries]
+        if not len(self.index):
+            raise ValueError(
+                f"{path}: no mask of 100 px or more with an aspect of 0.5 to 2; nothing to train on"
+            )
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Tensor | str]:
+        """Target, views, masks and caption of an object.
+
+        Returns:
+            pixels: float32 (3, resolution, resolution) in [-1, 1], scale augmentation applied.
+            loss_mask: float32 (1, latent_size, latent_size), M of the paper, 0 or 1 and never all
+                0.
+            clip_pixels: float32 (3, clip_size, clip_size), the plain crop, CLIP-normalised.
+            object_pixels: float32 (3, clip_size, clip_size), the augmented object on black,
+                CLIP-normalised.
+            object_mask: float32 (1, clip_size, clip_size), 0 or 1, its mask under the same
+                augmentation.
+            caption: e.g. "a far away photo of a S".
+
+        Raises:
+            ValueError: image or mask cannot be read, or do not fit each other; the message names
+                the file.
+        """
+        crop, mask = self._crop(index, rng)
+        target = scaled_target(crop, self.resolution, self.latent_size, rng)
+        object_image, object_mask = object_view(crop, mask, self.clip_size, rng)
+        if not object_mask.any():
+            raise ValueError(
+                f"{self._mask_path(index)}: no object pixel is left at {self.clip_size} px; "
+                "remove the mask"
+            )
+        return {
+            "pixels": to_pixels(target.image),
+            "loss_mask": torch.from_numpy(target.valid).float()[None],
+            "clip_pixels": to_clip_pixels(resize(crop, self.clip_size, self.clip_size)),
+            "object_pixels": to_clip_pixels(object_image),
+            "object_mask": torch.from_numpy(object_mask).float()[None],
+            "caption": with_framing(_draw_caption(self.placeholder_token, rng), target.phrase),
+        }
+
+    def name(self, index: int) -> str:
+        """The file of a mask."""
+        return str(self._mask_path(index))
+
+    def _mask_path(self, index: int) -> Path:
+        return _inside(self.mask_folder, str(self.index["name"][index]))
+
+    def _crop(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Image uint8 (h, w, 3) and mask bool (h, w), the object with 10 to 19 px around."""
+        image = read_image(_image_path(self.image_folder, self.image_ids[index]))
+        path = self._mask_path(index)
+        mask_file = read_mask(path)
+        mask = fit_mask(mask_file, image, str(path))
+        (height, width), (mask_height, mask_width) = mask.shape, mask_file.shape
+        scale = np.repeat((height / mask_height, width / mask_width), 2)
+        hs, he, ws, we = (self.index[side][index] for side in ("hs", "he", "ws", "we"))
+        place = padded(scale * (hs, he, ws, we), int(rng.integers(10, 20)), height, width)
+        if not mask[place].any():
+            raise ValueError(f"{path}: mask has changed since its box was found; run {REBUILD}")
+        return image[place], mask[place]
+
+
+# --- the index of mask boxes ----------------------------------------------------------------------
+
+
+def mask_boxes_path(root: Path | str, set_name: str = "test") -> Path:
+    """Where the index of mask boxes of an Open Images folder lies."""
+    return Path(root) / "segs" / f"{set_name}_bbox_dict.npy"
+
+
+def save_mask_boxes(path: Path, boxes: Mapping[str, tuple[int, int, int, int]]) -> None:
+    """Write the index: per mask file its box, so that `mask[hs:he, ws:we]` is the object.
+
+    A structured array ordered by name, no pickle; the file appears whole or not at all.
+
+    Raises:
+        ValueError: the disk is full or the folder cannot be written.
+    """
+    rows = [(name, *boxes[name]) for name in sorted(boxes)]
+    width = max(map(len, boxes), default=1)
+    table = np.array(rows, dtype=_box_type(width))
+    write_atomically(path, lambda temporary: np.save(temporary, table, allow_pickle=False))
+
+
+def load_mask_boxes(path: Path) -> np.ndarray:
+    """The index of mask boxes: structured array (N,) of name, hs, he, ws, we.
+
+    Raises:
+        ValueError: no such file, or not ours (the release's is pickled and never opened).
+    """
+    try:
+        # Mapped, since reading would first allocate whatever size the file claims.
+        boxes = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; make it with {REBUILD}") from None
+    except Exception:  # numpy's reader raises errors of parsers, too
+        raise ValueError(f"{path}: pickled or damaged; rebuild it with {REBUILD}") from None
+    if not isinstance(boxes, np.ndarray) or boxes.ndim != 1 or not _is_box_type(boxes.dtype):
+        raise ValueError(f"{path}: not an index of mask boxes; rebuild it with {REBUILD}")
+    return np.array(boxes)
+
+
+def _box_type(width: int) -> np.dtype:
+    """A row of the index, with names of up to `width` characters."""
+    return np.dtype(list(zip(BOX_FIELDS, (f"U{width}", *4 * ("i4",)), strict=True)))
+
+
+def _is_box_type(dtype: np.dtype) -> bool:
+    if dtype.names != BOX_FIELDS:
+        return False
+    kinds = [(dtype[name].kind, dtype[name].itemsize) for name in BOX_FIELDS]
+    return kinds[0][0] == "U" and set(kinds[1:]) == {("i", 4)}
+
+
+def usable_masks(boxes: np.ndarray) -> np.ndarray:
+    """The rows of the index with both sides of at least 100 px and an aspect of 0.5 to 2."""
+    height, width = boxes["he"] - boxes["hs"], boxes["we"] - boxes["ws"]
+    large = (height >= 100) & (width >= 100)
+    return boxes[large & (height <= 2 * width) & (width <= 2 * height)]
