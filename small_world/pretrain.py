@@ -58,7 +58,7 @@ RECIPES = {
         "learning_rate": 1e-3,
         "ema_decay": 0.999,
     },
-    "base": {"samples": 192_000, "batch_size": 64, "learning_rate": 1e-3, "ema_decay": 0.9995},
+    "base": {"samples": 268_800, "batch_size": 64, "learning_rate": 1e-3, "ema_decay": 0.9995},
 }
 NUM_PREVIEWS = 8  # descriptions in a preview
 
