@@ -48,8 +48,8 @@ class VAEObjective(nn.Module):
 
 
 class ViewsObjective(nn.Module):
-    """What two views of one critter teach: its attributes by cross entropy, and by contrast (NT-Xent,
-    Chen et al. 2020) that both are the same one.
+    """What two views of one critter teach: its attributes by cross entropy, and by contrast
+    (NT-Xent, Chen et al. 2020) that both are the same one.
 
     Args:
         width: of the features that `features` gives.
@@ -81,7 +81,8 @@ class ViewsObjective(nn.Module):
             accuracies[f"acc_{name}"] = right.sum() / count
         unit = F.normalize(embeddings.float(), dim=-1)
         alike = unit @ unit.T / self.temperature  # (2B, 2B)
-        alike = alike.masked_fill(torch.eye(len(alike), dtype=torch.bool), -torch.inf)
+        own = torch.eye(len(alike), dtype=torch.bool, device=alike.device)
+        alike = alike.masked_fill(own, -torch.inf)
         partner = torch.arange(len(alike), device=alike.device).roll(len(alike) // 2)
         same = (alike.detach().argmax(1) == partner).float().mean()
         contrast = F.cross_entropy(alike, partner)
@@ -164,8 +165,8 @@ class BaseModelObjective(nn.Module):
         return {"loss": (weight * squared).mean(), "told": told.mean(), "shown": shown.mean()}
 
     def context(self, batch: dict[str, Tensor]) -> Tensor:
-        """(B, 48, D): of captions for the first half of the batch, of words made of features for the
-        other."""
+        """(B, 48, D): of captions for the first half of the batch, of words made of features for
+        the other."""
         seeds = batch["seed"]
         empty = (seeds % 1000 < 1000 * self.empty_probability)[:, None]  # (B, 1)
         told = (len(seeds) + 1) // 2

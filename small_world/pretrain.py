@@ -108,8 +108,8 @@ class Views:
 
 
 def recoloured(views: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Channels exchanged and perhaps inverted, the masks as they are: so that shapes are learned from
-    outlines (old trials: 83 % of held-out silhouettes named without this, 94 % with it)."""
+    """Channels exchanged and perhaps inverted, the masks as they are: so that bodies are learned
+    from outlines (in trials 83 % of held-out ones were named without this, 94 % with it)."""
     pictures = views[..., rng.permutation(3)]
     if rng.random() < 0.5:
         pictures = 255 - pictures

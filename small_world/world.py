@@ -1,7 +1,7 @@
 """What exists in the small world: critters, their attributes, and what nothing is ever trained on.
 
-A `Critter` is one concept: a kind of each attribute and the continuous numbers of its body. Kinds of
-a tuple's end are held out (`HELD_OUT_KINDS`); so are one in six combinations (`is_held_out`) and
+A `Critter` is one concept: a kind of each attribute and the continuous numbers of its body. Kinds
+of a tuple's end are held out (`HELD_OUT_KINDS`); so are one in six combinations (`is_held_out`) and
 intervals of continuous numbers (`HELD_OUT_INTERVALS`). Everything that renders training data asks
 `random_critter(rng, "trained")`; critters of judge and tests are drawn afresh by their seeds.
 """
@@ -81,6 +81,7 @@ HELD_OUT_KINDS = {
     "top": ("droopy ears",),
     "tail": ("zigzag tail",),
 }
+# Of named bodies: a blend of two aspects may fall between.
 HELD_OUT_INTERVALS = {"aspect": (1.0, 1.06), "angle": (30.0, 60.0)}
 # trained: all that may be trained on; combinations: held-out ones of trained kinds;
 # kinds: one or more kinds that are held out; any: without restraint.
@@ -143,8 +144,8 @@ BLENDED = 0.15  # share of the bodies between two trained families; they have no
 
 @dataclass(frozen=True)
 class Critter:
-    """One concept. `body` is None for a blend of two families, `second` for a solid one, `trim` (the
-    colour of its parts) where no part has it."""
+    """One concept. `body` is None for a blend of two families, `second` for a solid one, `trim`
+    (the colour of its parts) where no part has it."""
 
     body: str | None
     numbers: Body
@@ -163,8 +164,8 @@ class Critter:
 
 
 def is_held_out(critter: Critter) -> bool:
-    """Whether the combination of body, pattern, main colour and what it wears on top (one in six, by
-    hash) is kept from all training."""
+    """Whether the combination of body, pattern, main colour and what it wears on top (one in six,
+    by hash) is kept from all training."""
     words = "/".join((critter.body or "blend", critter.pattern, critter.colour, critter.top))
     return zlib.crc32(words.encode()) % 6 == 0
 
@@ -243,7 +244,7 @@ def _draw(rng: np.random.Generator, pool: str, unseen: str | None) -> Critter:
 
 
 def has_trim(critter: Critter) -> bool:
-    """Whether any part shows the trim colour: horns, leaves and wheels have colours of their own."""
+    """Whether any part shows the trim colour: horns, leaves and wheels have their own."""
     own_colour = critter.top in ("none", "horns", "leaf")
     plain = critter.bottom in ("none", "wheels")
     return not (own_colour and plain and critter.side == "none" and critter.tail == "none")

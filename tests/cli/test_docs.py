@@ -7,7 +7,10 @@ from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from elite.images import read_image
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/*.md"))]
@@ -125,9 +128,12 @@ def test_each_name_in_the_diagram_is_in_the_code() -> None:
     assert [name for name in labels if not re.search(rf"\b{name}\b", sources)] == []
 
 
-def test_the_first_picture_takes_one_object_of_each_silhouette() -> None:
+def test_the_first_picture_takes_the_first_eight_objects() -> None:
     rows = make_teaser["draw_rows"](("a S at night",), steps=1)
     assert [len(row) for row in rows] == [8, 8, 8]
+    pictures = sorted((REPOSITORY / "test_datasets").glob("*.jpg"))[:8]
+    shown = [np.asarray(picture) for picture in rows[0]]
+    assert all((read_image(a) == b).all() for a, b in zip(pictures, shown, strict=True))
     sheet = make_teaser["assemble"](rows, ["one", "two", "three"])
     assert sheet.width > sheet.height
     assert (REPOSITORY / "docs/teaser.png").stat().st_size < 300_000

@@ -48,7 +48,7 @@ def infer(model, output_dir, *options):
 def test_a_word_is_learned_and_drawn(family, photos, tmp_path):
     """Train, preview, draw; and a stock pipeline of diffusers draws the same picture."""
     options = ("--infer_during_train", "--infer_interval", "2", "--num_infer_images", "2")
-    assert train(family, photos, tmp_path / "cat", *options, "--initializer_token", "mug") == 0
+    assert train(family, photos, tmp_path / "cat", *options, "--initializer_token", "critter") == 0
     rows = load_embeddings(tmp_path / "cat")
     assert {len(by_name["<cat>"]) for by_name in rows.values()} == {2}
     assert (tmp_path / "cat" / "previews" / "000002.png").exists()
@@ -213,8 +213,8 @@ def test_captions_of_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--placeholder_token", "mug"), "is a token of this model already"),
-        (("--initializer_token", "red blue mug"), "is 3 tokens for 2 vector(s)"),
+        (("--placeholder_token", "critter"), "is a token of this model already"),
+        (("--initializer_token", "red blue critter"), "is 3 tokens for 2 vector(s)"),
         (("--initializer_concept", "nowhere.safetensors"), "nowhere.safetensors: no such file"),
         (("--template_file", "nowhere.txt"), "nowhere.txt: No such file"),
         (("--train_data_dir", "nowhere"), "nowhere: no such folder"),

@@ -12,8 +12,8 @@ from elite.data import PairFolder
 from elite.images import read_mask
 from elite.sheets import TILE
 from small_world.render import Pose, draw
-from small_world.world import Thing
 from tests.conftest import pixels, run_script
+from tests.unit.test_masks import CRITTER
 
 SCRIPT = "data_scripts/make_masks.py"
 HEADER = "name,left,top,right,bottom\n"
@@ -21,17 +21,16 @@ SIZE = 64
 
 
 def save_render(path: Path, x: float = 0.5, half_width: float = 0.32) -> np.ndarray:
-    """A purple heart on wood; returns its mask, bool (H, W)."""
-    heart = Thing("heart", "solid", "purple", None)
+    """A purple critter on snow; returns its mask, bool (H, W)."""
     pose = Pose(x, 0.5, half_width, 0, False)
-    image, mask = draw(heart, "table", np.random.default_rng(0), SIZE, pose)
+    image, mask = draw(CRITTER, "snow", np.random.default_rng(0), SIZE, pose)
     Image.fromarray(image).save(path)
     return mask > 0
 
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    """Hearts: large.png in the middle, corner.png small at the left."""
+    """Critters: large.png in the middle, corner.png small at the left."""
     folder = tmp_path / "photos"
     folder.mkdir()
     save_render(folder / "large.png")
@@ -99,7 +98,7 @@ def test_box_mends_one_mask_and_keeps_the_others(script, photos, boxes, tmp_path
     assert read_mask(photos / "corner_bg.png").all(), "kept without --overwrite"
     assert "0 masks made" in capsys.readouterr().out
     assert script("--boxes", boxes, "--overwrite") == 0
-    assert overlap(read_mask(photos / "corner_bg.png"), true) > 0.95
+    assert overlap(read_mask(photos / "corner_bg.png"), true) > 0.88  # of 20 px, edges count
     assert read_mask(photos / "large_bg.png").all(), "no box, so kept"
     assert "1 masks made" in capsys.readouterr().out
 

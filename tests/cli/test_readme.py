@@ -13,7 +13,7 @@ from elite.open_images import OpenImagesBoxes, OpenImagesMasks, mask_boxes_path,
 
 REPOSITORY = Path(__file__).parents[2]
 ENCODED = """
-for name in ("solid_star_orange", "striped_mug_yellow_blue"):  # as encode.py would have
+for name in ("07_orange_blue_dotted_square", "02_pink_solid_heart"):  # as encode.py would have
     concept.save(f"outputs/concepts/{name}.safetensors")
 """
 
@@ -45,21 +45,26 @@ def test_the_snippets_draw(tmp_path: Path) -> None:
         "HF_HUB_OFFLINE": "1",
     }
     subprocess.run([sys.executable, "-c", fast], cwd=tmp_path, env=env, check=True, timeout=300)
-    for name in ("mug_on_the_grass.png", "mug_and_heart.png", "mug_in_place_of_the_star.png"):
+    for name in (
+        "critter_on_the_grass.png",
+        "two_critters.png",
+        "critter_in_place_of_the_other.png",
+    ):
         assert (tmp_path / name).stat().st_size > 500
-    assert (tmp_path / "mug.safetensors").exists()
+    assert (tmp_path / "critter.safetensors").exists()
     assert (tmp_path / "lambdas.png").stat().st_size > 500
     check_training_data(tmp_path / "runs/my_data")
 
 
 def check_training_data(root: Path) -> None:
-    """Both stages find all twelve objects in it, the boxes tight."""
+    """Stage 2 finds all sixteen objects in it, stage 1 those that fill no more than 80 % of their
+    picture, the boxes tight."""
     boxes = OpenImagesBoxes(root, resolution=32, clip_size=64)
     save_mask_boxes(
         mask_boxes_path(root), {p.name: (0, 256, 0, 256) for p in root.glob("segs/test/*.png")}
     )
     masks = OpenImagesMasks(root, resolution=32, clip_size=64, latent_size=8)
-    assert (len(boxes), len(masks)) == (12, 12)
+    assert (len(boxes), len(masks)) == (13, 16)
     assert masks.sample(0, np.random.default_rng(0))["object_mask"].any()
-    star = boxes.boxes[list(boxes.image_ids).index(b"solid_star_orange")] * 256
-    np.testing.assert_allclose(star, (35, 221, 31, 210), atol=0.01)  # x0 x1 y0 y1 of its mask
+    heart = boxes.boxes[list(boxes.image_ids).index(b"02_pink_solid_heart")] * 256
+    np.testing.assert_allclose(heart, (31, 226, 16, 241), atol=0.01)  # x0 x1 y0 y1 of its mask

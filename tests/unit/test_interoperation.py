@@ -143,9 +143,9 @@ def test_clip_skip_is_read_as_without_a_concept(model_folder):
 
 
 def test_negative_prompt_is_its_embeddings(pipe, concept):
-    expected = draw(pipe, concept=concept, negative_prompt="a red mug")
+    expected = draw(pipe, concept=concept, negative_prompt="a red critter")
     ids = pipe.tokenizer(
-        "a red mug", padding="max_length", max_length=tiny.TEXT_LENGTH, return_tensors="pt"
+        "a red critter", padding="max_length", max_length=tiny.TEXT_LENGTH, return_tensors="pt"
     )["input_ids"]
     with torch.no_grad():
         negative = pipe.text_encoder(ids).last_hidden_state

@@ -83,7 +83,7 @@ def test_the_wheel_draws_away_from_the_checkout(installed, tmp_path):
         "import elite\n"
         "assert elite.__file__.startswith(sys.argv[1]), elite.__file__\n"
         "pipe = elite.ElitePipeline.from_stable_diffusion(sys.argv[2])\n"
-        "print(pipe('a mug', num_inference_steps=1, seed=0).images[0].size)\n"
+        "print(pipe('a critter', num_inference_steps=1, seed=0).images[0].size)\n"
     )
     model = REPOSITORY / "checkpoints" / "small_world"
     run = [sys.executable, "-c", code, str(installed), str(model)]

@@ -4,9 +4,13 @@ import pytest
 from PIL import Image
 
 from elite.config import REPOSITORY
+from evaluation.cases import Case
 from evaluation.subjects import read_prompts, read_subjects
-from small_world.attributes import scene_of, thing_of
-from small_world.world import SCENES, things
+from small_world.attributes import AttributeScores, scene_of
+from small_world.captions import CLASS_WORD
+from small_world.classifier import Judge
+from small_world.objects import NUM_OBJECTS, critter_of
+from small_world.world import ATTRIBUTES, SCENES, labels
 from tests import tiny
 
 DREAMBENCH = """Classes
@@ -53,8 +57,9 @@ def test_bundled_prompts(name):
         assert prompts.of("clock") != prompts.of("cat")
     else:
         subjects = read_subjects(REPOSITORY / "test_datasets", prompts.classes, "object")
-        assert {s.class_word for s in subjects} == {thing_of(s.name).shape for s in subjects}
-        assert [scene_of(text) for text in prompts.of("mug")] == list(SCENES)
+        assert len(subjects) == NUM_OBJECTS == len(prompts.classes)
+        assert {critter_of(s.name) is not None and s.class_word for s in subjects} == {CLASS_WORD}
+        assert [scene_of(text) for text in prompts.of(CLASS_WORD)] == list(SCENES)
 
 
 @pytest.mark.parametrize(
@@ -110,16 +115,25 @@ def test_subject_without_any_mask_is_named(tmp_path):
         read_subjects(tmp_path, {}, "thing")
 
 
-def test_things_by_name():
-    for thing in things(True):
-        words = [thing.pattern, thing.shape, thing.colour, thing.second]
-        assert thing_of("_".join(filter(None, words))) == thing
+def case(subject: str, template: str) -> Case:
+    found = read_subjects(REPOSITORY / "test_datasets", {}, CLASS_WORD)
+    return Case(next(s for s in found if s.name == subject), 0, template, 42)
 
 
-@pytest.mark.parametrize("name", ["corgi", "striped_mug_red", "solid_mug_red_blue", "dotted_mug"])
-def test_other_names_are_no_things(name):
-    with pytest.raises(ValueError, match=f"{name}: not a thing of the small world"):
-        thing_of(name)
+def test_pictures_are_judged_by_what_their_subject_and_prompt_are():
+    """With a judge that finds everything, a solid critter has no second colour to be right in."""
+    cases = [
+        case("02_pink_solid_heart", "a {} on the moon"),
+        case("08_pink_blue_dotted_heart", "a {} at night"),
+    ]
+    scores = AttributeScores(Judge(widths=(8, 8)), cases)
+    for one, scene in zip(cases, ("moon", "night"), strict=True):
+        assert scores.wanted[one] == labels(critter_of(one.subject.name), scene)
+    found = scores([Image.new("RGB", (32, 32))] * 2, cases)
+    assert found.keys() == ATTRIBUTES.keys()
+    assert found["second"][0] is None and found["second"][1] in (0.0, 1.0)
+    with pytest.raises(ValueError, match="names no scene of the small world"):
+        AttributeScores(Judge(widths=(8, 8)), [case("02_pink_solid_heart", "a {} in a teapot")])
 
 
 def test_other_prompts_are_no_scenes():

@@ -72,7 +72,7 @@ def test_placeholder_of_several_vectors_is_spelled_as_diffusers_does(tokenizer):
     assert [i for i in words if i >= ids[0]] == ids
 
 
-@pytest.mark.parametrize("placeholder", ["mug", "S"])
+@pytest.mark.parametrize("placeholder", ["critter", "S"])
 def test_word_of_the_model_is_no_placeholder(tokenizer, placeholder):
     with pytest.raises(ValueError, match=f"{placeholder}.* is a token of this model already"):
         add_tokens(tokenizer, placeholder, 1)
@@ -87,11 +87,11 @@ def test_extended_embedding_reads_old_and_new_rows(embedding):
 
 
 def test_rows_start_from_words_in_turn(embedding, tokenizer):
-    red, mug = tokenizer("red mug", add_special_tokens=False).input_ids
-    rows = initial_rows(embedding, tokenizer, 3, "red mug")
-    assert torch.equal(rows, embedding.weight[[red, mug, red]])
-    with pytest.raises(ValueError, match="'red mug' is 2 tokens for 1 vector"):
-        initial_rows(embedding, tokenizer, 1, "red mug")
+    red, critter = tokenizer("red critter", add_special_tokens=False).input_ids
+    rows = initial_rows(embedding, tokenizer, 3, "red critter")
+    assert torch.equal(rows, embedding.weight[[red, critter, red]])
+    with pytest.raises(ValueError, match="'red critter' is 2 tokens for 1 vector"):
+        initial_rows(embedding, tokenizer, 1, "red critter")
     with pytest.raises(ValueError, match="is 0 tokens"):
         initial_rows(embedding, tokenizer, 1, "")
 
