@@ -15,6 +15,7 @@ from elite.text import encode_text
 from small_world.models import WIDTH
 from small_world.world import ATTRIBUTES
 
+OBJECT_WEIGHT = 4.0  # of the base model's loss, beside 1 everywhere: parts are a few latents
 MAX_WORDS = 5  # of a concept in a caption
 
 
@@ -160,7 +161,9 @@ class BaseModelObjective(nn.Module):
         alphas = self.scheduler.alphas_cumprod.to(latents.device)[t]
         snr = alphas / (1 - alphas)
         weight = snr.clamp(max=self.snr_gamma) / snr
-        squared = (noise_hat.float() - noise).square().mean(dim=(1, 2, 3))  # (B,)
+        M = 1 + OBJECT_WEIGHT * batch["object_share"]  # (B, 1, 8, 8)
+        error = (M * (noise_hat.float() - noise).square()).mean(dim=(1, 2, 3))
+        squared = error / M.mean(dim=(1, 2, 3))  # (B,)
         told, shown = squared.detach().chunk(2)
         return {"loss": (weight * squared).mean(), "told": told.mean(), "shown": shown.mean()}
 

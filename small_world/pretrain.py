@@ -58,7 +58,7 @@ RECIPES = {
         "learning_rate": 1e-3,
         "ema_decay": 0.999,
     },
-    "base": {"samples": 268_800, "batch_size": 64, "learning_rate": 1e-3, "ema_decay": 0.9995},
+    "base": {"samples": 448_000, "batch_size": 64, "learning_rate": 1e-3, "ema_decay": 0.9995},
 }
 NUM_PREVIEWS = 8  # descriptions in a preview
 
@@ -137,6 +137,7 @@ class Latents:
             write_atomically(cache, lambda temporary: torch.save(encoded, temporary))
         encoded = torch.load(cache, weights_only=True)
         self.latents = encoded["latents"] * vae.config.scaling_factor
+        self.objects = object_shares(views, side=self.latents.shape[-1])
         self.features = encoded["features"]
 
     def __len__(self) -> int:
@@ -148,11 +149,21 @@ class Latents:
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
         return {
             "latents": self.latents[index],
+            "object_share": self.objects[index].float() / 255,
             "features": self.features[index],
             "input_ids": self.input_ids[index],
             "concept_ids": self.concept_ids[index],
             "index": self.index[index],
         }
+
+
+def object_shares(views: np.ndarray, side: int, chunk: int = 2000) -> Tensor:
+    """How much of each latent of the first views is object, 0 to 255, uint8 (N, 1, side, side)."""
+    parts = []
+    for start in range(0, len(views), chunk):
+        masks = torch.from_numpy(views[start : start + chunk, 0, :, :, 3]).float()[:, None]
+        parts.append(F.adaptive_avg_pool2d(masks, side).round().to(torch.uint8))
+    return torch.cat(parts)
 
 
 def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
