@@ -45,7 +45,11 @@ def test_the_snippets_draw(tmp_path: Path) -> None:
         "HF_HUB_OFFLINE": "1",
     }
     subprocess.run([sys.executable, "-c", fast], cwd=tmp_path, env=env, check=True, timeout=300)
-    for name in ("critter_on_the_grass.png", "two_critters.png", "critter_in_place_of_the_other.png"):
+    for name in (
+        "critter_on_the_grass.png",
+        "two_critters.png",
+        "critter_in_place_of_the_other.png",
+    ):
         assert (tmp_path / name).stat().st_size > 500
     assert (tmp_path / "critter.safetensors").exists()
     assert (tmp_path / "lambdas.png").stat().st_size > 500
