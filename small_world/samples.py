@@ -1,7 +1,7 @@
 """The pretraining set: critters seen twice, with captions and attributes, rendered once to a
 memory-mapped array.
 
-The first view is framed as ELITE's own datasets will show things later: whole scenes, tight crops,
+The first view is framed as ELITE's own datasets will show objects later: whole scenes, tight crops,
 small on black, zoomed in; the second shows the same critter in another scene and pose, or cut out.
 """
 
