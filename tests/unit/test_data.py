@@ -1,6 +1,8 @@
 """Datasets on miniature Open Images folders, and the pair folder."""
 
+import csv
 import pickle
+import time
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from elite.open_images import (
     load_mask_boxes,
     mask_boxes_path,
     padded,
+    read_boxes,
     save_mask_boxes,
     with_framing,
 )
@@ -157,7 +160,7 @@ def test_folders_without_a_usable_index_are_refused(tmp_path):
 
 def test_damaged_csv_files_are_refused(tmp_path):
     root = boxes_folder(tmp_path, [("a", "left", 1, 0, 1)])
-    with pytest.raises(ValueError, match=r"bbox\.csv: a box is not a number"):
+    with pytest.raises(ValueError, match=r"bbox\.csv: not a readable .* string 'left' to"):
         OpenImagesBoxes(root)
     path = root / "annotations" / "test-annotations-bbox.csv"
     path.write_text("ImageID,XMin\na,0\n")
@@ -185,6 +188,40 @@ def test_many_rows_are_read_in_blocks(tmp_path, monkeypatch):
     blocks = OpenImagesBoxes(root)
     assert blocks.image_ids.tolist() == [row[0].encode() for row in rows]
     np.testing.assert_array_equal(blocks.boxes, whole.boxes)
+
+
+def test_tables_as_others_write_them(tmp_path):
+    root = boxes_folder(tmp_path, [])
+    path = root / "annotations" / "test-annotations-bbox.csv"
+    rows = '"a,b",0.1,0.6,0.1,0.6\r\n\r\nl\u00e4ngst, .2 ,7e-1,0.1,0.6'
+    path.write_bytes(("ImageID,XMin,XMax,YMin,YMax\r\n" + rows).encode("utf-8-sig"))
+    boxes = OpenImagesBoxes(root)
+    assert [name.decode() for name in boxes.image_ids] == ["a,b", "l\u00e4ngst"]
+    np.testing.assert_allclose(boxes.boxes[1], (0.2, 0.7, 0.1, 0.6), rtol=1e-6)
+    for name, reason in (("n" * 251, "a text of more than 250"), ("caf\xe9", "can't decode byte")):
+        path.write_bytes(f"ImageID,XMin,XMax,YMin,YMax\n{name},0,1,0,1\n".encode("latin-1"))
+        with pytest.raises(ValueError, match=rf"bbox\.csv: not a readable CSV file \(.*{reason}"):
+            OpenImagesBoxes(root)
+
+
+def test_opening_takes_little_more_than_reading_the_rows(tmp_path):
+    """Beside csv.reader in one process: 1.1 times its time; read in Python, it was 4.4 times."""
+    root = boxes_folder(tmp_path, [(f"{n:016x}", 0.1, 0.6, 0.1, 0.6) for n in range(50_000)])
+    path = root / "annotations" / "test-annotations-bbox.csv"
+
+    def python() -> None:
+        with open(path, encoding="utf-8", newline="") as file:
+            assert sum(1 for _ in csv.reader(file)) == 50_001
+
+    def seconds(work) -> float:
+        begin = time.process_time()
+        work()
+        return time.process_time() - begin
+
+    ours, theirs = (
+        min(seconds(work) for _ in range(5)) for work in (lambda: read_boxes(path), python)
+    )
+    assert ours < 2.5 * theirs
 
 
 # --- stage 2 --------------------------------------------------------------------------------------
