@@ -43,8 +43,9 @@ from elite.compat import (
     text_options,
 )
 from elite.concept import Concept
+from elite.defaults import DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
 from elite.images import ImageLike, fit_mask, object_views, to_mask, to_rgb
-from elite.loading import DEFAULT_STEPS, inside, load_parts, pixels_per_latent, side_in_pixels
+from elite.loading import inside, load_parts, pixels_per_latent, side_in_pixels
 from elite.mappers import GlobalMapper, LocalMapper, Mapper, clip_levels, clip_levels_of_views
 from elite.named_concepts import (
     Concepts,
@@ -230,12 +231,12 @@ class ElitePipeline(DiffusersPipeline):
         *args: Any,
         concept: Concept | Sequence[Concept] | None = None,
         concepts: Concepts | None = None,
-        lambda_: Weights | Mapping[str, Weights] = 0.8,
+        lambda_: Weights | Mapping[str, Weights] = LAMBDA,
         words: Words = 0,
-        placeholder_token: str = "S",
+        placeholder_token: str = PLACEHOLDER,
         regions: Mapping[str, ImageLike] | None = None,
         num_inference_steps: int = DEFAULT_STEPS,
-        guidance_scale: float = 5.0,
+        guidance_scale: float = GUIDANCE_SCALE,
         seed: int | Sequence[int] | None = None,
         **kwargs: Any,
     ) -> StableDiffusionPipelineOutput:
@@ -320,12 +321,12 @@ class ElitePipeline(DiffusersPipeline):
         prompt: str,
         concept: Concept | None = None,
         concepts: Mapping[str, Concept] | None = None,
-        lambda_: float | Mapping[str, float] = 0.8,
+        lambda_: float | Mapping[str, float] = LAMBDA,
         words: Words = 0,
-        placeholder_token: str = "S",
+        placeholder_token: str = PLACEHOLDER,
         regions: Mapping[str, ImageLike] | None = None,
         negative_prompt: str | None = None,
-        guidance_scale: float = 5.0,
+        guidance_scale: float = GUIDANCE_SCALE,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """A prompt with concepts for the call of a stock pipeline of diffusers that shares this
