@@ -4,7 +4,7 @@ dicts)."""
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -17,6 +17,7 @@ from elite.mappers import HIDDEN_LAYERS, Mapper
 
 M = TypeVar("M", bound=Mapper)
 MOST_KEYS_SHOWN = 6
+TORCH_FILES = (".pt", ".pth", ".bin")  # endings of what torch.save writes
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST, MOST_LAYERS = 16_384, 1024  # of a mapper that is worth building
 
@@ -33,7 +34,7 @@ def load_mapper(
     Raises:
         ValueError: no such file, or its tensors do not fit these models; one message lists them.
     """
-    if Path(path).suffix in (".pt", ".pth", ".bin"):
+    if Path(path).suffix.lower() in TORCH_FILES:
         return mapper_from_state_dict(cls, load_official(path), unet, image_encoder, name=str(path))
     try:
         _check_config(cls.load_config(path))
@@ -50,18 +51,28 @@ def load_mapper(
     return mapper
 
 
-def load_official(path: Path | str) -> dict[str, Tensor]:
-    """The plain state dict of a `.pt` file; nothing else in it is ever executed."""
+def load_torch(path: Path | str) -> Any:
+    """What a file of `torch.save` holds, if that is tensors in plain containers; nothing else in it
+    is ever executed.
+
+    Raises:
+        ValueError: no such file, or it holds anything else.
+    """
     if not is_file(path):
-        raise ValueError(f"{path}: no such file; expected a mapper checkpoint")
+        raise ValueError(f"{path}: no such file; expected one of torch.save")
     try:
         _check_archive(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(
-            f"{path}: not a plain state dict of tensors ({_first_line(error)}); it is refused, "
-            "since loading anything else could run code"
+            f"{path}: not plain tensors ({_first_line(error)}); it is refused, since loading "
+            "anything else could run code; save it as safetensors where it comes from"
         ) from None
+
+
+def load_official(path: Path | str) -> dict[str, Tensor]:
+    """The plain state dict of a `.pt` file, read as `load_torch` does."""
+    state = load_torch(path)
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):

@@ -11,6 +11,7 @@ from elite.defaults import DEFAULT_SAMPLER, DEFAULT_STEPS, GUIDANCE_SCALE, LAMBD
 
 PRECISIONS = ("no", "fp16", "bf16")
 METRICS = ("clip", "dino", "attributes")
+EMBEDDING_FORMATS = ("diffusers", "a1111", "sdxl")
 PROPERTIES = ("object", "style", "face")
 SAMPLERS = ("lms", "dpm++", "unipc", "euler", "ddim", "pndm")
 # Every name of diffusers.optimization but piecewise_constant, which needs rules of its own.
@@ -422,7 +423,9 @@ class InferenceLocalConfig(LocalConfig, InferenceConfig):
 class TextualInversionInferenceConfig(DrawConfig):
     """Pictures of learned words in stock pipelines of Stable Diffusion 1.x or SDXL."""
 
-    embeddings: list[str] = required("Embedding files, or folders of them; several are combined.")
+    embeddings: list[str] = required(
+        "Embedding files of diffusers, A1111 or SDXL, or folders of them; several are combined."
+    )
     prompt: list[str] = required("Prompts, each with one or several of the learned words.")
     output_dir: str = setting("outputs/textual_inversion", "Folder that receives the pictures.")
 
@@ -431,8 +434,16 @@ class TextualInversionInferenceConfig(DrawConfig):
 class MergeEmbeddingsConfig:
     """Several learned words in one folder."""
 
-    embeddings: list[str] = required("Embedding files, folders of them, or concepts of ELITE.")
+    embeddings: list[str] = required(
+        "Embedding files of diffusers, A1111 or SDXL, folders of them, or concepts of ELITE."
+    )
     output_dir: str = required("Folder for the merged files.")
+    format: str = setting(
+        "diffusers",
+        "Form of the files: diffusers' own, or one for each word, named by it: A1111's .pt, or "
+        "SDXL's clip_l and clip_g.",
+        choices=EMBEDDING_FORMATS,
+    )
     rename: list[str] = setting(
         [], "OLD=NEW for placeholders.", pattern=r"\S+=\S+", expected="OLD=NEW"
     )

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from elite import stages
 from elite.loading import load_stable_diffusion, stock_pipeline
 from tests import tiny
-from tests.conftest import run_script
+from tests.conftest import run_script, same_pictures
 from textual_inversion.files import load_embeddings, load_into
 from textual_inversion.pictures import PictureFolder, read_templates
 
@@ -155,6 +155,23 @@ def test_concept_starts_a_word_and_becomes_one(model_folder, photos, tmp_path, c
     assert run_script("merge_embeddings.py", *exported) == 0
     use = ("--embeddings", tmp_path / "export", "--prompt", "a <corgi>")
     assert infer(model_folder, tmp_path / "drawn", *use) == 0
+
+
+def test_a_word_of_another_program_is_drawn_and_given_back(family, tmp_path):
+    """As its file comes: A1111's for Stable Diffusion 1.x, one of clip_l and clip_g for SDXL."""
+    rows, wide = torch.randn(2, 24), torch.randn(2, 32)
+    xl = (family / "text_encoder_2").exists()
+    content = {"clip_l": rows, "clip_g": wide} if xl else {"emb_params": rows}
+    save_file(content, tmp_path / "easyneg.safetensors")
+    word = ("--embeddings", tmp_path / "easyneg.safetensors")
+    options = (*word, "--prompt", "a photo, easyneg")
+    assert infer(family, tmp_path / "drawn", *options) == 0
+    form = ("--format", "sdxl" if xl else "a1111")
+    given = tmp_path / "given"
+    assert run_script("merge_embeddings.py", *word, "--output_dir", given, *form) == 0
+    again = ("--embeddings", next(given.iterdir()), "--prompt", "a photo, easyneg")
+    assert infer(family, tmp_path / "again", *again) == 0
+    assert same_pictures(tmp_path / "drawn", tmp_path / "again")
 
 
 # --- pictures and captions ------------------------------------------------------------------------

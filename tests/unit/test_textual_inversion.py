@@ -6,9 +6,11 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 from elite.loading import load_stable_diffusion, stock_pipeline
+from elite.settings import EMBEDDING_FORMATS
 from textual_inversion.files import (
     EMBEDDING_FILES,
     TOKENIZERS,
+    files_of,
     load_embeddings,
     load_into,
     merge_embeddings,
@@ -210,6 +212,130 @@ def test_other_files_are_refused(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_embeddings(path)
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+
+TWO = torch.arange(48.0).reshape(2, 24)
+WIDE = torch.ones(2, 32)
+A1111 = {"string_to_token": {"*": 265}, "string_to_param": {"*": TWO}, "step": 7}
+FORMS = {  # file, what is in it, the word, whether it is SDXL's
+    "diffusers' .bin": ("learned_embeds.bin", {"<cat-toy>": TWO[0]}, "<cat-toy>", False),
+    "trained parameter": ("x.bin", {"<cat>": torch.nn.Parameter(TWO)}, "<cat>", False),
+    "A1111's .pt": ("file.pt", {**A1111, "name": "moody"}, "moody", False),
+    "A1111's .PT without a name": ("moody.PT", {**A1111, "name": None}, "moody", False),
+    "emb_params": ("EasyNeg.safetensors", {"emb_params": TWO}, "EasyNeg", False),
+    "emb_params of torch": ("EasyNeg.pt", {"emb_params": TWO}, "EasyNeg", False),
+    "SDXL": ("xl.safetensors", {"clip_l": TWO, "clip_g": WIDE}, "xl", True),
+    "SDXL of torch": ("xl.pt", {"clip_l": TWO, "clip_g": WIDE}, "xl", True),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_that_are_about_are_read(tmp_path, form):
+    name, content, word, is_xl = FORMS[form]
+    save = save_file if name.endswith(".safetensors") else torch.save
+    save(content, tmp_path / name)
+    found = load_embeddings(tmp_path / name)
+    assert list(found) == ["text_encoder", "text_encoder_2"][: 1 + is_xl]
+    assert list(found["text_encoder"]) == [word]
+    rows = found["text_encoder"][word]
+    assert torch.equal(rows, TWO[: len(rows)]) and not rows.requires_grad
+    if is_xl:
+        assert torch.equal(found["text_encoder_2"][word], WIDE)
+
+
+def test_folder_of_bin_files_is_read(tmp_path):
+    torch.save({WORD: TWO}, tmp_path / "learned_embeds.bin")
+    torch.save({WORD: WIDE}, tmp_path / "learned_embeds_2.bin")
+    found = load_embeddings(tmp_path)
+    assert torch.equal(found["text_encoder"][WORD], TWO)
+    assert torch.equal(found["text_encoder_2"][WORD], WIDE)
+
+
+class Bomb:
+    """Raises when unpickled."""
+
+    def __reduce__(self):
+        return (pytest.fail, ("the pickle was executed",))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.pt", {"string_to_param": {"*": TWO}, "name": Bomb()}, "refused, since loading any"),
+        ("x.bin", Bomb(), "it is refused"),
+        ("x.bin", [TWO], "not learned embeddings"),
+        ("x.bin", {"step": 7}, "not learned embeddings"),
+        ("x.pt", {"string_to_param": {}, "name": "x"}, "not learned embeddings"),
+        ("x.pt", {**A1111, "name": 7}, "7 is no placeholder"),
+        ("x.bin", {"<x>": TWO.to_sparse()}, "not learned embeddings"),
+        ("x.pt", {"clip_g": WIDE}, "not learned embeddings"),
+    ],
+)
+def test_torch_files_of_other_things_are_refused(tmp_path, name, content, message):
+    torch.save(content, tmp_path / name)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_embeddings(tmp_path / name)
+    assert str(caught.value).startswith(str(tmp_path)) and "\n" not in str(caught.value)
+
+
+def words_of(*names: str, xl: bool = False) -> dict:
+    found = {"text_encoder": dict.fromkeys(names, TWO)}
+    return found | ({"text_encoder_2": dict.fromkeys(names, WIDE)} if xl else {})
+
+
+@pytest.mark.parametrize(
+    ("form", "xl", "written"),
+    [
+        ("diffusers", False, ["learned_embeds.safetensors"]),
+        ("diffusers", True, ["learned_embeds.safetensors", "learned_embeds_2.safetensors"]),
+        ("a1111", False, ["cat.pt", "dog.pt"]),
+        ("sdxl", True, ["cat.safetensors", "dog.safetensors"]),
+    ],
+)
+def test_every_form_is_written_as_it_is_read(tmp_path, form, xl, written):
+    embeddings = words_of("cat", "dog", xl=xl)
+    for name, content in files_of(embeddings, form).items():
+        save_embeddings(tmp_path / name, content)
+    assert sorted(path.name for path in tmp_path.iterdir()) == written
+    sources = [tmp_path] if form == "diffusers" else sorted(tmp_path.iterdir())
+    again = merge_embeddings(sources)
+    assert again.keys() == embeddings.keys()
+    for encoder, by_word in embeddings.items():
+        for word, rows in by_word.items():
+            assert torch.equal(again[encoder][word], rows)
+
+
+def test_forms_are_the_choices_of_the_flag():
+    for form in EMBEDDING_FORMATS:
+        assert files_of(words_of("cat", xl=form == "sdxl"), form)
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "form", "message"),
+    [
+        (words_of("cat"), "sdxl", "'cat' was learned with one text encoder; choose --format a1111"),
+        (words_of("cat", xl=True), "a1111", "'cat' was learned with two; choose --format sdxl"),
+        (words_of("a/b"), "a1111", "'a/b' cannot name a file; pass --rename 'a/b=NEW'"),
+    ],
+)
+def test_form_that_cannot_hold_a_word_is_refused(embeddings, form, message):
+    with pytest.raises(ValueError, match=message):
+        files_of(embeddings, form)
+
+
+def test_diffusers_reads_what_is_written_for_a1111(model_folder, tmp_path):
+    for name, content in files_of(words_of("moody"), "a1111").items():
+        save_embeddings(tmp_path / name, content)
+    stock = stock_pipeline(load_stable_diffusion(model_folder))
+    stock.load_textual_inversion(tmp_path / "moody.pt")
+    known = stock.text_encoder.get_input_embeddings().weight
+    assert torch.equal(known[stock.tokenizer.convert_tokens_to_ids("moody_1")], TWO[1])
+
+
+def test_words_of_sdxl_are_refused_by_a_smaller_model(model_folder):
+    stock = stock_pipeline(load_stable_diffusion(model_folder))
+    with pytest.raises(ValueError, match=r"embedding 'cat' is for SDXL's two text encoders"):
+        load_into(stock, words_of("cat", xl=True))
 
 
 def test_folder_without_the_first_file_is_refused(tmp_path):
