@@ -65,6 +65,7 @@ CSV_BLOCK = 16384  # rows held as text at a time
 LONGEST_TEXT = 250  # characters; a longer one would widen the array of all rows
 BOX_FIELDS = ("name", "hs", "he", "ws", "we")  # of the index of mask boxes
 REBUILD = "python data_scripts/cal_bbox_by_seg.py DIR"
+KEEP = "python data_scripts/keep_downloaded.py DIR"
 
 
 # --- captions -------------------------------------------------------------------------------------
@@ -102,11 +103,11 @@ def csv_opened(path: Path) -> Iterator[tuple[list[str], Iterator[bytes]]]:
             f"{path}: {error.strerror}; "
             "expected the Open Images V6 layout (annotations/, images/, segs/)"
         ) from None
-    except LookupError as error:
+    except KeyError as error:
         raise ValueError(
             f"{path}: no column {error.args[0]}; expected the CSV of Open Images V6"
         ) from None
-    except (ValueError, csv.Error) as error:
+    except (ValueError, IndexError, csv.Error) as error:
         reason = str(error).partition(" at row")[0]  # which is counted from the block
         raise ValueError(f"{path}: not a readable CSV file ({reason}); download it again") from None
 
@@ -124,7 +125,7 @@ def read_blocks(
     kinds = np.dtype([*((t, f"S{LONGEST_TEXT + 1}") for t in texts), *((n, "f4") for n in numbers)])
     with csv_opened(path) as (header, lines):
         if missing := [name for name in names if name not in header]:
-            raise LookupError(", ".join(missing))
+            raise KeyError(", ".join(missing))
         yield [np.zeros(0, "S1" if name in texts else "f4") for name in names]
         while block := list(itertools.islice(lines, CSV_BLOCK)):
             table = np.loadtxt(
@@ -211,11 +212,11 @@ class OpenImagesBoxes:
 
     def image_path(self, index: int) -> Path:
         """The file that a box lies in."""
-        return _image_path(self.image_folder, self.image_ids[index])
+        return image_file(self.image_folder, self.image_ids[index].decode())
 
     def crop(self, index: int) -> np.ndarray:
         """A box with 10 px around, uint8 (h, w, 3). Raises ValueError as `sample` does."""
-        image = read_image(self.image_path(index))
+        image = _read(self.image_path(index))
         height, width = image.shape[:2]
         left, right, top, bottom = self.boxes[index] * (width, width, height, height)
         return image[padded((top, bottom, left, right), BOX_PADDING, height, width)]
@@ -259,13 +260,41 @@ def padded(
     )
 
 
-def _image_path(folder: Path, image_id: bytes) -> Path:
-    return _inside(folder, f"{image_id.decode()}.jpg")
+def image_file(folder: Path, image_id: str) -> Path:
+    """The file of an image: ID.jpg, ID.JPG, or in the folder that its archive unzips to, as
+    train_0/ID.jpg."""
+    names = (f"{image_id}.jpg", f"{image_id}.JPG", f"{folder.name}_{image_id[:1]}/{image_id}.jpg")
+    paths = [_inside(folder, name) for name in names]
+    return next((path for path in paths if path.exists()), paths[0])
+
+
+def files_in(folder: Path, ending: str) -> list[Path]:
+    """The files of an ending, in small letters or capitals, of a folder and its subfolders; none
+    of the `._NAME` that macOS puts beside them."""
+    paths = sorted([*folder.glob("*"), *folder.glob("*/*")])
+    return [path for path in paths if path.suffix.lower() == ending and path.name[0] != "."]
+
+
+def file_key(path: bytes) -> bytes:
+    """What stays of a path in a table, whatever folder its file has been unzipped to."""
+    return path.rpartition(b"/")[2].lower()
+
+
+def _read(path: Path) -> np.ndarray:
+    """An image of the annotations, as `read_image`."""
+    if not path.exists():
+        raise ValueError(
+            f"{path}: no such file; where only some are downloaded, {KEEP} leaves out the others"
+        )
+    return read_image(path)
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """The file of that name. Raises ValueError where a table names one outside the folder."""
-    if not name or Path(name).name != name or not name.isprintable():
+    """The file of that name, or of that subfolder. Raises ValueError where a table names one
+    outside the folder."""
+    parts = name.split("/")
+    wrong = (part in ("", ".", "..") or Path(part).name != part for part in parts)
+    if not name.isprintable() or any(wrong):
         raise ValueError(f"{folder}: {brief(name)} is no file name; correct the annotations")
     return folder / name
 
@@ -276,8 +305,8 @@ class OpenImagesMasks:
     Sizes are those of the mask file, which may differ from the image's.
 
     Args:
-        root: folder with `images/test/ID.jpg`, `segs/test/*.png`, `segs/test_bbox_dict.npy` and
-            `annotations/test-annotations-object-segmentation.csv`.
+        root: folder with `images/test/ID.jpg`, `segs/test/` with masks in it or its subfolders,
+            `segs/test_bbox_dict.npy` and `annotations/test-annotations-object-segmentation.csv`.
         resolution: side of the target in pixels.
         clip_size: side of the CLIP input in pixels.
         latent_size: side of the latent.
@@ -303,16 +332,24 @@ class OpenImagesMasks:
         self.resolution, self.clip_size, self.latent_size = resolution, clip_size, latent_size
         self.placeholder_token = placeholder_token
         path = Path(root) / "annotations" / f"{set_name}-annotations-object-segmentation.csv"
-        index = usable_masks(load_mask_boxes(mask_boxes_path(root, set_name)))
+        index_path = mask_boxes_path(root, set_name)
+        index = usable_masks(load_mask_boxes(index_path))
+        if not len(index):
+            raise ValueError(
+                f"{index_path}: no mask of 100 px or more with an aspect of 0.5 to 2; nothing to "
+                "train on"
+            )
         blocks = read_blocks(path, ["MaskPath", "ImageID"])
         mask_names, image_ids = map(np.concatenate, zip(*blocks, strict=True))
-        known = np.char.encode(index["name"], "utf-8")
-        _, rows, entries = np.intersect1d(mask_names, known, return_indices=True)
-        self.image_ids, self.index = image_ids[rows], index[entries]
-        if not len(self.index):
+        listed = [file_key(name) for name in mask_names.tolist()]
+        known = [file_key(name.encode()) for name in index["name"].tolist()]
+        _, rows, entries = np.intersect1d(listed, known, return_indices=True)
+        if not len(rows):
             raise ValueError(
-                f"{path}: no mask of 100 px or more with an aspect of 0.5 to 2; nothing to train on"
+                f"{path}: names none of the {len(index)} masks of {index_path}, such as "
+                f"{brief(str(index['name'][0]))}; get the table of this set, or run {REBUILD}"
             )
+        self.image_ids, self.index = image_ids[rows], index[entries]
 
     def __len__(self) -> int:
         return len(self.index)
@@ -361,7 +398,7 @@ class OpenImagesMasks:
 
     def _crop(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Image uint8 (h, w, 3) and mask bool (h, w), the object with 10 to 19 px around."""
-        image = read_image(_image_path(self.image_folder, self.image_ids[index]))
+        image = _read(image_file(self.image_folder, self.image_ids[index].decode()))
         path = self._mask_path(index)
         mask_file = read_mask(path)
         mask = fit_mask(mask_file, image, str(path))

@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from data_scripts.cal_bbox_by_seg import main as index_masks
+from data_scripts.keep_downloaded import main as keep_downloaded
 from elite.data import PairFolder
 from elite.images import resize, to_clip_pixels, to_pixels
 from elite.open_images import (
@@ -30,8 +32,11 @@ from tests.open_images import (
     ODD_ENCODINGS,
     UNFIT_MASK,
     UNREADABLE,
+    Record,
+    draw_object,
     make_open_images,
     write_csv,
+    write_image,
 )
 
 SIZES = {"resolution": 32, "clip_size": 28}
@@ -334,6 +339,107 @@ def test_only_masks_of_100_px_and_moderate_aspect_are_used(tmp_path):
     dataset = OpenImagesMasks(tmp_path)
     assert dataset.image_ids.tolist() == [b"id_a", b"id_d"]
     assert dataset.index["name"].tolist() == ["a.png", "d.png"]
+
+
+def test_masks_are_found_as_their_archives_unzip(tmp_path):
+    """In subfolders, with capitals, beside macOS's own files, and named with another folder."""
+    root = make_open_images(tmp_path, n=4)
+    masks = sorted((root / "segs" / "test").iterdir())
+    for number, mask in enumerate(masks):
+        folder = mask.parent / f"test-masks-{number % 2}"
+        folder.mkdir(exist_ok=True)
+        mask.rename(folder / (mask.with_suffix(".PNG") if number == 3 else mask).name)
+        (folder / f"._{mask.name}").write_bytes(b"\0\5\26\7")
+    image = root / "images" / "test" / "0000000000000001.jpg"
+    image.rename(image.with_suffix(".JPG"))
+    image = root / "images" / "test" / "0000000000000002.jpg"
+    (root / "images" / "test" / "test_0").mkdir()
+    image.rename(root / "images" / "test" / "test_0" / image.name)
+    table = root / "annotations" / "test-annotations-object-segmentation.csv"
+    header, *rows = table.read_text().splitlines()
+    table.write_text("\n".join([header, *(f"elsewhere/{row}" for row in rows)]))
+    assert index_masks([str(root), "--workers", "1"]) == 0
+    dataset = OpenImagesMasks(root, **SIZES, latent_size=8)
+    assert len(dataset) == 4
+    for index in range(4):
+        assert dataset.sample(index, np.random.default_rng(0))["object_mask"].any()
+    boxes = OpenImagesBoxes(root, **SIZES)
+    assert all(boxes.sample(index, np.random.default_rng(0)) for index in range(len(boxes)))
+
+
+def test_table_of_other_masks_is_named(tmp_path):
+    root = make_open_images(tmp_path, n=1)
+    table = root / "annotations" / "test-annotations-object-segmentation.csv"
+    table.write_text("MaskPath,ImageID\nother.png,0000000000000000\n")
+    message = (
+        r"segmentation\.csv: names none of the 1 masks of .*npy, such as '0+_m02jvh9_.*cal_bbox"
+    )
+    with pytest.raises(ValueError, match=message):
+        OpenImagesMasks(root)
+
+
+@pytest.mark.parametrize("name", ["../m.png", "/m.png", "a//m.png", "a/./m.png", ""])
+def test_masks_outside_the_folder_are_refused(tmp_path, name):
+    root = make_open_images(tmp_path, n=1)
+    table = root / "annotations" / "test-annotations-object-segmentation.csv"
+    table.write_text("MaskPath,ImageID\n" + (name or '""') + ",0000000000000000\n")
+    save_mask_boxes(mask_boxes_path(root), {name: (0, 120, 0, 120)})
+    with pytest.raises(ValueError, match="is no file name; correct the annotations"):
+        OpenImagesMasks(root).sample(0, np.random.default_rng(0))
+
+
+# --- a partial download ---------------------------------------------------------------------------
+
+
+def test_annotations_of_what_is_there_are_kept(tmp_path, capsys):
+    root = make_open_images(tmp_path, n=4)
+    images, masks = (sorted((root / part / "test").iterdir()) for part in ("images", "segs"))
+    images[0].unlink()
+    masks[3].unlink()
+    with pytest.raises(
+        ValueError, match=r"0\.jpg: no such file; .*python data_scripts/keep_downloaded"
+    ):
+        OpenImagesBoxes(root).sample(0, np.random.default_rng(0))
+    tables = sorted((root / "annotations").glob("test-*.csv"))
+    before = [table.read_text() for table in tables]
+    assert keep_downloaded([str(root)]) == 0
+    assert "bbox.csv: 3 rows kept" in capsys.readouterr().out
+    assert [len(OpenImagesBoxes(root)), len(OpenImagesMasks(root))] == [3, 2]
+    assert [t.with_suffix(".all.csv").read_text() for t in tables] == before
+
+    write_image(root, Record(images[0].stem, *draw_object(np.random.default_rng(0), 160, 200)))
+    assert keep_downloaded([str(root)]) == 0
+    assert [len(OpenImagesBoxes(root)), len(OpenImagesMasks(root))] == [4, 3]
+
+
+def test_nothing_downloaded_changes_nothing(tmp_path):
+    root = make_open_images(tmp_path, n=2)
+    for image in (root / "images" / "test").iterdir():
+        image.unlink()
+    names = sorted((root / "annotations").iterdir())
+    for folder in (root, tmp_path / "nowhere"):
+        with pytest.raises(
+            ValueError, match=r"bbox\.csv with an image in images/test/; expected an"
+        ):
+            keep_downloaded([str(folder)])
+    assert sorted((root / "annotations").iterdir()) == names
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("MaskPath\nx\n", "no column ImageID"),
+        ("Source,ImageID\na,b\nc\n", "not a readable CSV"),
+        ("Source,ImageID\n" + "x" * 200_000 + "\n", "not a readable CSV"),
+    ],
+)
+def test_damaged_tables_are_not_filtered(tmp_path, content, message):
+    root = make_open_images(tmp_path, n=1)
+    path = root / "annotations" / "test-annotations-bbox.csv"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=rf"bbox\.csv: {message}"):
+        keep_downloaded([str(root)])
+    assert path.read_text() == content
 
 
 # --- the index of mask boxes ----------------------------------------------------------------------
