@@ -17,7 +17,7 @@ def main() -> int:
     config = parse_config(TextualInversionInferenceConfig)
     quiet_libraries()
     from elite.drawing import draw_prompts
-    from elite.inference import draw_grid, place
+    from elite.inference import draw_grid, model_name, place
     from elite.loading import load_stable_diffusion, make_scheduler, stock_pipeline
     from textual_inversion.files import load_into, merge_embeddings
 
@@ -30,7 +30,7 @@ def main() -> int:
         )
 
     # A stock pipeline that knows them.
-    parts = load_stable_diffusion(config.pretrained_model_name_or_path)
+    parts = load_stable_diffusion(config.pretrained_model_name_or_path, **config.model_files)
     parts["scheduler"] = make_scheduler(config.scheduler, parts["scheduler"].config)
     pipe = stock_pipeline(parts)
     load_into(pipe, embeddings)
@@ -46,7 +46,7 @@ def main() -> int:
     metadata = {
         **options,
         "scheduler": config.scheduler,
-        "model": config.pretrained_model_name_or_path,
+        "model": model_name(config),
     }
     draw = partial(draw_prompts, pipe, **options)
     return draw_grid(config, draw, config.prompt, Path(config.output_dir), metadata)

@@ -26,7 +26,9 @@ def main() -> int:
         templates = read_templates(config.template_file)
 
     # Frozen: all of Stable Diffusion.
-    parts = load_stable_diffusion(config.pretrained_model_name_or_path, revision=config.revision)
+    parts = load_stable_diffusion(
+        config.pretrained_model_name_or_path, revision=config.revision, **config.model_files
+    )
 
     # The data: squares of the concept's pictures, with captions that hold the new word.
     dataset = PictureFolder(

@@ -1,7 +1,6 @@
 """Mapper weights in our format (safetensors + config.json) and in the release's (`.pt` state
 dicts)."""
 
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import CLIPVisionModel
 
-from elite.files import is_file
+from elite.files import check_archive, is_file
 from elite.mappers import HIDDEN_LAYERS, Mapper
 
 M = TypeVar("M", bound=Mapper)
@@ -61,7 +60,7 @@ def load_torch(path: Path | str) -> Any:
     if not is_file(path):
         raise ValueError(f"{path}: no such file; expected one of torch.save")
     try:
-        _check_archive(path)
+        check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(
@@ -117,15 +116,6 @@ def _reference(
         hidden_dim, hidden_layers = config["hidden_dim"], config["hidden_layers"]
     with torch.device("meta"):
         return cls.shaped_for(unet, image_encoder, hidden_dim, hidden_layers)
-
-
-def _check_archive(path: Path | str) -> None:
-    """Raises ValueError where a `.pt` file would grow as it is read; torch never compresses."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise ValueError("its entries are compressed")
 
 
 def _check_files(folder: Path) -> None:

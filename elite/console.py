@@ -31,7 +31,7 @@ def quiet_libraries() -> None:
 
     for library in (logging, diffusers_logging):
         library.set_verbosity_error()
-    logging.disable_progress_bar()
+        library.disable_progress_bar()
 
 
 def complain(message: object) -> None:

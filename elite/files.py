@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,6 +88,16 @@ def _is_disk_error(error: Exception) -> bool:
     told = ("inline_container", "PytorchStreamWriter", "iostream error")
     in_torch = isinstance(error, RuntimeError) and any(words in str(error) for words in told)
     return in_torch or isinstance(error, OSError | SafetensorError)
+
+
+def check_archive(path: Path | str) -> None:
+    """Raises ValueError where a file of torch.save would grow as it is read; torch never
+    compresses."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("its entries are compressed")
 
 
 def is_file(path: Path | str) -> bool:

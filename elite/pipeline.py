@@ -110,22 +110,27 @@ class ElitePipeline(DiffusersPipeline):
         local_mapper: str | Path | LocalMapper | Literal[False] | None = None,
         image_encoder: str | Path | CLIPVisionModel | None = None,
         torch_dtype: torch.dtype = torch.float32,
+        variant: str | None = None,
+        single_file_config: str | Path | None = None,
     ) -> "ElitePipeline":
         """Composes a pipeline from a Stable Diffusion and mappers; its scheduler is the default
         sampler over the model's noise schedule (`loading.make_scheduler` makes others).
 
         Args:
-            model: folder in diffusers layout, or a hub name.
+            model: folder in diffusers layout, hub name, or a checkpoint in a single file.
             global_mapper, local_mapper: folder, hub name, `.pt` file of the release, or a mapper.
                 None takes `global_mapper/` and `local_mapper/` inside the model folder; without the
                 latter, or with `local_mapper=False`, there is no local branch.
             image_encoder: CLIP vision tower. None takes `image_encoder/` inside the model folder,
                 else CLIP ViT-L/14 from the hub.
+            variant, single_file_config: as for `loading.load_parts`.
 
         Raises:
             ValueError: a part is missing or does not fit; the message names it.
         """
-        parts = load_parts(model, image_encoder)
+        parts = load_parts(
+            model, image_encoder, variant=variant, single_file_config=single_file_config
+        )
         unet, encoder = parts["unet"], parts["image_encoder"]
         mappers: dict[str, Any] = {}
         for name, kind, given in (

@@ -45,13 +45,31 @@ def required(help: str) -> Any:
 
 
 @dataclass(kw_only=True)
-class FitConfig:
+class ModelFilesConfig:
+    """Which files of a Stable Diffusion are read."""
+
+    variant: str | None = setting(
+        None, "Variant of the weights' files, as fp16 in model.fp16.safetensors."
+    )
+    single_file_config: str | None = setting(
+        None,
+        "Folder in diffusers layout, or hub name, with configs and tokenizer for a model in a "
+        "single file; None means one of the hub that fits.",
+    )
+
+    @property
+    def model_files(self) -> dict[str, str | None]:
+        return {"variant": self.variant, "single_file_config": self.single_file_config}
+
+
+@dataclass(kw_only=True)
+class FitConfig(ModelFilesConfig):
     """What everything that trains shares."""
 
     default_steps: ClassVar[int]
 
     pretrained_model_name_or_path: str = required(
-        "Stable Diffusion to start from: a diffusers folder or a hub name."
+        "Stable Diffusion to start from: a diffusers folder, a hub name or a single file."
     )
     output_dir: str = setting("runs/elite", "Folder for results, checkpoints, previews and logs.")
     revision: str | None = setting(None, "Revision of a hub model; None means its main branch.")
@@ -240,12 +258,12 @@ class TextualInversionConfig(FitConfig):
 
 
 @dataclass(kw_only=True)
-class ModelConfig:
+class ModelConfig(ModelFilesConfig):
     """A trained model and where it computes."""
 
     pretrained_model_name_or_path: str = setting(
         "checkpoints/small_world",
-        "Stable Diffusion to draw with: a diffusers folder or a hub name.",
+        "Stable Diffusion to draw with: a diffusers folder, a hub name or a single file.",
         shipped=True,
     )
     mixed_precision: str | None = setting(

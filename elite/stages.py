@@ -43,6 +43,7 @@ def frozen_parts(config: TrainConfig) -> dict[str, Any]:
         config.image_encoder_name_or_path,
         tokenizer=config.tokenizer_name,
         revision=config.revision,
+        **config.model_files,
     )
 
 
