@@ -99,7 +99,7 @@ def test_fused_lora_draws_as_a_loaded_one(pipe, concept, make_lora):
 
 
 def test_a_lora_that_was_fused_and_unloaded_is_not_in_elites_projections(pipe, concept, make_lora):
-    """It has gone into weights that ELITE does not read: a limit that the README names."""
+    """It has gone into weights that ELITE does not read: a limit that docs/diffusers.md names."""
     expected = draw(pipe, concept=concept)
     pipe.load_lora_weights(make_lora(CROSS_KV))
     pipe.fuse_lora()
