@@ -24,9 +24,11 @@ def main() -> int:
     # The words.
     embeddings = merge_embeddings(config.embeddings)
     words = list(embeddings["text_encoder"])
-    if not any(word in prompt for word in words for prompt in config.prompt):
+    texts = [*config.prompt, config.negative_prompt or ""]
+    if not any(word in text for word in words for text in texts):
         raise ValueError(
-            f"--prompt: none of the learned words {', '.join(words)} is in it; write one there"
+            f"--prompt: none of the learned words {', '.join(words)} is in it, nor in "
+            "--negative_prompt; write one there"
         )
 
     # A stock pipeline that knows them.
@@ -42,6 +44,7 @@ def main() -> int:
         "resolution": config.resolution,
         "num_inference_steps": config.num_inference_steps,
         "guidance_scale": config.guidance_scale,
+        "negative_prompt": config.negative_prompt or None,
     }
     metadata = {
         **options,

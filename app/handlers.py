@@ -239,6 +239,7 @@ class AppHandlers:
             words=words_of(values["words"]),
             num_inference_steps=whole("steps", values["steps"]),
             guidance_scale=values["guidance"],
+            negative_prompt=(values["negative"] or "").strip(),
             scheduler=values["scheduler"],
         )
 

@@ -26,7 +26,8 @@ INTRODUCTION = (
 OBJECT = ("picture", "squaring", "position", "method", "marks", "mask", "concept_file")
 SECOND = ("second_file", "second_lambda", "where")
 DRAWING = (
-    *("prompts", "lambda_", "count", "guidance", "steps", "scheduler", "seed", "words"),
+    *("prompts", "lambda_", "count", "guidance", "negative"),
+    *("steps", "scheduler", "seed", "words"),
     *SECOND,
 )
 LOOKED = ("marks", "views", "object_message", "square", "mask_part")
@@ -211,6 +212,11 @@ def _prompt_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
             step=0.5,
             label="How closely pictures follow the prompt (guidance)",
             info="1 or less: loosely. Very high: harsh colours.",
+        )
+        controls["negative"] = gr.Textbox(
+            label="What the pictures should not show (negative prompt)",
+            info="Works by guidance, so with a value above 1.",
+            max_lines=4,
         )
         controls["steps"] = gr.Slider(
             1, MAX_STEPS, DEFAULT_STEPS, step=1, label="Steps: more take longer and draw cleaner"

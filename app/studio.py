@@ -66,6 +66,7 @@ class Order:
     words: Words = 0
     num_inference_steps: int = DEFAULT_STEPS
     guidance_scale: float = GUIDANCE_SCALE
+    negative_prompt: str = ""
     scheduler: str = DEFAULT_SAMPLER
 
     def __post_init__(self) -> None:
@@ -251,6 +252,7 @@ class Studio:
             resolution=self.resolution,
             num_inference_steps=order.num_inference_steps,
             guidance_scale=order.guidance_scale,
+            negative_prompt=order.negative_prompt,
         )
 
     def _draw_batch(

@@ -43,6 +43,7 @@ class Drawing:
     resolution: int | None = None  # side in pixels; None means what the model draws
     num_inference_steps: int = DEFAULT_STEPS
     guidance_scale: float = GUIDANCE_SCALE
+    negative_prompt: str | None = None  # of every picture; None means an empty one
 
     @property
     def options(self) -> dict[str, Any]:
@@ -53,6 +54,7 @@ class Drawing:
             "width": self.resolution,
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
+            "negative_prompt": self.negative_prompt,
         }
 
     def __call__(
@@ -118,6 +120,7 @@ class Drawing:
             "num_inference_steps": str(self.num_inference_steps),
             "guidance_scale": str(self.guidance_scale),
             "dtype": str(pipe.unet.dtype),
+            **({"negative_prompt": self.negative_prompt} if self.negative_prompt else {}),
         }
 
 
@@ -166,7 +169,8 @@ def is_drawn(path: Path, metadata: Mapping[str, str]) -> bool:
         with Image.open(path) as picture:
             picture.verify()
             is_whole = path.read_bytes().endswith(PNG_END)  # `verify` stops a little before
-            return is_whole and metadata.items() <= picture.info.items()
+            same = picture.info.get("negative_prompt") == metadata.get("negative_prompt")
+            return is_whole and same and metadata.items() <= picture.info.items()
     except (OSError, SyntaxError, ValueError):
         return False
 
@@ -253,6 +257,7 @@ def draw_prompts(
     resolution: int | None = None,
     num_inference_steps: int = DEFAULT_STEPS,
     guidance_scale: float = GUIDANCE_SCALE,
+    negative_prompt: str | None = None,
 ) -> list[Image.Image]:
     """A stock pipeline's pictures, one seed per prompt.
 
@@ -267,6 +272,7 @@ def draw_prompts(
         width=side,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
+        negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
     ).images
 
 

@@ -126,6 +126,7 @@ def drawing_of(config: EliteConfig, words: Words, lambda_: float) -> Drawing:
         resolution=config.resolution,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
+        negative_prompt=config.negative_prompt,
     )
 
 

@@ -289,6 +289,9 @@ class DrawConfig(ModelConfig):
     guidance_scale: float = setting(
         GUIDANCE_SCALE, "Classifier-free guidance; 1 or less means none.", at_least=0, at_most=1000
     )
+    negative_prompt: str | None = setting(
+        None, "What pictures should not show; works by guidance, so with guidance_scale above 1."
+    )
     scheduler: str = setting(DEFAULT_SAMPLER, "Sampler; the release's is lms.", choices=SAMPLERS)
     resolution: int | None = setting(
         None,

@@ -116,6 +116,8 @@ def test_lambda_changes_the_picture_and_the_seed_repeats_it(handlers, values, tm
     assert pixels() != pixels(lambda_=0)
     assert pixels() != pixels(seed=4)
     assert pixels() != pixels(words="all")
+    assert pixels() != pixels(negative="red, a mug")
+    assert pixels() == pixels(negative=" ")
 
 
 def test_minus_one_draws_a_seed_and_shows_it(handlers, values, tmp_path):

@@ -87,6 +87,28 @@ def test_pictures_are_the_pipelines(script, tmp_path, whole_model, pairs):
             assert np.abs(drawn.astype(int) - expected).max() <= 1
 
 
+@pytest.mark.parametrize("name", ["inference_local.py", "inference_global.py"])
+def test_negative_prompt_is_drawn_and_kept_apart(script, tmp_path, whole_model, pairs, name):
+    """The pipeline's own picture; one of another negative prompt is no picture to keep."""
+    place = "object_l0p8" if "local" in name else "object_token0"
+    path = tmp_path / "out" / place / "00000_00042.png"
+    drawn = []
+    for options in ((), ("--negative_prompt", "red, a mug"), ()):
+        assert script(*options, name=name) == 0
+        with Image.open(path) as picture:
+            drawn.append((np.asarray(picture), picture.text.get("negative_prompt")))
+    assert [text for _, text in drawn] == [None, "red, a mug", None]
+    assert np.array_equal(drawn[0][0], drawn[2][0])
+    local = None if "local" in name else False
+    pipe = ElitePipeline.from_stable_diffusion(whole_model, local_mapper=local)
+    image, mask = (Image.open(pairs / f"pair0{ending}.png") for ending in ("", "_bg"))
+    options = {"negative_prompt": "red, a mug", "seed": 42, "num_inference_steps": 2}
+    concept = pipe.encode_concept(image, mask)
+    expected = pipe("a photo of a S", concept=concept, **options).images[0]
+    assert np.array_equal(drawn[1][0], np.asarray(expected))
+    assert not np.array_equal(drawn[1][0], drawn[0][0])
+
+
 def test_contact_sheet_shows_input_object_and_pictures(script, tmp_path, pairs):
     assert script("--num_images", "2") == 0
     sheet = pixels(tmp_path / "out" / "object_l0p8" / "grid.png")

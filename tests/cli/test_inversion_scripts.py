@@ -10,7 +10,7 @@ from elite import stages
 from elite.loading import load_stable_diffusion, stock_pipeline
 from tests import tiny
 from tests.conftest import run_script, same_pictures
-from textual_inversion.files import load_embeddings, load_into
+from textual_inversion.files import EMBEDDING_FILES, load_embeddings, load_into, save_embeddings
 from textual_inversion.pictures import PictureFolder, read_templates
 
 
@@ -172,6 +172,21 @@ def test_a_word_of_another_program_is_drawn_and_given_back(family, tmp_path):
     again = ("--embeddings", next(given.iterdir()), "--prompt", "a photo, easyneg")
     assert infer(family, tmp_path / "again", *again) == 0
     assert same_pictures(tmp_path / "drawn", tmp_path / "again")
+
+
+def test_learned_words_may_be_what_pictures_should_not_show(family, tmp_path):
+    """As those of the negative embeddings that people have."""
+    encoders = ("text_encoder", "text_encoder_2")[: 1 + (family / "text_encoder_2").exists()]
+    torch.manual_seed(0)
+    for encoder, width in zip(encoders, (24, 32), strict=False):
+        save_embeddings(tmp_path / EMBEDDING_FILES[encoder], {"bad": torch.randn(2, width)})
+    words = ("--embeddings", tmp_path, "--prompt", "a photo of a mug")
+    for name, negative in (("with", "bad"), ("other", "bad, red")):
+        assert infer(family, tmp_path / name, *words, "--negative_prompt", negative) == 0
+    with Image.open(tmp_path / "with" / "00000_00042.png") as picture:
+        assert picture.text["negative_prompt"] == "bad"
+    assert not same_pictures(tmp_path / "with", tmp_path / "other")
+    assert infer(family, tmp_path / "none", *words, "--negative_prompt", "red") == 2
 
 
 # --- pictures and captions ------------------------------------------------------------------------
