@@ -21,6 +21,7 @@ from app.marking import Shown, read_marks
 from app.studio import MAX_PICTURES, Drawn, OnProgress, Order, Studio, save_strip
 from elite.concept import Concept
 from elite.data import PairFolder
+from elite.images import doubt
 from elite.named_concepts import Words
 
 Values = dict[str, Any]
@@ -119,6 +120,8 @@ class AppHandlers:
                 mask = shown.read_mask(picture)
                 marked = data_url(dimmed(square, mask))
                 views = list(zip(self.studio.look(square, mask), VIEWS, strict=True))
+                doubtful = doubt(mask) if method == "file" else ""
+                said = message(f"mask: {doubtful}") if doubtful else ""
         except Exception as error:
             said = problem(error)
         return {

@@ -196,7 +196,7 @@ class Studio:
     def encode(self, image: np.ndarray, mask: np.ndarray) -> Concept:
         """Arguments and errors as `ElitePipeline.encode_concept`."""
         with self._lock:
-            return self.pipe.encode_concept(image, mask)
+            return self.pipe.encode_views(**self.pipe.concept_views(image, mask))
 
     def load_concept(self, path: Path | str) -> Concept:
         """One object of a file of `Concept.save`.

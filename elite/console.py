@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self
 
-from elite.wording import one_line
+from elite.wording import Note, one_line
 
 OK, INTERRUPTED, BAD_INPUT, PARTLY_FAILED = 0, 130, 2, 3
 
@@ -29,9 +29,22 @@ def quiet_libraries() -> None:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging
 
+    warnings.simplefilter("default", Note)
+    warnings.showwarning = _show_warning
     for library in (logging, diffusers_logging):
         library.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
+    """A note as one line, above a progress bar if there is one."""
+    from tqdm import tqdm
+
+    if issubclass(category, Note):
+        text = f"note: {one_line(message)}"
+    else:
+        text = warnings.formatwarning(message, category, *where[:2]).rstrip()
+    tqdm.write(text, file=sys.stderr)
 
 
 def complain(message: object) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from elite.files import digest_files
-from elite.images import fit_mask, read_image, read_mask
+from elite.images import doubt, fit_mask, read_image, read_mask
+from elite.wording import note
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -35,7 +36,10 @@ class Pair:
             raise ValueError(
                 f"{self.mask_path}: no such file; expected the mask of {self.image_path.name}"
             )
-        return image, fit_mask(read_mask(self.mask_path), image, str(self.mask_path))
+        mask = fit_mask(read_mask(self.mask_path), image, str(self.mask_path))
+        if doubtful := doubt(mask):
+            note(f"{self.mask_path}: {doubtful}")
+        return image, mask
 
     @property
     def digest(self) -> str:

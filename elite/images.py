@@ -70,10 +70,13 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 
 def to_mask(image: Image.Image) -> np.ndarray:
     """Any PIL mode to bool (H, W): every pixel that is neither black nor fully transparent is
-    object."""
-    if image.mode in ("P", "RGBA", "LA", "PA"):
+    object; of a cut-out, whose alpha varies, every pixel that is not fully transparent."""
+    if image.mode == "P" or image.has_transparency_data:
         rgba = np.asarray(image.convert("RGBA"))
-        return np.any(rgba[..., :3] > 0, axis=2) & (rgba[..., 3] > 0)
+        alpha = rgba[..., 3]
+        if alpha.min(initial=255) < alpha.max(initial=0):
+            return alpha > 0
+        return np.any(rgba[..., :3] > 0, axis=2) & (alpha > 0)
     values = np.asarray(image)
     return np.any(values > 0, axis=2) if values.ndim == 3 else values > 0
 
@@ -108,6 +111,16 @@ def fit_mask(mask: np.ndarray, image: np.ndarray, name: str = "mask") -> np.ndar
     if not mask.any():
         raise ValueError(f"{name}: mask has no object pixel; paint the object in white on black")
     return mask
+
+
+def doubt(mask: np.ndarray) -> str:
+    """What looks wrong with a mask, bool (H, W), that a person has made; else nothing."""
+    if mask.all():
+        return "every pixel is object; paint what is not object black"
+    border = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
+    if border.mean() > 0.9:
+        return "the object is all around the picture's border; if the mask is inverted, swap it"
+    return ""
 
 
 def normalise(image: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

@@ -43,7 +43,7 @@ from elite.compat import (
     text_options,
 )
 from elite.concept import Concept
-from elite.images import ImageLike, fit_mask, object_views, to_mask, to_rgb
+from elite.images import ImageLike, doubt, fit_mask, object_views, to_mask, to_rgb
 from elite.loading import DEFAULT_STEPS, inside, load_parts, pixels_per_latent, side_in_pixels
 from elite.mappers import GlobalMapper, LocalMapper, Mapper, clip_levels, clip_levels_of_views
 from elite.named_concepts import (
@@ -57,6 +57,7 @@ from elite.named_concepts import (
     weights_by_name,
 )
 from elite.text import check_texts, injected, tokenize, word_positions
+from elite.wording import note
 
 
 class ElitePipeline(DiffusersPipeline):
@@ -170,7 +171,8 @@ class ElitePipeline(DiffusersPipeline):
 
     @torch.no_grad()
     def encode_concept(self, image: ImageLike, mask: ImageLike, name: str = "mask") -> Concept:
-        """Reads one object: picture and mask to words and feature tokens (paper section 3).
+        """Reads one object: picture and mask to words and feature tokens (paper section 3). Warns
+        where the mask looks inverted or is all object.
 
         Args:
             image: PIL image, or uint8 (H, W, 3).
@@ -180,6 +182,9 @@ class ElitePipeline(DiffusersPipeline):
         Raises:
             ValueError: the mask is empty or of another shape.
         """
+        mask = to_mask(mask) if isinstance(mask, Image.Image) else np.asarray(mask) > 0
+        if doubtful := doubt(mask):
+            note(f"{name}: {doubtful}")
         return self.encode_views(**self.concept_views(image, mask, name))
 
     def concept_views(

@@ -1,6 +1,7 @@
 """What messages quote of a stranger's input: short, on one line, nothing that moves the cursor."""
 
 import reprlib
+import warnings
 
 SHOWN = 200  # characters of one value
 LONGEST = 1500  # characters of a message
@@ -9,6 +10,15 @@ _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = SHOWN
 _short.maxlevel = 2  # a nested YAML of ten aliases would fill the memory
 _short.maxlist = _short.maxdict = _short.maxtuple = 4
+
+
+class Note(UserWarning):
+    """Something that is done as asked, but may not be meant; scripts show it as one line."""
+
+
+def note(message: str) -> None:
+    """Tells the user, the same only once."""
+    warnings.warn(message, Note, stacklevel=2)
 
 
 def brief(value: object) -> str:

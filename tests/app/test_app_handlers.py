@@ -47,6 +47,15 @@ def test_what_is_no_object_is_dark(handlers, values, pairs):
     assert shown[~mask].max() <= 255 * DIMMED
 
 
+def test_an_inverted_mask_gets_a_hint(handlers, values, tmp_path):
+    mask = np.full((40, 40), 255, np.uint8)
+    mask[10:30, 10:30] = 0
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    answer = handlers.look({**values, "method": "file", "mask": str(tmp_path / "mask.png")})
+    assert "if the mask is inverted" in answer["object_message"] and answer["views"]
+    assert handlers.look({**values, "method": "whole"})["object_message"] == ""
+
+
 def test_another_picture_empties_the_marks(handlers, values):
     marked = {**values, "method": "brush", "marks": "not read"}
     assert "cannot be read" in handlers.look(marked)["object_message"]

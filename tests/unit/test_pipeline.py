@@ -15,6 +15,7 @@ from elite.loading import DEFAULT_SAMPLER, DEFAULT_STEPS, SCHEDULERS, load_parts
 from elite.named_concepts import pick_words
 from elite.settings import SAMPLERS
 from elite.text import encode_text
+from elite.wording import Note
 from tests import tiny
 from tests.conftest import make_pipe
 from tests.tiny import STEPS, draw, relative
@@ -27,6 +28,14 @@ BATCH_TOLERANCE = 1e-4
 @pytest.fixture
 def concepts(pipe) -> list[Concept]:
     return [pipe.encode_concept(*tiny.picture(seed)) for seed in (1, 2, 3)]
+
+
+def test_a_mask_that_is_all_object_gets_a_hint(pipe, recwarn):
+    image, mask = tiny.picture(0)
+    pipe.encode_concept(image, mask)
+    assert not recwarn.list
+    with pytest.warns(Note, match="corgi: every pixel is object"):
+        pipe.encode_concept(image, np.ones_like(mask), name="corgi")
 
 
 # --- beside other pipelines -----------------------------------------------------------------------
