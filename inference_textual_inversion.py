@@ -19,12 +19,13 @@ def main() -> int:
     from elite.drawing import draw_prompts
     from elite.inference import draw_grid, place
     from elite.loading import load_stable_diffusion, make_scheduler, stock_pipeline
+    from elite.text import contains_word
     from textual_inversion.files import load_into, merge_embeddings
 
     # The words.
     embeddings = merge_embeddings(config.embeddings)
     words = list(embeddings["text_encoder"])
-    if not any(word in prompt for word in words for prompt in config.prompt):
+    if not any(contains_word(prompt, word) for word in words for prompt in config.prompt):
         raise ValueError(
             f"--prompt: none of the learned words {', '.join(words)} is in it; write one there"
         )

@@ -8,10 +8,12 @@ from typing import Any
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import snapshot_download
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from elite.attention import is_installed
 from elite.cards import Carded, pipeline_card
 from elite.loading import side_in_pixels
+from elite.text import read_prompt
 
 
 class DiffusersPipeline(Carded, StableDiffusionPipeline):
@@ -74,6 +76,11 @@ class DiffusersPipeline(Carded, StableDiffusionPipeline):
     def unfuse_qkv_projections(self, *args: Any, **kwargs: Any) -> None:
         with self._plain_unet():
             super().unfuse_qkv_projections(*args, **kwargs)
+
+    def maybe_convert_prompt(
+        self, prompt: str | list[str], tokenizer: PreTrainedTokenizerBase
+    ) -> str | list[str]:
+        return read_prompt(prompt, tokenizer)
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As diffusers', whose clip_skip looks for the `text_model` that transformers 5 has

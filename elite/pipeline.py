@@ -56,7 +56,7 @@ from elite.named_concepts import (
     row_per_prompt,
     weights_by_name,
 )
-from elite.text import check_texts, injected, tokenize, word_positions
+from elite.text import check_texts, injected, spell_out, tokenize, word_positions
 from elite.wording import note
 
 
@@ -394,12 +394,12 @@ class ElitePipeline(DiffusersPipeline):
         # The words into the prompt.
         chosen = torch.stack([pick_words(row.words, words) for row in rows], dim=1).to(device)
         num_words = chosen.shape[2]  # of (B, N, L, D)
-        # Words of textual inversion may be several tokens; encode_prompt spells them out itself.
-        spelled = self.maybe_convert_prompt(prompts, self.tokenizer)
+        spelled = [spell_out(prompt, self.tokenizer) for prompt in prompts]
         input_ids, index = tokenize(self.tokenizer, spelled, names, num_words)
         index = index.to(device)
         with injected(self.text_encoder, chosen, index, input_ids.to(device)):
-            context, _ = self.encode_prompt(prompts, device, 1, False, **text_options(kwargs))
+            # These ids are read, whatever the text; `tokenize` has checked their number.
+            context, _ = self.encode_prompt([""] * count, device, 1, False, **text_options(kwargs))
 
         # Beside it the feature tokens of each concept, its placeholder and its lambda.
         index = word_positions(index, num_words)  # (B, N)

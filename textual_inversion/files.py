@@ -13,7 +13,7 @@ from torch import Tensor
 
 from elite.concept import DTYPES, Concept
 from elite.files import is_file, write_atomically
-from elite.wording import brief
+from elite.wording import brief, note
 
 # File of each text encoder's embeddings, as diffusers' loaders look for them.
 EMBEDDING_FILES = {
@@ -31,8 +31,16 @@ def spell(placeholder: str, num_vectors: int) -> list[str]:
 
 
 def save_embeddings(path: Path | str, embeddings: Embeddings) -> None:
-    """Writes placeholders with their vectors; of a single one diffusers reads the file as it is."""
-    tensors = {name: rows.detach().cpu().contiguous() for name, rows in embeddings.items()}
+    """Writes placeholders with their vectors; of a single one diffusers reads the file as it is.
+
+    One of several vectors is written in small letters, since diffusers finds no other.
+    """
+    tensors = {}
+    for name, rows in embeddings.items():
+        written = name if len(rows) == 1 else name.lower()
+        if written != name:
+            note(f"{path}: {name!r} is written as {written!r}; type that in other programs")
+        tensors[written] = rows.detach().cpu().contiguous()
     write_atomically(path, lambda temporary: save_file(tensors, temporary))
 
 
@@ -104,10 +112,10 @@ def merge_embeddings(
     for source, by_encoder in loaded:
         for old in by_encoder["text_encoder"]:
             name = old
-            if old in owner or times.count(old) == 1:
+            if old.lower() in owner or times.count(old) == 1:
                 name = next((new for known, new in pending if known == old), old)
                 pending = [(k, new) for k, new in pending if (k, new) != (old, name)]
-            for token in spell(name, len(by_encoder["text_encoder"][old])):
+            for token in spell(name.lower(), len(by_encoder["text_encoder"][old])):
                 if token in owner:
                     raise ValueError(
                         f"{source}: placeholder {token!r} is also in {owner[token]}; give it "

@@ -1,5 +1,7 @@
 """What the page's controls do, without a browser."""
 
+import html
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -99,6 +101,11 @@ def test_prompts_are_checked(handlers, values):
     assert handlers.check(values) == {"prompt_message": ""}
     said = handlers.check({**values, "prompts": "a <b>S</b> S"})["prompt_message"]
     assert "2 times the placeholder" in said and "<b>" not in said and "&lt;b&gt;" in said
+
+
+def test_text_that_is_cut_off_is_told(handlers, values):
+    answer = handlers.check({**values, "prompts": "a S" + " a" * 73 + " on the beach"})
+    assert "leaves out 'on the beach'" in html.unescape(answer["prompt_message"])
 
 
 def test_drawing_tells_steps_and_gives_files_with_metadata(handlers, values, tmp_path):

@@ -34,6 +34,12 @@ def script(whole_model, pairs, tmp_path):
     return run
 
 
+def test_a_scene_that_is_cut_off_is_told(script, capsys):
+    assert script("--selected_data", "0", "--template", "a {}" + " a" * 73 + " on the beach") == 0
+    (note,) = [x for x in capsys.readouterr().err.splitlines() if "note: " in x]
+    assert note.endswith("reads 77 tokens and leaves out 'on the beach'; shorten it")
+
+
 # --- what is written ------------------------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from elite import stages
 from elite.loading import load_stable_diffusion, stock_pipeline
@@ -241,3 +241,20 @@ def test_prompt_without_a_learned_word(model_folder, photos, tmp_path, capsys):
     arguments = ("--embeddings", tmp_path / "cat", "--prompt", "a photo of a cat")
     assert infer(model_folder, tmp_path / "drawn", *arguments) == 2
     assert "none of the learned words <cat> is in it" in capsys.readouterr().err
+
+
+def test_text_that_is_cut_off_is_told(model_folder, tmp_path, capsys):
+    path = tmp_path / "words.safetensors"
+    save_file({"<w>": torch.ones(1, 24), "<big>": torch.ones(100, 24), "oto": torch.ones(24)}, path)
+    use = ("--embeddings", path, "--prompt")
+    for prompt, message in (
+        ("word " * 90 + "<w>", "the learned word '<w>', 1 token(s), runs past the 77"),
+        ("a <big> on the beach", "the learned word '<big>', 100 token(s), runs past the 77"),
+        ("a photo", "none of the learned words"),
+    ):
+        assert infer(model_folder, tmp_path / "drawn", *use, prompt) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+        assert not (tmp_path / "drawn").exists()
+    assert infer(model_folder, tmp_path / "drawn", *use, "a <W>" + " a" * 73 + " on a mug") == 0
+    (note,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("note: ")]
+    assert note.endswith("reads 77 tokens and leaves out 'on a mug'; shorten it")
