@@ -1,8 +1,9 @@
 """What a pipeline owes to diffusers and the method does not need: the hub, saving, exchanges of
 attention processors, clip_skip, callbacks."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 from diffusers import StableDiffusionPipeline
@@ -14,6 +15,7 @@ from elite.attention import is_installed
 from elite.cards import Carded, pipeline_card
 from elite.loading import side_in_pixels
 from elite.text import read_prompt
+from elite.wording import nearest
 
 
 class DiffusersPipeline(Carded, StableDiffusionPipeline):
@@ -96,6 +98,23 @@ class DiffusersPipeline(Carded, StableDiffusionPipeline):
 
 
 # --- the arguments of a call ----------------------------------------------------------------------
+
+# Of `__call__`, where diffusers takes the first two by **kwargs, and of `condition`.
+CALL_OPTIONS = {
+    "callback",
+    "callback_steps",
+    *signature(StableDiffusionPipeline.__call__).parameters,
+}
+CONDITION_OPTIONS = {"clip_skip", "cross_attention_kwargs", "height", "width"}
+
+
+def check_names(given: Iterable[str], options: Set[str], function: Callable) -> None:
+    """Raises ValueError where a keyword is neither among the options nor a parameter of the
+    function, whose **kwargs have taken it."""
+    known = (options | signature(function).parameters.keys()) - {"args", "kwargs", "self"}
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{name}: unknown argument{nearest(name, known)}")
 
 
 def text_options(kwargs: dict) -> dict[str, Any]:

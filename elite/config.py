@@ -4,7 +4,6 @@ The dataclasses are in `elite/settings.py`. A script reads one and hands plain a
 """
 
 import argparse
-import difflib
 import math
 import re
 import sys
@@ -30,7 +29,7 @@ from elite.settings import (
     TrainGlobalConfig,
     TrainLocalConfig,
 )
-from elite.wording import brief, one_line
+from elite.wording import brief, nearest, one_line
 
 __all__ = [
     "AppConfig",
@@ -209,8 +208,7 @@ def default_of(item: Field[Any]) -> Any:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {match[0]}?" if match else "; --help lists what there is"
+    return nearest(name, known) or "; --help lists what there is"
 
 
 def _read_layer(

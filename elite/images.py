@@ -14,7 +14,7 @@ from torch import Tensor
 
 from elite.files import is_file
 
-ImageLike = Image.Image | np.ndarray
+ImageLike = Image.Image | np.ndarray | Path | str
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 FORMATS = ("PNG", "JPEG", "WEBP")  # no other decoder of Pillow is handed a file
@@ -90,6 +90,39 @@ def read_image(path: Path | str, max_pixels: int | None = None) -> np.ndarray:
 def read_mask(path: Path | str, max_pixels: int | None = None) -> np.ndarray:
     """Object mask, bool (H, W), upright. Raises ValueError as `read_image`."""
     return to_mask(_open(path, max_pixels))
+
+
+def as_image(image: ImageLike) -> np.ndarray:
+    """A file, a PIL image or such an array to uint8 (H, W, 3). Raises ValueError where it is
+    none."""
+    if isinstance(image, str | Path):
+        return read_image(image)
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    pixels = np.asarray(image)
+    if pixels.dtype != np.uint8 or pixels.shape[2:] != (3,) or not pixels.size:
+        raise ValueError(
+            f"image is {pixels.dtype} of shape {pixels.shape}; expected a path, a PIL image, or "
+            "uint8 of shape (H, W, 3) in RGB"
+        )
+    return pixels
+
+
+def as_mask(mask: ImageLike, name: str = "mask") -> np.ndarray:
+    """A file, a PIL image or an array, (H, W) or (H, W, 3), to bool (H, W): all that is not zero is
+    object. Raises ValueError, which begins with `name`, where it is none."""
+    if isinstance(mask, str | Path):
+        return read_mask(mask)
+    if isinstance(mask, Image.Image):
+        return to_mask(mask)
+    values = np.asarray(mask)
+    is_shaped = values.ndim > 1 and values.shape[2:] in ((), (1,), (3,)) and values.size
+    if values.dtype.kind not in "biuf" or not is_shaped:
+        raise ValueError(
+            f"{name} is {values.dtype} of shape {values.shape}; expected a path, a PIL image, or "
+            "numbers of shape (H, W)"
+        )
+    return (values > 0).reshape(*values.shape[:2], -1).any(axis=2)
 
 
 def fit_mask(mask: np.ndarray, image: np.ndarray, name: str = "mask") -> np.ndarray:

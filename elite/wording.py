@@ -1,7 +1,9 @@
 """What messages quote of a stranger's input: short, on one line, nothing that moves the cursor."""
 
+import difflib
 import reprlib
 import warnings
+from collections.abc import Iterable
 
 SHOWN = 200  # characters of one value
 LONGEST = 1500  # characters of a message
@@ -24,6 +26,12 @@ def note(message: str) -> None:
 def brief(value: object) -> str:
     """`repr`, but never long."""
     return _short.repr(value)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: which one may be meant, if any is like it."""
+    match = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {match[0]}?" if match else ""
 
 
 def one_line(text: object) -> str:

@@ -322,6 +322,6 @@ COMPATIBLES = [
 def test_every_scheduler_of_diffusers_draws(pipe, concept, name):
     (scheduler,) = (cls for cls in pipe.scheduler.compatibles if cls.__name__ == name)
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
-    options = {"seed": [7, 7], "num_images_per_prompt": 2, "num_inference_steps": 4}
+    options = {"seed": None, "num_images_per_prompt": 2, "num_inference_steps": 4}
     a, b = draw(pipe, concept=concept, generator=torch.Generator().manual_seed(0), **options)
     assert torch.isfinite(a).all() and torch.isfinite(b).all()
