@@ -22,6 +22,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
 
 from elite.console import complain
+from elite.files import check_writable
 from elite.images import read_mask
 from elite.open_images import save_mask_boxes
 from elite.wording import one_line
@@ -111,6 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.workers < 1:
             raise ValueError(f"--workers {args.workers}: expected 1 or more")
         masks, index_path = find_masks(args.folder.resolve(), args.set_name)
+        check_writable(index_path.parent)
         boxes, failures = collect(boxes_of_files(masks, args.workers))
         save_mask_boxes(index_path, boxes)
     except ValueError as error:

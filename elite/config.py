@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
-from elite.files import read_text, write_atomically
+from elite.files import check_writable, read_text, write_atomically
 from elite.settings import (
     AppConfig,
     EncodeConfig,
@@ -95,7 +95,10 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) 
         flags = _parse_flags(parser, argv)
         path = flags.pop("config", None)
         preset = _read_layer(config_class, read_yaml(path), f"{path}: ") if path else {}
-        return build_config(config_class, preset, _read_layer(config_class, flags, "--"))
+        config = build_config(config_class, preset, _read_layer(config_class, flags, "--"))
+        if hasattr(config, "output_dir"):
+            check_writable(config.output_dir)
+        return config
     except ValueError as error:
         print(f"{parser.prog}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)

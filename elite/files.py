@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,25 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
         elif temporary.exists():
             temporary.unlink()
+
+
+def check_writable(folder: Path | str) -> None:
+    """Raises ValueError where a folder cannot be made or written into; makes nothing."""
+    folder = Path(folder).absolute()
+    for path in (folder, *folder.parents):
+        try:
+            reason = "" if stat.S_ISDIR(os.stat(path).st_mode) else "Not a directory"
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            reason = str(error.strerror)
+        if not reason and not os.access(path, os.W_OK | os.X_OK):
+            reason = "Permission denied"
+        if reason:
+            raise ValueError(
+                f"{folder}: cannot be written ({path}: {reason}); choose another folder"
+            )
+        return
 
 
 def _flush(path: Path) -> None:

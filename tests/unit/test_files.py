@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from elite.files import write_atomically, write_json
+from elite.files import check_writable, write_atomically, write_json
 
 TENSORS = {"weight": torch.arange(20_000.0)}  # 80 kB
 
@@ -47,6 +47,20 @@ def test_half_written_file_is_never_seen_under_its_name(tmp_path):
 
     write_atomically(path, write)
     assert path.read_text() == "half"
+
+
+def test_where_nothing_can_be_written_is_seen_before(tmp_path, monkeypatch):
+    check_writable(tmp_path / "new" / "folder")
+    assert not any(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "new" / "folder"):
+        with pytest.raises(ValueError, match=rf"^{folder}: cannot be .*file: Not a directory\)"):
+            check_writable(folder)
+    with pytest.raises(ValueError, match="File name too long"):
+        check_writable(tmp_path / ("x" * 1000))
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(ValueError, match=r"new: cannot be written .*Permission denied"):
+        check_writable(tmp_path / "new")
 
 
 WRITERS = {
