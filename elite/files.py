@@ -33,6 +33,7 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
+        give_usual_rights(temporary)
         _flush(temporary)
         if path.is_dir() and temporary.is_dir():
             remove_whole(path)
@@ -69,6 +70,17 @@ def check_writable(folder: Path | str) -> None:
                 f"{folder}: cannot be written ({path}: {reason}); choose another folder"
             )
         return
+
+
+def give_usual_rights(path: Path) -> None:
+    """Lets those read a safetensors file, or all in a folder, who may read any new file;
+    safetensors itself lets their owner alone."""
+    files = [path] if path.suffix == ".safetensors" else [*path.rglob("*.safetensors")]
+    for file in files:
+        probe = _hidden(file, "tmp")
+        probe.touch()
+        os.chmod(file, stat.S_IMODE(probe.stat().st_mode))
+        probe.unlink()
 
 
 def _flush(path: Path) -> None:

@@ -63,6 +63,36 @@ def test_where_nothing_can_be_written_is_seen_before(tmp_path, monkeypatch):
         check_writable(tmp_path / "new")
 
 
+@pytest.fixture
+def umask():
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+def rights(path) -> str:
+    return f"{path.stat().st_mode & 0o777:o}"
+
+
+def test_weights_may_be_read_by_those_who_read_the_rest(tmp_path, umask, mappers, pipe):
+    """safetensors lets their owner alone."""
+    write_atomically(tmp_path / "a.safetensors", lambda path: save_file(TENSORS, path))
+
+    def checkpoint(folder):
+        folder.mkdir()
+        save_file(TENSORS, folder / "weights.safetensors")
+
+    write_atomically(tmp_path / "checkpoint", checkpoint)
+    mappers[0].save_pretrained(tmp_path / "mapper")
+    pipe.save_pretrained(tmp_path / "pipe")
+    found = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len([path for path in found if path.suffix == ".safetensors"]) == 9
+    assert {rights(path) for path in found} == {"644"}
+    os.umask(0o077)
+    write_atomically(tmp_path / "mine.safetensors", lambda path: save_file(TENSORS, path))
+    assert rights(tmp_path / "mine.safetensors") == "600"
+
+
 WRITERS = {
     "text": lambda temporary: temporary.write_text("x" * 80_000),
     "picture": lambda temporary: Image.fromarray(
