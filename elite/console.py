@@ -8,6 +8,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from io import TextIOWrapper
 from types import FrameType
 from typing import Any, Self
 
@@ -55,6 +56,9 @@ def complain(message: object) -> None:
 def run(main: Callable[[], int]) -> None:
     """Runs a script and exits: with its status, 2 and one line on stderr for a ValueError, a file
     that cannot be reached or a lost process of `accelerate launch`, 130 for Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # letters that the terminal does not have as \u51fa
+            stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
     except ValueError as error:
