@@ -4,6 +4,7 @@ path of ELITE.
 Scripts, app, training data and previews all go through here.
 """
 
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
@@ -17,7 +18,22 @@ from elite.files import is_file
 ImageLike = Image.Image | np.ndarray | Path | str
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-FORMATS = ("PNG", "JPEG", "WEBP")  # no other decoder of Pillow is handed a file
+ENDINGS = {
+    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "AVIF": (".avif",),
+    "HEIF": (".heic", ".heif"),  # with pillow-heif
+}
+with suppress(ImportError):
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+Image.init()
+FORMATS = [name for name in ENDINGS if name in Image.OPEN]  # no other decoder is handed a file
 MAX_PIXELS = 64_000_000  # of a file that nobody bounds tighter; its arrays stay below 2 GB
 SAME_ASPECT = (
     0.02  # relative difference of aspect ratios up to which a mask is resized to its image
