@@ -102,7 +102,8 @@ def merge_embeddings(
             rename gives the next one another.
 
     Raises:
-        ValueError: two sources use one placeholder, or a rename matches none.
+        ValueError: two sources use one placeholder, one continues another, or a rename matches
+            none.
     """
     merged: dict[str, Embeddings] = {}
     owner: dict[str, str] = {}  # token to the source that has it
@@ -125,6 +126,12 @@ def merge_embeddings(
             for encoder, embeddings in by_encoder.items():
                 if old in embeddings:
                     merged.setdefault(encoder, {})[name] = embeddings[old]
+    for name, rows in merged["text_encoder"].items():
+        if (following := f"{name}_{len(rows)}".lower()) in owner:
+            raise ValueError(
+                f"{owner[following]}: placeholder {following!r} would be read as a vector of "
+                f"{name!r}; give it another name with --rename '{following}=NEW'"
+            )
     if pending:
         raise ValueError(
             f"--rename {pending[0][0]}={pending[0][1]}: no input has that placeholder left to "

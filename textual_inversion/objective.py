@@ -28,7 +28,8 @@ def add_tokens(tokenizer: CLIPTokenizer, placeholder: str, num_vectors: int) -> 
     """
     tokens = spell(placeholder, num_vectors)
     known = tokenizer.get_vocab()
-    if taken := [token for token in tokens if {token, f"{token.lower()}</w>"} & known.keys()]:
+    read = [*tokens, f"{placeholder}_{num_vectors}"]  # the last would be one more vector
+    if taken := [token for token in read if {token, f"{token.lower()}</w>"} & known.keys()]:
         raise ValueError(
             f"placeholder {taken[0]!r} is a token of this model already; choose a new word such as "
             f"'<{placeholder.strip('<>')}-1>'"

@@ -326,6 +326,22 @@ def test_words_inside_other_words_clash_too(tmp_path):
         merge_embeddings([a, b])
 
 
+def test_a_word_that_continues_another_clashes(tmp_path):
+    """It would be read as one more vector of the other."""
+    folders = [save_word(tmp_path / "a", "<Cat>", 1), save_word(tmp_path / "b", "<cat>_1", 1)]
+    for some in (folders, folders[::-1]):
+        with pytest.raises(ValueError, match=r"b: placeholder '<cat>_1' would be read as a vector"):
+            merge_embeddings(some)
+    merged = merge_embeddings(folders, [("<cat>_1", "<dog>")])
+    assert list(merged["text_encoder"]) == ["<Cat>", "<dog>"]
+
+
+def test_a_word_that_the_model_would_continue_is_no_placeholder(tokenizer):
+    tokenizer.add_tokens(["<new>_2"])
+    with pytest.raises(ValueError, match="'<new>_2' is a token of this model already"):
+        add_tokens(tokenizer, "<new>", 2)
+
+
 def test_a_single_word_can_be_renamed(tmp_path):
     folder = save_word(tmp_path / "a")
     merged = merge_embeddings([folder], [(WORD, "<dog>")])
