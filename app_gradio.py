@@ -8,8 +8,9 @@ ELITE_APP_AUTH=me:secret python app_gradio.py --host 0.0.0.0      others may use
 Only this machine reaches the page unless --host or --share say otherwise, which need a password.
 """
 
-from elite.config import AppConfig, parse_config
+from elite.config import parse_config
 from elite.console import OK, quiet_libraries, run
+from elite.settings import AppConfig
 
 
 def main() -> int:

@@ -9,17 +9,31 @@ fits only the mappers that made it. Exit code 2: nothing could be encoded; 3: so
 be read (they are listed, the rest is encoded).
 """
 
-from elite.config import EncodeConfig, parse_config
+from pathlib import Path
+
+from elite.config import parse_config
 from elite.console import quiet_libraries, run
+from elite.settings import EncodeConfig
 
 
 def main() -> int:
     config = parse_config(EncodeConfig)
     quiet_libraries()
-    from elite.inference import load_pipeline, run_encoding
+    from elite.encoding import encode_folder
+    from elite.inference import load_pipeline, model_metadata, read_pairs, report_failures
 
     pipe = load_pipeline(config, config.local_mapper_path)
-    return run_encoding(config, pipe)
+    pairs, output_dir = read_pairs(config), Path(config.output_dir)
+    failures = encode_folder(
+        pipe,
+        pairs,
+        output_dir,
+        skip_existing=config.skip_existing,
+        metadata=model_metadata(config),
+    )
+    count = len(pairs) - len(failures)
+    done = f"{count} concepts in {output_dir}; look at {output_dir / 'grid.png'} first"
+    return report_failures(failures, len(pairs), "pairs could not be encoded", done)
 
 
 if __name__ == "__main__":

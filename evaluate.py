@@ -11,9 +11,11 @@ run draws only what is missing. Exit code 3: some concepts could not be read, th
 """
 
 from pathlib import Path
+from typing import Any
 
-from elite.config import EvaluateConfig, parse_config, to_dict
+from elite.config import parse_config, to_dict
 from elite.console import BAD_INPUT, OK, PARTLY_FAILED, complain, quiet_libraries, run
+from elite.settings import EvaluateConfig
 
 
 def main() -> int:
@@ -57,7 +59,7 @@ def main() -> int:
     return PARTLY_FAILED if failures else OK
 
 
-def build_metrics(config: EvaluateConfig, cases: list, device) -> list:
+def build_metrics(config: EvaluateConfig, cases: list, device: Any) -> list:
     """The metrics that were asked for."""
     from evaluation.cases import ClipScores, DinoScores
     from evaluation.metrics import Clip, Dino

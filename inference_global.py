@@ -5,21 +5,32 @@ python inference_global.py --token_index full                all words
 python inference_global.py --concept_path outputs/concepts   the files of encode.py
 """
 
-from elite.config import InferenceGlobalConfig, parse_config
+from pathlib import Path
+
+from elite.config import parse_config
 from elite.console import quiet_libraries, run
+from elite.settings import InferenceGlobalConfig
 
 
 def main() -> int:
     config = parse_config(InferenceGlobalConfig)
     quiet_libraries()
-    from elite.inference import build_pipeline, run_inference
+    from elite.inference import build_pipeline, draw_objects, drawing_of, read_objects
 
-    # A concept is tied to both mappers, even where only its words are drawn.
-    concepts = config.concept_path is not None
-    local_mapper = config.local_mapper_path if concepts else False
-    pipe = build_pipeline(config, local_mapper, encodes=not concepts)
-    name = f"{config.suffix}_token{config.token_index}"
-    return run_inference(config, pipe, name, words=config.words)
+    # Stable Diffusion with the global mapper. A concept file is tied to both mappers, even where
+    # only its words are drawn.
+    reads_files = config.concept_path is not None
+    pipe = build_pipeline(
+        config,
+        local_mapper=config.local_mapper_path if reads_files else False,
+        encodes=not reads_files,
+    )
+
+    # The objects, and how they are drawn.
+    objects = read_objects(config)
+    drawing = drawing_of(config, words=config.words, lambda_=0.0)
+    output_dir = Path(config.output_dir) / f"{config.suffix}_token{config.token_index}"
+    return draw_objects(config, pipe, objects, drawing, output_dir)
 
 
 if __name__ == "__main__":

@@ -9,27 +9,67 @@ python inference_local.py --concept S1=a.safetensors S2=b.safetensors \\
 accelerate launch inference_local.py ...                     the folder shared among processes
 """
 
-from elite.config import InferenceLocalConfig, parse_config
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from elite.config import parse_config, split_named
 from elite.console import quiet_libraries, run
+from elite.settings import InferenceLocalConfig
 
 
 def main() -> int:
     config = parse_config(InferenceLocalConfig)
     quiet_libraries()
-    from elite.inference import build_pipeline, run_inference, run_several_concepts
+    from elite.inference import build_pipeline, draw_objects, drawing_of, read_objects
 
+    # Stable Diffusion with both mappers; concept files need no image encoder.
     encodes = config.concept_path is None and not config.concept
     pipe = build_pipeline(config, config.local_mapper_path, encodes=encodes)
     if pipe.local_mapper is None:
         raise ValueError(
             f"{config.pretrained_model_name_or_path}: has no local_mapper/; pass "
-            "--local_mapper_path, or use "
-            "inference_global.py"
+            "--local_mapper_path, or use inference_global.py"
         )
     name = f"{config.suffix}_l{config.llambda}".replace(".", "p")
+    output_dir = Path(config.output_dir) / name
     if config.concept:
-        return run_several_concepts(config, pipe, name)
-    return run_inference(config, pipe, name, lambda_=config.llambda)
+        return draw_several(config, pipe, output_dir)
+
+    # The objects (pairs, or concept files), and how they are drawn: w0 and lambda times f.
+    objects = read_objects(config)
+    drawing = drawing_of(config, words=0, lambda_=config.llambda)
+    return draw_objects(config, pipe, objects, drawing, output_dir)
+
+
+def draw_several(config: InferenceLocalConfig, pipe: Any, output_dir: Path) -> int:
+    """Draws the concepts of --concept in one picture. Returns the exit status."""
+    from elite.concept import ConceptFolder
+    from elite.drawing import metadata_of_several
+    from elite.images import read_mask
+    from elite.inference import draw_grid, drawing_of, model_metadata
+
+    if config.concept_path is not None:
+        raise ValueError("--concept and --concept_path are both given; leave one of them out")
+    files = split_named(config.concept, "--concept")
+    weights = dict.fromkeys(files, config.llambda)
+    for word, value in split_named(config.concept_llambda, "--concept_llambda").items():
+        if word not in files:
+            raise ValueError(f"--concept_llambda {word}={value}: no such --concept")
+        weights[word] = float(value)
+    masks = split_named(config.region, "--region")
+
+    drawing = drawing_of(config, words=0, lambda_=config.llambda)
+    concepts = {word: ConceptFolder(path).read(0) for word, path in files.items()}
+    regions = {word: read_mask(path) for word, path in masks.items()}
+    draw = partial(drawing.with_concepts, pipe, concepts, weights, regions)
+    metadata = {
+        **drawing.metadata(pipe),
+        "scheduler": config.scheduler,
+        **model_metadata(config),
+        **metadata_of_several(concepts, weights, masks),
+    }
+    return draw_grid(config, draw, [config.template], output_dir, metadata)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ concept gives its primary word w0, named after its file; without ELITE's own K a
 file can hold, a stock pipeline draws it only roughly.
 """
 
-from elite.config import MergeEmbeddingsConfig, parse_config
+from elite.config import parse_config
 from elite.console import OK, quiet_libraries, run
+from elite.settings import MergeEmbeddingsConfig
 
 
 def main() -> int:

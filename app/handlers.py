@@ -134,7 +134,7 @@ class AppHandlers:
         }
 
     def new_picture(self, values: Values) -> Values:
-        """The same for another picture, without the marks on the last one."""
+        """`look` for another picture, without the marks on the last one."""
         looked = self.look({**values, "marks": ""})
         return {**looked, "marks": {**looked["marks"], "value": ""}}
 
@@ -293,7 +293,7 @@ def teller(stop: Stop, tell: Tell) -> OnProgress:
 
 def caption(drawn: Drawn) -> str:
     """Of a thumbnail, which shows its beginning."""
-    return f"\u03bb {drawn.text['lambda']}, seed {drawn.seed}: {drawn.prompt}"
+    return f"\u03bb {drawn.metadata['lambda']}, seed {drawn.seed}: {drawn.prompt}"
 
 
 def seeds_of(order: Order) -> str:

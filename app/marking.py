@@ -69,7 +69,7 @@ class Shown:
         """
         if not self.picture:
             raise ValueError("no picture yet; upload or paste one, or pick an example")
-        with by_name(self.picture):
+        with folder_hidden(self.picture):
             return read_image(self.picture, self.max_pixels)
 
     def square(self, picture: np.ndarray) -> np.ndarray:
@@ -106,12 +106,12 @@ class Shown:
     def _read_file(self, picture: np.ndarray) -> np.ndarray:
         if not self.mask:
             raise ValueError("no mask yet; upload one: white where the object is, black elsewhere")
-        with by_name(self.mask):
+        with folder_hidden(self.mask):
             return fit_mask(read_mask(self.mask, self.max_pixels), picture, str(self.mask))
 
 
 @contextmanager
-def by_name(path: Path | str) -> Iterator[None]:
+def folder_hidden(path: Path | str) -> Iterator[None]:
     """Within it, errors name the file as the person knows it, without the folder of the upload."""
     try:
         yield

@@ -11,7 +11,7 @@ from gradio.utils import get_upload_folder
 
 from app.handlers import AppHandlers, Stop, Values, example_pictures
 from app.studio import MAX_GUIDANCE, MAX_LAMBDA, MAX_STEPS
-from elite.loading import DEFAULT_SAMPLER, DEFAULT_STEPS
+from elite.defaults import DEFAULT_SAMPLER, DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA
 from elite.settings import SAMPLERS
 
 T = TypeVar("T", gr.Image, gr.File)
@@ -194,7 +194,7 @@ def _prompt_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
     controls["lambda_"] = gr.Slider(
         0,
         MAX_LAMBDA,
-        0.8,
+        LAMBDA,
         step=0.05,
         label="Likeness to your object (lambda)",
         info="0: only a rough idea of it. 0.6: room for the prompt. 0.8: the object itself.",
@@ -207,7 +207,7 @@ def _prompt_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
         controls["guidance"] = gr.Slider(
             0,
             MAX_GUIDANCE,
-            5,
+            GUIDANCE_SCALE,
             step=0.5,
             label="How closely pictures follow the prompt (guidance)",
             info="1 or less: loosely. Very high: harsh colours.",
@@ -269,7 +269,7 @@ def _second_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
     controls["second_lambda"] = gr.Slider(
         0,
         MAX_LAMBDA,
-        0.8,
+        LAMBDA,
         step=0.05,
         label=f"Likeness to {second} (lambda)",
         visible=studio.has_details,

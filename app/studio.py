@@ -13,13 +13,20 @@ from threading import Lock
 import numpy as np
 from PIL import Image
 
-from app.marking import by_name
+from app.marking import folder_hidden
 from elite.concept import Concept, ConceptFolder
-from elite.drawing import VERSIONS, Drawing, png_text, text_of_several
+from elite.defaults import (
+    DEFAULT_SAMPLER,
+    DEFAULT_STEPS,
+    GUIDANCE_SCALE,
+    LAMBDA,
+    PLACEHOLDER,
+)
+from elite.drawing import VERSIONS, Drawing, metadata_of_several, png_info
 from elite.encoding import batches
 from elite.files import write_atomically
 from elite.images import from_clip_pixels
-from elite.loading import DEFAULT_SAMPLER, DEFAULT_STEPS, make_scheduler
+from elite.loading import make_scheduler
 from elite.named_concepts import Words
 from elite.pipeline import ElitePipeline
 from elite.sheets import tile_rows
@@ -54,12 +61,12 @@ class Order:
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...] = (0,)
-    lambdas: tuple[float, ...] = (0.8,)
+    lambdas: tuple[float, ...] = (LAMBDA,)
     others: Mapping[str, float] = field(default_factory=dict)
     regions: Mapping[str, str] = field(default_factory=dict)
     words: Words = 0
     num_inference_steps: int = DEFAULT_STEPS
-    guidance_scale: float = 5.0
+    guidance_scale: float = GUIDANCE_SCALE
     scheduler: str = DEFAULT_SAMPLER
 
     def __post_init__(self) -> None:
@@ -84,16 +91,16 @@ class Order:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A picture and what its metadata says."""
+    """A picture and what its PNG says of it."""
 
     picture: Image.Image = field(repr=False)
     prompt: str
     seed: int
-    text: dict[str, str] = field(repr=False)
+    metadata: dict[str, str] = field(repr=False)
 
     def save(self, path: Path) -> None:
         """A lossless PNG with the metadata in it."""
-        write_atomically(path, partial(self.picture.save, pnginfo=png_text(self.text)))
+        write_atomically(path, partial(self.picture.save, pnginfo=png_info(self.metadata)))
 
 
 def _check(name: str, value: float, low: float, high: float) -> None:
@@ -128,7 +135,7 @@ class Studio:
         self,
         pipe: ElitePipeline,
         *,
-        placeholder_token: str = "S",
+        placeholder_token: str = PLACEHOLDER,
         resolution: int | None = None,
         batch_size: int = 1,
         model: str = "",
@@ -211,7 +218,7 @@ class Studio:
         Raises:
             ValueError: the file is something else, or of other mappers.
         """
-        with by_name(path):
+        with folder_hidden(path):
             concept = ConceptFolder(path).read(0)
             concept.check_mappers(self.pipe.fingerprint)
             width = self.pipe.text_encoder.config.hidden_size
@@ -267,14 +274,19 @@ class Studio:
         with self._lock:
             scheduler = make_scheduler(order.scheduler, self.pipe.scheduler.config)
             self.pipe.scheduler = scheduler
-            pictures = drawing.together(
+            pictures = drawing.with_concepts(
                 self.pipe, concepts, weights, regions, prompts, seeds, on_step
             )
-        text = {**drawing.text(self.pipe), "scheduler": order.scheduler, "model": self.model}
+        metadata = {
+            **drawing.metadata(self.pipe),
+            "scheduler": order.scheduler,
+            "model": self.model,
+        }
         if order.others:
-            text |= text_of_several(concepts, weights, order.regions)
+            metadata |= metadata_of_several(concepts, weights, order.regions)
+        metadata |= VERSIONS
         return [
-            Drawn(picture, prompt, seed, {"prompt": prompt, "seed": str(seed), **text, **VERSIONS})
+            Drawn(picture, prompt, seed, {"prompt": prompt, "seed": str(seed), **metadata})
             for picture, prompt, seed in zip(pictures, prompts, seeds, strict=True)
         ]
 
@@ -283,10 +295,10 @@ def save_strip(drawn: Sequence[Drawn], seen: np.ndarray | None, path: Path) -> N
     """The pictures of a sweep as one PNG: a row per prompt, lambda from left to right, before them
     what the networks see of the object; with the metadata of them all."""
     prompts = list(dict.fromkeys(one.prompt for one in drawn))
-    lambdas = [one.text["lambda"] for one in drawn if one.prompt == prompts[0]]
+    lambdas = [one.metadata["lambda"] for one in drawn if one.prompt == prompts[0]]
     first = [] if seen is None else [Image.fromarray(seen)]
     rows = [[*first, *(one.picture for one in drawn if one.prompt == p)] for p in prompts]
     columns = [*(["object"] if first else []), *(f"lambda {value}" for value in lambdas)]
-    text = {**drawn[0].text, "prompt": "\n".join(prompts), "lambda": "; ".join(lambdas)}
+    metadata = {**drawn[0].metadata, "prompt": "\n".join(prompts), "lambda": "; ".join(lambdas)}
     sheet = tile_rows(rows, columns, "; ".join(prompts))
-    write_atomically(path, partial(sheet.save, pnginfo=png_text(text)))
+    write_atomically(path, partial(sheet.save, pnginfo=png_info(metadata)))

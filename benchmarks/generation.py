@@ -48,15 +48,15 @@ from benchmarks.models import (
     random_concept,
 )
 from elite.console import run
+from elite.defaults import DEFAULT_SAMPLER, GUIDANCE_SCALE
 from elite.inference import pick_device
-from elite.loading import DEFAULT_SAMPLER, SCHEDULERS, side_in_pixels
+from elite.loading import SCHEDULERS, side_in_pixels
 from elite.mappers import cross_attention_layers
 from elite.pipeline import initial_noise
 
 STOCK, ELITE, EACH_STEP = "stock", "ELITE", "K and V at each step"
 CASES = (STOCK, ELITE, EACH_STEP)
 GOAL = Goal(ELITE, 1.02)
-GUIDANCE = 5.0
 
 Draw = Callable[..., object]  # with options of the pipeline's call
 
@@ -116,7 +116,7 @@ def _draw_elite(
 
 
 def _common(resolution: int, options: dict[str, Any]) -> dict[str, Any]:
-    size = {"height": resolution, "width": resolution, "guidance_scale": GUIDANCE}
+    size = {"height": resolution, "width": resolution, "guidance_scale": GUIDANCE_SCALE}
     return {"output_type": "latent", **size, **options}
 
 

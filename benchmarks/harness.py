@@ -162,6 +162,47 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | list) else str(value)
 
 
+# --- as Markdown ----------------------------------------------------------------------------------
+
+
+def table_lines(table: dict[str, Any]) -> list[str]:
+    """A title and a Markdown table; medians, and in brackets the ratio to the first column with its
+    middle half."""
+    goal, rows = table["goal"], table["rows"]
+    cases = list(dict.fromkeys(case for row in rows for case in row["medians"]))
+    head = ["", *cases, *(["goal", "met"] if goal else [])]
+    lines = [f"**{table['title']}** ({table['unit']})", "", _line(head), _line(["---"] * len(head))]
+    for row in rows:
+        verdict = [goal_text(goal), "met" if row["met"] else "**not met**"] if goal else []
+        lines.append(_line([row["name"], *(cell(row, case) for case in cases), *verdict]))
+    return lines
+
+
+def cell(row: dict[str, Any], case: str) -> str:
+    if case not in row["medians"]:
+        return ""
+    figure = number(row["medians"][case])
+    if case not in row["ratios"]:
+        return figure
+    median, low, high = row["ratios"][case]
+    return f"{figure} (x {median:.3f}, {low:.3f} to {high:.3f})"
+
+
+def goal_text(goal: dict[str, Any]) -> str:
+    """'ELITE at most x 1.02', 'boxes at least 10'."""
+    times = "x " if goal["of"] == "ratio" else ""
+    return f"{goal['case']} at {goal['at']} {times}{goal['limit']:g}"
+
+
+def number(value: float) -> str:
+    """Four significant digits, without an exponent where four digits will do."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
 # --- where it ran ---------------------------------------------------------------------------------
 
 
@@ -240,8 +281,6 @@ def use_threads(threads: int | None) -> None:
 
 def finish(args: argparse.Namespace, tables: list[Table], name: str, **more: Any) -> int:
     """Saves the results and prints them. Returns the exit status."""
-    from benchmarks.table import table_lines
-
     path = save(args, tables, name, **more)
     for table in tables:
         if table.rows:

@@ -10,13 +10,12 @@ markers yet gets a section at the end.
 import argparse
 import json
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import REPOSITORY, RESULTS
+from benchmarks.harness import REPOSITORY, RESULTS, table_lines
 from elite.console import OK, run
-from elite.files import write_atomically
+from elite.files import write_text
 
 PAGE = REPOSITORY / "docs" / "BENCHMARKS.md"
 SECTION = re.compile(r"<!-- results: (?P<name>\S+) -->\n.*?<!-- end: (?P=name) -->", re.DOTALL)
@@ -60,44 +59,6 @@ def origin(result: dict[str, Any]) -> list[str]:
     return [f"`{result['command']}`", "", f"{facts}."]
 
 
-def table_lines(table: dict[str, Any]) -> list[str]:
-    """A title and a Markdown table; medians, and in brackets the ratio to the first column with its
-    middle half."""
-    goal, rows = table["goal"], table["rows"]
-    cases = list(dict.fromkeys(case for row in rows for case in row["medians"]))
-    head = ["", *cases, *(["goal", "met"] if goal else [])]
-    lines = [f"**{table['title']}** ({table['unit']})", "", _line(head), _line(["---"] * len(head))]
-    for row in rows:
-        verdict = [goal_text(goal), "met" if row["met"] else "**not met**"] if goal else []
-        lines.append(_line([row["name"], *(cell(row, case) for case in cases), *verdict]))
-    return lines
-
-
-def cell(row: dict[str, Any], case: str) -> str:
-    if case not in row["medians"]:
-        return ""
-    figure = number(row["medians"][case])
-    if case not in row["ratios"]:
-        return figure
-    median, low, high = row["ratios"][case]
-    return f"{figure} (x {median:.3f}, {low:.3f} to {high:.3f})"
-
-
-def goal_text(goal: dict[str, Any]) -> str:
-    """'ELITE at most x 1.02', 'boxes at least 10'."""
-    times = "x " if goal["of"] == "ratio" else ""
-    return f"{goal['case']} at {goal['at']} {times}{goal['limit']:g}"
-
-
-def number(value: float) -> str:
-    """Four significant digits, without an exponent where four digits will do."""
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def read_results(folder: Path) -> dict[str, dict[str, Any]]:
     """The files of results by name. Raises ValueError where one is damaged."""
     results = {}
@@ -120,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"{args.page}: no such file; expected a page with markers for results")
     results = read_results(args.results)
     page = render(args.page.read_text(encoding="utf-8"), results)
-    write_atomically(args.page, partial(Path.write_text, data=page, encoding="utf-8"))
+    write_text(args.page, page)
     print(f"{args.page}: {len(results)} files of results")
     return OK
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any w
 from elite import settings
 from elite.config import default_of
 from elite.console import OK, run
-from elite.files import write_atomically
+from elite.files import write_text
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TARGET = REPOSITORY / "docs/flags.md"
@@ -111,7 +111,7 @@ def page() -> str:
 
 def main() -> int:
     text = page()
-    write_atomically(TARGET, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(TARGET, text)
     print(f"{TARGET}: {len(scripts())} scripts")
     return OK
 

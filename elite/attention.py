@@ -1,10 +1,14 @@
 """ELITE's cross-attention (paper eq. 6) as a per-instance processor of diffusers, and its
 installation in a UNet.
 
-What goes with the text reaches the processors by the road that diffusers has for image prompts:
-`encoder_hidden_states` arrives as `(text, X)`. X is either `[tokens, placeholder, lambda]` of each
-concept (see `local_inputs`), or the `KeysValues` of every layer, computed once for all steps of a
-generation. So no state hides in the UNet and two pipelines cannot disturb each other.
+What goes with the text reaches the processors as diffusers hands on image prompts:
+`encoder_hidden_states` arrives as `(context, image_embeds)`. `image_embeds` is either `[f,
+placeholder, lambda]` of each concept (see `local_inputs`), or the `KeysValues` of every layer,
+computed once for all steps of a generation. So no state hides in the UNet and two pipelines cannot
+disturb each other.
+
+Shapes: B rows of the batch, with guidance the unconditional ones first; R, the last of them, with a
+local branch; N concepts; h heads of width c; q queries; 77 tokens with Stable Diffusion.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -25,8 +29,8 @@ class LocalKeysValues(NamedTuple):
     """What the local branch of a concept reads, for the last R of the B rows; the others have
     none."""
 
-    K: Tensor  # K_l f, (R, heads, patches, c), where c is the width of a head
-    V: Tensor  # V_l f, (R, heads, patches, c)
+    K: Tensor  # K_l f, (R, h, patches, c)
+    V: Tensor  # V_l f, (R, h, patches, c)
     lambda_: Tensor  # (R, 1, 1, 1)
 
 
@@ -34,8 +38,8 @@ class KeysValues(NamedTuple):
     """All that one cross-attention reads beside its queries. Nothing here depends on the
     timestep."""
 
-    K: Tensor  # K_g text, (B, heads, 77, c)
-    V: Tensor  # V_g text, (B, heads, 77, c), with a local branch c + COLUMNS
+    K: Tensor  # K_g context, (B, h, 77, c)
+    V: Tensor  # V_g context, (B, h, 77, c), with a local branch c + COLUMNS
     local: tuple[LocalKeysValues, ...] = ()  # of every concept
     visible: Tensor | None = None  # see `visibility`, for the last R rows; None means all
 
@@ -73,46 +77,46 @@ class EliteAttnProcessor:
         *args: object,
         **kwargs: object,
     ) -> Tensor:
-        """hidden_states (B, queries, C); text (B, 77, D), alone or with what the module's docstring
-        calls X."""
+        """Eq. 6 for hidden_states (B, q, C) and a context (B, 77, D), alone or with what the
+        module's docstring calls image_embeds. Returns (B, q, C)."""
         if not isinstance(encoder_hidden_states, tuple):
             encoder_hidden_states = encoder_hidden_states, []
-        text, given = encoder_hidden_states
-        if attention_mask is not None:
-            attention_mask = attn.prepare_attention_mask(attention_mask, text.shape[1], len(text))
-            attention_mask = attention_mask.view(len(text), attn.heads, -1, text.shape[1])
-        if isinstance(given, dict):
-            K, V, local, visible = given[self.layer]
+        context, image_embeds = encoder_hidden_states
+        if isinstance(image_embeds, dict):  # K_g, V_g; K_l, V_l and lambda of each concept
+            K, V, local, visible = image_embeds[self.layer]
         else:
-            K, V, local, visible = self.keys_values(attn, text, given)
+            K, V, local, visible = self.keys_values(attn, context, image_embeds)
 
-        Q = _heads(attn.to_q(hidden_states), attn.heads)
-        if visible is not None:
-            hidden = _mask(visible, len(Q), Q.shape[2]).to(Q)
-            attention_mask = hidden if attention_mask is None else attention_mask + hidden
-        out = _attend(Q, K, V, attention_mask, attn.scale)
+        # V_g has one-hots of the placeholders beside it: there comes out what each query pays them.
+        Q = _heads(attn.to_q(hidden_states), attn.heads)  # Q: (B, h, q, c)
+        bias = self._bias(attn, attention_mask, context, visible, Q)  # (B, 1, q, 77), mostly None
+        out = _attend(Q, K, V, bias, attn.scale)  # softmax(Q K_g^T s) V_g: (B, h, q, c + 8)
         if local:
-            rows = slice(-len(local[0].K), None)
-            out, columns = out[..., :-COLUMNS], out[rows, ..., -COLUMNS:]
-            Q = Q[rows]
+            rows = slice(-len(local[0].K), None)  # the R conditional ones
+            paid = out[rows, ..., -COLUMNS:]  # softmax(Q K_g^T s) in the columns S: (R, h, q, 8)
+            out = out[..., :-COLUMNS]  # softmax(Q K_g^T s) V_g: (B, h, q, c)
+            Q = Q[rows]  # Q: (R, h, q, c)
+
+        attend = F.scaled_dot_product_attention
         for n, (K_l, V_l, lambda_) in enumerate(local):
-            column = columns[..., n, None]
-            a = column / self._maximum(column, lambda_)
-            branch = F.scaled_dot_product_attention(Q, K_l, V_l, scale=attn.scale)
-            out = _add_to_last_rows(out, lambda_ * a * branch)
-        out = out.transpose(1, 2).flatten(2).to(hidden_states.dtype)  # (B, queries, C)
-        return attn.to_out[1](attn.to_out[0](out))
+            column = paid[..., n, None]  # softmax(Q K_g^T s) in the column S: (R, h, q, 1)
+            a = column / self._maximum(column, lambda_)  # a, at most 1: (R, h, q, 1)
+            branch = attend(Q, K_l, V_l, scale=attn.scale)  # softmax(Q K_l^T s) V_l: (R, h, q, c)
+            out = _add_to_last_rows(out, lambda_ * a * branch)  # + lambda a softmax(..) V_l
+
+        out = out.transpose(1, 2).flatten(2).to(hidden_states.dtype)  # all heads: (B, q, C)
+        return attn.to_out[1](attn.to_out[0](out))  # the layer's own projection: (B, q, C)
 
     def keys_values(
-        self, attn: Attention, text: Tensor, local: list[Tensor], lora_scale: float = 1.0
+        self, attn: Attention, context: Tensor, local: list[Tensor], lora_scale: float = 1.0
     ) -> KeysValues:
-        """K and V of these inputs: text (B, 77, D), and nothing or `local_inputs` of R rows.
+        """K and V of these inputs: context (B, 77, D), and nothing or `local_inputs` of R rows.
 
         LoRA adapters of the UNet's own to_k and to_v, which ELITE replaces, add to K_g and V_g.
         """
         heads = attn.heads
-        K = _heads(self.K_g(text) + _lora(attn.to_k, text, lora_scale), heads)
-        V = _heads(self.V_g(text) + _lora(attn.to_v, text, lora_scale), heads)
+        K = _heads(self.K_g(context) + _lora(attn.to_k, context, lora_scale), heads)
+        V = _heads(self.V_g(context) + _lora(attn.to_v, context, lora_scale), heads)
         concepts, visible = split_local_inputs(local)
         if not concepts or self.K_l is None or self.V_l is None:
             return KeysValues(K, V, visible=visible)
@@ -121,8 +125,9 @@ class EliteAttnProcessor:
         one_hots = torch.cat([placeholder for _, placeholder, _ in concepts], dim=1)  # (R, N, 77)
         columns = one_hots.transpose(1, 2)[:, None].to(V)  # (R, 1, 77, N)
         free = COLUMNS - len(concepts)
-        columns = F.pad(columns, (0, free, 0, 0, 0, 0, len(text) - len(columns), 0))
-        V = torch.cat([V, columns.expand(-1, heads, -1, -1)], dim=-1)
+        guided = len(context) - len(columns)  # rows without a local branch
+        columns = F.pad(columns, (0, free, 0, 0, 0, 0, guided, 0))  # (B, 1, 77, 8)
+        V = torch.cat([V, columns.expand(-1, heads, -1, -1)], dim=-1)  # (B, h, 77, c + 8)
         of_each = tuple(
             LocalKeysValues(
                 _heads(self.K_l(f), heads), _heads(self.V_l(f), heads), lambda_[:, None].to(V)
@@ -130,6 +135,25 @@ class EliteAttnProcessor:
             for f, _, lambda_ in concepts
         )
         return KeysValues(K, V, of_each, visible)
+
+    @staticmethod
+    def _bias(
+        attn: Attention,
+        attention_mask: Tensor | None,
+        context: Tensor,
+        visible: Tensor | None,
+        Q: Tensor,
+    ) -> Tensor | None:
+        """What is added to the scores Q K_g^T s, (B, h or 1, q or 1, 77); None for
+        nothing: diffusers' own mask, and -inf where a concept may not appear."""
+        bias = None
+        if attention_mask is not None:
+            bias = attn.prepare_attention_mask(attention_mask, context.shape[1], len(context))
+            bias = bias.view(len(context), attn.heads, -1, context.shape[1])
+        if visible is not None:
+            hidden = _region_bias(visible, len(Q), Q.shape[2]).to(Q)
+            bias = hidden if bias is None else bias + hidden
+        return bias
 
     def _maximum(self, column: Tensor, lambda_: Tensor) -> Tensor:
         """The divisor of a, (R, 1, 1, 1): over heads and queries, and in "batch" over all rows with
@@ -153,21 +177,21 @@ def _lora(layer: Any, x: Tensor, scale: float) -> Tensor | float:
     return sum((scale * F.linear(x, weight.to(x)) for weight in weights), 0.0)
 
 
-def _attend(Q: Tensor, K: Tensor, V: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """softmax(Q K^T s + mask) V, where V may be wider than K.
+def _attend(Q: Tensor, K: Tensor, V: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """softmax(Q K^T s + bias) V, where V may be wider than K.
 
     In float32 on a CPU the fused kernel takes longer for so few keys, and a wider V not at all.
     """
     if Q.device.type != "cpu" or Q.dtype != torch.float32:
-        return F.scaled_dot_product_attention(Q, K, V, mask, scale=scale)
-    scores = Q @ K.transpose(2, 3) * scale  # (B, heads, queries, 77)
-    if mask is not None:
-        scores = scores + mask
+        return F.scaled_dot_product_attention(Q, K, V, bias, scale=scale)
+    scores = Q @ K.transpose(2, 3) * scale  # (B, h, q, 77)
+    if bias is not None:
+        scores = scores + bias
     return scores.softmax(dim=-1) @ V
 
 
-def _mask(visible: Tensor, rows: int, queries: int) -> Tensor:
-    """What is added to the scores of `rows` rows, (rows, 1, queries, 77), at the size of a layer
+def _region_bias(visible: Tensor, rows: int, queries: int) -> Tensor:
+    """What is added to the scores of `rows` rows, (rows, 1, q, 77), at the size of a layer
     with this many queries."""
     height, width = visible.shape[2:]
     while height * width > queries:  # the UNet halves, rounding up
@@ -182,13 +206,13 @@ def _add_to_last_rows(x: Tensor, added: Tensor) -> Tensor:
 
 
 def keys_values(
-    unet: UNet2DConditionModel, text: Tensor, local: list[Tensor], lora_scale: float = 1.0
+    unet: UNet2DConditionModel, context: Tensor, local: list[Tensor], lora_scale: float = 1.0
 ) -> dict[str, KeysValues]:
     """What every attn2 of a UNet with ELITE installed reads, to be passed to it as `image_embeds`
-    for as long as text and local inputs stay the same.
+    for as long as context and local inputs stay as they are.
 
     Args:
-        text: (B, 77, D), all rows of the denoising batch.
+        context: (B, 77, D), all rows of the denoising batch.
         local: `local_inputs` of the last R of these rows, or empty.
         lora_scale: of the UNet's LoRA adapters, if it has any.
 
@@ -203,7 +227,7 @@ def keys_values(
                 "ELITE's; call pipe.install() after changing the UNet's processors"
             )
     return {
-        layer: attn.processor.keys_values(attn, text, local, lora_scale)
+        layer: attn.processor.keys_values(attn, context, local, lora_scale)
         for layer, attn in layers.items()
     }
 
@@ -268,14 +292,14 @@ def is_installed(unet: UNet2DConditionModel) -> bool:
 def local_inputs(
     f: Tensor, index: Tensor, lambda_: Tensor | float, text_length: int
 ) -> list[Tensor]:
-    """The list that may travel beside the text for one concept. Those of several are joined by `+`;
-    a `visibility` may follow at the end.
+    """The `image_embeds` that go with the context for one concept. Those of several are joined by
+    `+`; a `visibility` may follow at the end.
 
     Args:
         f: feature tokens (B, patches, D), after the mask.
         index: placeholder positions (B,).
         lambda_: weight of the local branch, one number or (B,).
-        text_length: tokens of the text (77).
+        text_length: tokens of the context (77).
 
     Returns:
         [f, one-hot of the placeholder (B, 1, text_length), lambda (B, 1, 1)].
@@ -328,7 +352,6 @@ def _projection(mapper: Mapper, layer: str, name: str, attn: Attention) -> nn.Li
     if tuple(projection.weight.shape) != expected:
         raise ValueError(
             f"{type(mapper).__name__}: {layer}_{name} is {tuple(projection.weight.shape)}, the "
-            "UNet needs "
-            f"{expected}; it was trained for another UNet"
+            f"UNet needs {expected}; it was trained for another UNet"
         )
     return projection

@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers.utils import PushToHubMixin
 
-from elite.files import give_usual_rights, write_atomically
+from elite.files import give_usual_rights, write_text
 
 CARD = "README.md"
 EMPTY_CARD = "This model card has been automatically generated"  # in those of diffusers
@@ -100,7 +100,7 @@ class Carded(PushToHubMixin):
         """Leaves a card alone that somebody has written."""
         path = Path(folder) / CARD
         if not path.exists() or EMPTY_CARD in path.read_text(encoding="utf-8"):
-            write_atomically(path, lambda new: new.write_text(self.card(), encoding="utf-8"))
+            write_text(path, self.card())
 
 
 def pipeline_card(base_model: str, local_branch: bool, resolution: int) -> str:

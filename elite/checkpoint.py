@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import CLIPVisionModel
 
-from elite.files import is_file, write_atomically
+from elite.files import is_file
 from elite.mappers import HIDDEN_LAYERS, Mapper
 
 M = TypeVar("M", bound=Mapper)
@@ -42,8 +42,7 @@ def load_mapper(
     except Exception as error:  # a config of any shape
         raise ValueError(
             f"{path}: not a {cls.__name__} folder ({_first_line(error)}); expected config.json "
-            "with safetensors, "
-            "or a .pt file of the release"
+            "with safetensors, or a .pt file of the release"
         ) from None
     reference = _reference(cls, mapper.state_dict(), unet, image_encoder, dict(mapper.config))
     _check_keys(mapper.state_dict(), reference, name=str(path))
@@ -61,8 +60,7 @@ def load_official(path: Path | str) -> dict[str, Tensor]:
     except Exception as error:
         raise ValueError(
             f"{path}: not a plain state dict of tensors ({_first_line(error)}); it is refused, "
-            "since loading "
-            "anything else could run code"
+            "since loading anything else could run code"
         ) from None
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
@@ -84,12 +82,6 @@ def mapper_from_state_dict(
     _check_values(state, name)
     mapper.load_state_dict(state, assign=True)
     return mapper.requires_grad_(True).eval()
-
-
-def save_official(mapper: Mapper, path: Path | str) -> None:
-    """Writes the mapper as a `.pt` state dict that the release loads."""
-    state = {key: value.detach().cpu().contiguous() for key, value in mapper.state_dict().items()}
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
 
 
 def _reference(

@@ -1,6 +1,7 @@
 """Typed settings: dataclass defaults < `--config` YAML < flags; an unknown name is an error.
 
-The dataclasses are in `elite/settings.py`. A script reads one and hands plain arguments on.
+The dataclasses are in `elite/settings.py`. A script reads one and hands plain arguments on, or lets
+`inference.py` and `stages.py`, which scripts share, do so.
 """
 
 import argparse
@@ -15,44 +16,8 @@ from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
-from elite.files import check_writable, read_text, write_atomically
-from elite.settings import (
-    AppConfig,
-    EncodeConfig,
-    EvaluateConfig,
-    InferenceGlobalConfig,
-    InferenceLocalConfig,
-    MergeEmbeddingsConfig,
-    TextualInversionConfig,
-    TextualInversionInferenceConfig,
-    TrainConfig,
-    TrainGlobalConfig,
-    TrainLocalConfig,
-)
+from elite.files import check_writable, read_text, write_text
 from elite.wording import brief, nearest, one_line
-
-__all__ = [
-    "AppConfig",
-    "EncodeConfig",
-    "EvaluateConfig",
-    "InferenceGlobalConfig",
-    "InferenceLocalConfig",
-    "MergeEmbeddingsConfig",
-    "TextualInversionConfig",
-    "TextualInversionInferenceConfig",
-    "TrainConfig",
-    "TrainGlobalConfig",
-    "TrainLocalConfig",
-    "build_config",
-    "build_parser",
-    "default_of",
-    "parse_config",
-    "print_config",
-    "read_yaml",
-    "save_config",
-    "shipped",
-    "to_dict",
-]
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -152,6 +117,18 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     return content or {}
 
 
+def split_named(values: Sequence[str], flag: str) -> dict[str, str]:
+    """The values of a flag that takes several NAME=VALUE. Raises ValueError where a name comes
+    twice."""
+    named: dict[str, str] = {}
+    for value in values:
+        name, _, rest = value.partition("=")
+        if name in named:
+            raise ValueError(f"{flag} {value}: {name} is given twice; leave one of them out")
+        named[name] = rest
+    return named
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The settings as plain values, secrets left out; `build_config` reads it back."""
     secret = {item.name for item in fields(config) if item.metadata.get("secret")}
@@ -171,7 +148,7 @@ def print_config(config: Any) -> None:
 def save_config(settings: Mapping[str, Any], path: Path | str) -> None:
     """Writes what `to_dict` gives as a YAML file for `--config`, whole or not at all."""
     text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, text)
 
 
 def shipped(path: str) -> str:

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from io import TextIOWrapper
 from types import FrameType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from elite.wording import Note, one_line
 
@@ -37,14 +37,21 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     """A note as one line, above a progress bar if there is one."""
     from tqdm import tqdm
 
     if issubclass(category, Note):
         text = f"note: {one_line(message)}"
     else:
-        text = warnings.formatwarning(message, category, *where[:2]).rstrip()
+        text = warnings.formatwarning(message, category, filename, lineno).rstrip()
     tqdm.write(text, file=sys.stderr)
 
 

@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 from elite.concept import Concept, ConceptFolder
 from elite.data import PairFolder
+from elite.defaults import DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
 from elite.encoding import batches, columns, progress_bar, read_entries, shown
 from elite.files import check_writable, write_atomically
-from elite.loading import DEFAULT_STEPS, side_in_pixels
+from elite.loading import side_in_pixels
 from elite.named_concepts import Words
 from elite.pipeline import ElitePipeline, initial_noise
 from elite.sheets import SHEET_ROWS, tile_rows
@@ -37,11 +38,11 @@ class Drawing:
     """How the pictures of one run are drawn with ELITE."""
 
     words: Words = 0
-    lambda_: float = 0.8
-    placeholder_token: str = "S"
+    lambda_: float = LAMBDA
+    placeholder_token: str = PLACEHOLDER
     resolution: int | None = None  # side in pixels; None means what the model draws
     num_inference_steps: int = DEFAULT_STEPS
-    guidance_scale: float = 5.0
+    guidance_scale: float = GUIDANCE_SCALE
 
     @property
     def options(self) -> dict[str, Any]:
@@ -66,9 +67,9 @@ class Drawing:
         Raises ValueError where a prompt does not fit, and what `on_step` raises."""
         word = self.placeholder_token
         named, weights = {word: Concept.stack(list(concepts))}, {word: self.lambda_}
-        return self.together(pipe, named, weights, {}, prompts, seeds, on_step)
+        return self.with_concepts(pipe, named, weights, {}, prompts, seeds, on_step)
 
-    def together(
+    def with_concepts(
         self,
         pipe: ElitePipeline,
         concepts: Mapping[str, Concept],
@@ -78,11 +79,13 @@ class Drawing:
         seeds: Sequence[int],
         on_step: Callable[[], None] | None = None,
     ) -> list[Image.Image]:
-        """The same with several concepts in every picture, each with a lambda of its own.
+        """One picture per prompt and seed, with one or several concepts in each.
 
         Args:
             concepts: by placeholder, one row each for all pictures or one per picture.
-            weights, regions: as `lambda_` and `regions` of the pipeline.
+            weights: lambda of each concept.
+            regions: as for the pipeline.
+            on_step: as for a call.
         """
 
         def step_ended(*_: Any) -> dict[str, Any]:
@@ -104,8 +107,8 @@ class Drawing:
             **self.options,
         ).images
 
-    def text(self, pipe: ElitePipeline) -> dict[str, str]:
-        """What a picture's metadata says of it: all that it depends on besides prompt and seed."""
+    def metadata(self, pipe: ElitePipeline) -> dict[str, str]:
+        """What a PNG says of how it was drawn: all that it depends on besides prompt and seed."""
         return {
             "fingerprint": pipe.fingerprint,
             "placeholder_token": self.placeholder_token,
@@ -118,14 +121,15 @@ class Drawing:
         }
 
 
-def text_of_several(
+def metadata_of_several(
     concepts: Mapping[str, Concept], weights: Mapping[str, float], regions: Mapping[str, str]
 ) -> dict[str, str]:
-    """What a picture's metadata says of several concepts in it, besides `Drawing.text`; regions by
-    their names."""
-    text = {f"concept {word}": concept.digest for word, concept in concepts.items()}
-    text |= {f"region {word}": region for word, region in regions.items()}
-    return text | {"lambda": ", ".join(f"{word} {weight:g}" for word, weight in weights.items())}
+    """What a PNG says of several concepts in it, besides `Drawing.metadata`; regions by their
+    names."""
+    metadata = {f"concept {word}": concept.digest for word, concept in concepts.items()}
+    metadata |= {f"region {word}": region for word, region in regions.items()}
+    lambdas = ", ".join(f"{word} {weight:g}" for word, weight in weights.items())
+    return metadata | {"lambda": lambdas}
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ class Job:
 
     index: int
     seed: int
-    text: Mapping[str, str] = field(repr=False)  # of its PNG: all that the picture depends on
+    metadata: Mapping[str, str] = field(repr=False)  # all that the picture depends on
 
     @property
     def stem(self) -> str:
@@ -151,18 +155,18 @@ def make_jobs(
     """Each object once per seed, object by object."""
     jobs = []
     for index in indices:
-        text = {**settings, "source": folder.digest(index)}
-        jobs += [Job(index, seed, {**text, "seed": str(seed)}) for seed in seeds]
+        metadata = {**settings, "source": folder.digest(index)}
+        jobs += [Job(index, seed, {**metadata, "seed": str(seed)}) for seed in seeds]
     return jobs
 
 
-def is_drawn(path: Path, text: Mapping[str, str]) -> bool:
-    """Whether the picture is there, whole, and its PNG says all of this text."""
+def is_drawn(path: Path, metadata: Mapping[str, str]) -> bool:
+    """Whether the picture is there, whole, and its PNG says all of this metadata."""
     try:
         with Image.open(path) as picture:
             picture.verify()
             is_whole = path.read_bytes().endswith(PNG_END)  # `verify` stops a little before
-            return is_whole and text.items() <= picture.info.items()
+            return is_whole and metadata.items() <= picture.info.items()
     except (OSError, SyntaxError, ValueError):
         return False
 
@@ -192,7 +196,7 @@ def draw_folder(
         indices: pairs or concepts to draw; None draws all.
         skip_existing: keep pictures whose PNGs are whole and say that they are of this prompt, seed
             and drawing, of these mappers, of the same input and of this metadata.
-        metadata: what else a picture depends on; more text for the PNGs.
+        metadata: what else a picture depends on; for the PNGs too.
 
     Returns:
         One line per pair or concept that could not be read, from all processes.
@@ -205,11 +209,11 @@ def draw_folder(
     indices = range(len(folder)) if indices is None else indices
     share = indices[state.process_index :: state.num_processes]
     failures: list[str] = []
-    settings = {"prompt": prompt, **drawing.text(pipe), **(metadata or {})}
+    settings = {"prompt": prompt, **drawing.metadata(pipe), **(metadata or {})}
     jobs = make_jobs(folder, share, seeds, settings)
     count = len(jobs)
     if skip_existing:
-        jobs = [job for job in jobs if not is_drawn(output_dir / f"{job.stem}.png", job.text)]
+        jobs = [job for job in jobs if not is_drawn(output_dir / f"{job.stem}.png", job.metadata)]
     left = {index: list(group) for index, group in groupby(jobs, lambda job: job.index)}
     progress = progress_bar("draw", "picture", count, len(jobs))
     with ThreadPoolExecutor(max_workers=2) as pool, progress as bar:
@@ -222,8 +226,9 @@ def draw_folder(
         writing: deque[Future] = deque()
         work = ((job, entry) for entry in entries for job in left[entry.index])
         for batch in batches(work, batch_size):
-            concepts, noise = [entry.concept for _, entry in batch], [job.seed for job, _ in batch]
-            pictures = drawing(pipe, [prompt] * len(batch), concepts, noise)
+            concepts = [entry.concept for _, entry in batch]
+            its_seeds = [job.seed for job, _ in batch]
+            pictures = drawing(pipe, [prompt] * len(batch), concepts, its_seeds)
             while len(writing) > WRITES_WAITING:
                 writing.popleft().result()
             for (job, entry), picture in zip(batch, pictures, strict=True):
@@ -248,7 +253,7 @@ def draw_prompts(
     *,
     resolution: int | None = None,
     num_inference_steps: int = DEFAULT_STEPS,
-    guidance_scale: float = 5.0,
+    guidance_scale: float = GUIDANCE_SCALE,
 ) -> list[Image.Image]:
     """A stock pipeline's pictures, one seed per prompt.
 
@@ -279,7 +284,7 @@ def draw_prompt_grid(
 
     Args:
         draw: gives one picture per prompt and seed.
-        metadata: text for the PNGs; what is None is left out.
+        metadata: for the PNGs; what is None is left out.
     """
     settings = {key: str(value) for key, value in metadata.items() if value is not None}
     settings |= VERSIONS
@@ -291,7 +296,7 @@ def draw_prompt_grid(
             for batch in batches(iter(seeds), batch_size):
                 pictures = draw([prompt] * len(batch), batch)
                 for seed, picture in zip(batch, pictures, strict=True):
-                    info = png_text({"prompt": prompt, "seed": str(seed), **settings})
+                    info = png_info({"prompt": prompt, "seed": str(seed), **settings})
                     path = output_dir / f"{number:05d}_{seed:05d}.png"
                     write_atomically(path, partial(picture.save, pnginfo=info))
                 row += pictures
@@ -301,10 +306,10 @@ def draw_prompt_grid(
     write_atomically(output_dir / "grid.png", sheet.save)
 
 
-def png_text(values: Mapping[str, str]) -> PngImagePlugin.PngInfo:
-    """What a picture's PNG says of how it was made."""
+def png_info(metadata: Mapping[str, str]) -> PngImagePlugin.PngInfo:
+    """What a PNG says of itself, for Pillow."""
     info = PngImagePlugin.PngInfo()
-    for key, value in values.items():
+    for key, value in metadata.items():
         info.add_text(key, value)
     return info
 
@@ -321,7 +326,7 @@ def write_picture(folder: Path, job: Job, picture: Image.Image, image: np.ndarra
         seen = Image.fromarray(image).resize(picture.size, Image.Resampling.BICUBIC)
         side_by_side.paste(seen, (picture.width, 0))
         write_atomically(both, lambda path: side_by_side.save(path, quality=95, subsampling=0))
-    info = png_text({**job.text, **VERSIONS})
+    info = png_info({**job.metadata, **VERSIONS})
     write_atomically(folder / f"{job.stem}.png", partial(picture.save, pnginfo=info))
 
 

@@ -158,6 +158,11 @@ def digest_files(*paths: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def write_json(path: Path | str, value: object) -> None:
-    text = json.dumps(value, indent=2) + "\n"
+def write_text(path: Path | str, text: str) -> None:
+    """Writes a UTF-8 file, whole or not at all. Raises ValueError as `write_atomically`."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path | str, value: object) -> None:
+    """Writes a JSON file for people to read, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")

@@ -138,7 +138,7 @@ def as_mask(mask: ImageLike, name: str = "mask") -> np.ndarray:
             f"{name} is {values.dtype} of shape {values.shape}; expected a path, a PIL image, or "
             "numbers of shape (H, W)"
         )
-    return (values > 0).reshape(*values.shape[:2], -1).any(axis=2)
+    return np.any((values > 0).reshape(*values.shape[:2], -1), axis=2)
 
 
 def fit_mask(mask: np.ndarray, image: np.ndarray, name: str = "mask") -> np.ndarray:
@@ -204,12 +204,11 @@ def cut_out(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return image * mask[..., None].astype(np.uint8)
 
 
-def patch_mask(mask: np.ndarray | Tensor, grid: int) -> Tensor:
-    """m of the paper: bool or float (H, W) to float32 (grid * grid, 1), the top-left pixel of each
-    cell decides."""
-    pixels = torch.as_tensor(np.asarray(mask), dtype=torch.float32)[None, None]
-    cells = torch.nn.functional.interpolate(pixels, size=(grid, grid), mode="nearest")
-    return cells.reshape(grid * grid, 1)
+def patch_mask(masks: Tensor, grid: int) -> Tensor:
+    """m of the paper: masks (B, 1, H, W), bool or float, to float32 (B, grid * grid, 1); the
+    top-left pixel of each cell decides."""
+    cells = torch.nn.functional.interpolate(masks.float(), size=(grid, grid), mode="nearest")
+    return cells.flatten(2).transpose(1, 2)
 
 
 def object_views(image: np.ndarray, mask: np.ndarray, size: int, grid: int) -> dict[str, Tensor]:
@@ -228,5 +227,5 @@ def object_views(image: np.ndarray, mask: np.ndarray, size: int, grid: int) -> d
     return {
         "clip_pixels": to_clip_pixels(resize(image, size, size)),
         "object_pixels": to_clip_pixels(resize(cut_out(image, mask), size, size)),
-        "patch_mask": patch_mask(mask, grid),
+        "patch_mask": patch_mask(torch.as_tensor(mask)[None, None], grid)[0],
     }

@@ -1,9 +1,8 @@
-"""The page that encode.py and the inference scripts share: build the pipeline, encode or draw the
-folder, say what failed."""
+"""What encode.py and the inference scripts share: a configuration's pipeline, the objects it names,
+their pictures, and the report of what failed."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,10 +18,7 @@ from elite.drawing import (
     Drawing,
     draw_folder,
     draw_prompt_grid,
-    text_of_several,
 )
-from elite.encoding import encode_folder
-from elite.images import read_mask
 from elite.loading import (
     DTYPES,
     image_encoder_sizes,
@@ -36,7 +32,6 @@ from elite.settings import (
     EliteConfig,
     EncodeConfig,
     InferenceConfig,
-    InferenceLocalConfig,
     ModelConfig,
 )
 
@@ -66,62 +61,8 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def draw_grid(
-    config: DrawConfig,
-    draw: Callable[[Sequence[str], Sequence[int]], Sequence[Image.Image]],
-    prompts: Sequence[str],
-    output_dir: Path,
-    metadata: Mapping[str, object],
-) -> int:
-    """Prompts once per seed, by the main process. Returns the exit status."""
-    if not PartialState().is_main_process:
-        return OK
-    seeds = range(config.seed, config.seed + config.num_images)
-    draw_prompt_grid(
-        draw, prompts, seeds, output_dir, batch_size=config.batch_size, metadata=metadata
-    )
-    print(f"pictures in {output_dir}; look at {output_dir / 'grid.png'} first")
-    return OK
-
-
-def run_several_concepts(config: InferenceLocalConfig, pipe: ElitePipeline, name: str) -> int:
-    """Draws the concepts of --concept together into OUTPUT_DIR/name. Returns the exit status."""
-    if config.concept_path is not None:
-        raise ValueError("--concept and --concept_path are both given; leave one of them out")
-    files = _by_name(config.concept, "--concept")
-    weights: dict[str, float] = dict.fromkeys(files, config.llambda)
-    for placeholder, value in _by_name(config.concept_llambda, "--concept_llambda").items():
-        if placeholder not in files:
-            raise ValueError(f"--concept_llambda {placeholder}={value}: no such --concept")
-        weights[placeholder] = float(value)
-    masks = _by_name(config.region, "--region")
-    drawing = drawing_of(config, 0, config.llambda)
-    concepts = {word: ConceptFolder(path).read(0) for word, path in files.items()}
-    draw = partial(
-        drawing.together,
-        pipe,
-        concepts,
-        weights,
-        {word: read_mask(Path(path)) for word, path in masks.items()},
-    )
-    about = {**drawing.text(pipe), "scheduler": config.scheduler, **_models(config)}
-    about |= text_of_several(concepts, weights, masks)
-    return draw_grid(config, draw, [config.template], Path(config.output_dir) / name, about)
-
-
-def _by_name(values: Sequence[str], flag: str) -> dict[str, str]:
-    """NAME=VALUE of a flag. Raises ValueError where a name comes twice."""
-    named: dict[str, str] = {}
-    for value in values:
-        name, _, rest = value.partition("=")
-        if name in named:
-            raise ValueError(f"{flag} {value}: {name} is given twice; leave one of them out")
-        named[name] = rest
-    return named
-
-
-def _models(config: ConceptConfig) -> dict[str, str]:
-    """The models of a concept by name; mappers are known by their fingerprint."""
+def model_metadata(config: ConceptConfig) -> dict[str, str]:
+    """What a file says of the models that made it; mappers are known by their fingerprint."""
     encoder = config.image_encoder_name_or_path
     return {"model": config.pretrained_model_name_or_path, "image_encoder": str(encoder)}
 
@@ -163,7 +104,7 @@ def build_pipeline(
     local_mapper: str | Literal[False] | None = None,
     encodes: bool = True,
 ) -> ElitePipeline:
-    """The same with the configuration's sampler, ready to draw; arguments as `load_pipeline`."""
+    """`load_pipeline` with the sampler of the configuration, ready to draw."""
     pipe = load_pipeline(config, local_mapper, encodes)
     pipe.scheduler = make_scheduler(config.scheduler, pipe.scheduler.config)
     return pipe
@@ -199,8 +140,12 @@ def read_pairs(config: EncodeConfig | InferenceConfig) -> PairFolder:
     return pairs
 
 
-def _read_folder(config: InferenceConfig) -> PairFolder | ConceptFolder:
-    """What is to be drawn."""
+def read_objects(config: InferenceConfig) -> PairFolder | ConceptFolder:
+    """What the configuration wants drawn: its pairs, or its concept files.
+
+    Raises:
+        ValueError: flags that do not go together, or what `read_pairs` and `ConceptFolder` raise.
+    """
     if getattr(config, "concept_llambda", None) or getattr(config, "region", None):
         raise ValueError("--concept_llambda and --region belong to --concept; name the files there")
     if config.concept_path is None:
@@ -212,53 +157,59 @@ def _read_folder(config: InferenceConfig) -> PairFolder | ConceptFolder:
     return ConceptFolder(config.concept_path)
 
 
-def run_inference(
+def draw_objects(
     config: InferenceConfig,
     pipe: ElitePipeline,
-    name: str,
-    words: Words = 0,
-    lambda_: float = 0.0,
+    objects: PairFolder | ConceptFolder,
+    drawing: Drawing,
+    output_dir: Path,
 ) -> int:
-    """Draws the configuration's pairs or concepts into OUTPUT_DIR/name. Returns the exit status."""
-    folder = _read_folder(config)
+    """Draws the configuration's prompt with each object, and a contact sheet. Returns the exit
+    status."""
     kind = "concepts" if config.concept_path else "pairs"
-    if config.selected_data >= len(folder):
+    if config.selected_data >= len(objects):
         raise ValueError(
             f"--selected_data {config.selected_data}: "
-            f"{config.concept_path or config.test_data_dir} has {len(folder)} {kind}; "
-            f"choose 0 to {len(folder) - 1}, or -1 for all"
+            f"{config.concept_path or config.test_data_dir} has {len(objects)} {kind}; "
+            f"choose 0 to {len(objects) - 1}, or -1 for all"
         )
-    output_dir = Path(config.output_dir) / name
     failures = draw_folder(
         pipe,
-        folder,
+        objects,
         output_dir,
-        drawing_of(config, words, lambda_),
+        drawing,
         prompt=config.template.replace("{}", config.placeholder_token),
         seeds=range(config.seed, config.seed + config.num_images),
         indices=None if config.selected_data < 0 else [config.selected_data],
         batch_size=config.batch_size,
         skip_existing=config.skip_existing,
-        metadata={"scheduler": config.scheduler, **_models(config)},
+        metadata={"scheduler": config.scheduler, **model_metadata(config)},
     )
-    chosen = 1 if config.selected_data >= 0 else len(folder)
-    said = f"pictures in {output_dir}; look at {output_dir / 'grid.png'} first"
-    return _report(failures, chosen, f"{kind} could not be drawn", said)
+    chosen = 1 if config.selected_data >= 0 else len(objects)
+    done = f"pictures in {output_dir}; look at {output_dir / 'grid.png'} first"
+    return report_failures(failures, chosen, f"{kind} could not be drawn", done)
 
 
-def run_encoding(config: EncodeConfig, pipe: ElitePipeline) -> int:
-    """Encodes the configuration's pairs into OUTPUT_DIR. Returns the exit status."""
-    pairs, output_dir = read_pairs(config), Path(config.output_dir)
-    failures = encode_folder(
-        pipe, pairs, output_dir, skip_existing=config.skip_existing, metadata=_models(config)
+def draw_grid(
+    config: DrawConfig,
+    draw: Callable[[Sequence[str], Sequence[int]], Sequence[Image.Image]],
+    prompts: Sequence[str],
+    output_dir: Path,
+    metadata: Mapping[str, object],
+) -> int:
+    """Draws each prompt once per seed, by the main process alone. Returns the exit status."""
+    if not PartialState().is_main_process:
+        return OK
+    seeds = range(config.seed, config.seed + config.num_images)
+    draw_prompt_grid(
+        draw, prompts, seeds, output_dir, batch_size=config.batch_size, metadata=metadata
     )
-    count = len(pairs) - len(failures)
-    said = f"{count} concepts in {output_dir}; look at {output_dir / 'grid.png'} first"
-    return _report(failures, len(pairs), "pairs could not be encoded", said)
+    print(f"pictures in {output_dir}; look at {output_dir / 'grid.png'} first")
+    return OK
 
 
-def _report(failures: list[str], total: int, failed: str, said: str) -> int:
-    """Says what failed and what there is. Returns the exit status."""
+def report_failures(failures: list[str], total: int, failed: str, done: str) -> int:
+    """Says what failed, and then what was done. Returns the exit status."""
     if not PartialState().is_main_process:
         return OK  # the main process speaks for all
     for failure in failures:
@@ -267,5 +218,5 @@ def _report(failures: list[str], total: int, failed: str, said: str) -> int:
         print(f"{len(failures)} of {total} {failed}", file=sys.stderr)
     if len(failures) == total:
         return BAD_INPUT
-    print(said)
+    print(done)
     return PARTLY_FAILED if failures else OK

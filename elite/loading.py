@@ -26,6 +26,7 @@ from transformers import (
     CLIPVisionModel,
 )
 
+from elite.defaults import DEFAULT_SAMPLER
 from elite.text import read_prompt
 
 HUB_IMAGE_ENCODER = "openai/clip-vit-large-patch14"
@@ -37,8 +38,6 @@ SCHEDULERS = {
     "ddim": DDIMScheduler,
     "pndm": PNDMScheduler,
 }
-# The fewest steps that draw what the release's 100 steps of LMS draw (small_world/samplers.py).
-DEFAULT_SAMPLER, DEFAULT_STEPS = "unipc", 20
 # By the names of --mixed_precision.
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Stable Diffusion's noise schedule, for model folders that carry none.

@@ -51,8 +51,8 @@ def prior_of_box(height: int, width: int, box: Box) -> np.ndarray:
 
 
 def centred_prior(height: int, width: int) -> np.ndarray:
-    """The same without a box: likely object in an ellipse in the middle, background at the border,
-    likely background between."""
+    """What GrabCut starts from without a box: likely object in an ellipse in the middle, background
+    at the border, likely background between."""
     y = (2 * np.arange(height) + 1) / height - 1  # -1 to 1
     x = (2 * np.arange(width) + 1) / width - 1
     ellipse = np.hypot(y[:, None], x) < CENTRE

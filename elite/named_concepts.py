@@ -4,7 +4,7 @@ their words, how much of their details, and where."""
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -79,8 +79,9 @@ def row_per_prompt(concept: ConceptLike | Sequence[ConceptLike], count: int) -> 
     Raises:
         ValueError: another number of concepts, no concepts, or of different mappers.
     """
-    one = isinstance(concept, str) or not isinstance(concept, Sequence)
-    stacked = Concept.stack([_as_concept(c) for c in ([concept] if one else concept)])
+    is_one = isinstance(concept, str) or not isinstance(concept, Sequence)
+    several: Sequence[Any] = [concept] if is_one else concept  # type: ignore[assignment]
+    stacked = Concept.stack([_as_concept(one) for one in several])
     if len(stacked) not in (1, count):
         raise ValueError(
             f"{len(stacked)} concepts for {count} prompts; pass one, or one per prompt"

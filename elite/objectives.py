@@ -1,6 +1,7 @@
 """What ELITE learns: the noising step that every objective shares, and the two objectives (paper
 eq. 4 and 7)."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -11,7 +12,9 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from elite.attention import install, local_inputs, local_values
+from elite.defaults import PLACEHOLDER
 from elite.files import write_atomically
+from elite.images import patch_mask
 from elite.mappers import GlobalMapper, LocalMapper, clip_levels, clip_levels_of_views
 from elite.text import encode_text, tokenize
 
@@ -46,7 +49,7 @@ def _generator(seed: Tensor, stream: int) -> torch.Generator:
     return torch.Generator().manual_seed((int(seed) + stream * 0x9E3779B97F4A7C15) % 2**63)
 
 
-class DenoisingObjective(nn.Module):
+class DenoisingObjective(nn.Module, ABC):
     """What every objective shares: a frozen Stable Diffusion and its noising step.
 
     Args:
@@ -83,13 +86,13 @@ class DenoisingObjective(nn.Module):
         )
 
     @property
+    @abstractmethod
     def trained(self) -> nn.Module:
         """The one module that learns."""
-        raise TypeError("use one of the objectives")
 
+    @abstractmethod
     def save_pretrained(self, folder: Path) -> None:
         """Exports what was trained into `folder`, for users."""
-        raise TypeError("use one of the objectives")
 
     def freeze(self) -> None:
         """Leaves nothing to learn but `trained`."""
@@ -123,12 +126,13 @@ class DenoisingObjective(nn.Module):
         tokens = {key: ids.to(latents.device) for key, ids in self.tokens(batch["caption"]).items()}
         return self.loss({**batch, **tokens}, latents, noise, t)
 
+    @abstractmethod
     def tokens(self, captions: list[str]) -> dict[str, Tensor]:
         """What `loss` reads of the captions."""
-        raise TypeError("use one of the objectives")
 
+    @abstractmethod
     def loss(self, batch: Batch, latents: Tensor, noise: Tensor, t: Tensor) -> dict[str, Tensor]:
-        raise TypeError("use one of the objectives")
+        """`loss` and other scalars, for given z, eps and timesteps."""
 
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor, seeds: Tensor) -> Tensor:
@@ -167,7 +171,7 @@ class EliteObjective(DenoisingObjective):
         parts: Mapping[str, Any],
         global_mapper: GlobalMapper,
         local_mapper: LocalMapper | None = None,
-        placeholder_token: str = "S",
+        placeholder_token: str = PLACEHOLDER,
     ) -> None:
         super().__init__(parts)
         self.image_encoder = parts["image_encoder"]
@@ -186,8 +190,9 @@ class EliteObjective(DenoisingObjective):
         write_atomically(folder / name, self.trained.save_pretrained)
 
     @property
+    @abstractmethod
     def words_injected(self) -> int:
-        raise TypeError("use GlobalObjective or LocalObjective")
+        """How many words the placeholder becomes."""
 
     def tokens(self, captions: list[str]) -> dict[str, Tensor]:
         input_ids, index = tokenize(
@@ -257,7 +262,8 @@ class LocalObjective(EliteObjective):
                 [self.global_mapper.config.hidden_layers, self.local_mapper.config.hidden_layers],
             )
             w = self.global_mapper(levels)
-        m = self.patch_mask(batch["object_mask"], object_levels[0])
+        grid = round((object_levels[0].shape[1] - 1) ** 0.5)  # without CLS
+        m = patch_mask(batch["object_mask"], grid)  # (B, patches, 1)
         f = self.local_mapper(object_levels, m)
         local = local_inputs(f, batch["index"], 1.0, batch["input_ids"].shape[1])
         noisy = self.scheduler.add_noise(latents, noise, t)
@@ -268,14 +274,3 @@ class LocalObjective(EliteObjective):
         values = local_values(self.local_mapper, f)
         penalty = VALUE_PENALTY * torch.stack([v.float().abs().mean() for v in values]).mean()
         return {"loss": mse + penalty, "mse": mse.detach(), "penalty": penalty.detach()}
-
-    @staticmethod
-    def patch_mask(object_mask: Tensor, features: Tensor) -> Tensor:
-        """m: object mask (B, 1, H, W) to the CLIP patch grid, (B, patches, 1), nearest
-        neighbour."""
-        grid = round((features.shape[1] - 1) ** 0.5)
-        return (
-            F.interpolate(object_mask.float(), (grid, grid), mode="nearest")
-            .flatten(2)
-            .transpose(1, 2)
-        )

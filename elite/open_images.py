@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from elite.augment import clip_view, object_view, scaled_target
+from elite.defaults import PLACEHOLDER
 from elite.files import write_atomically
 from elite.images import (
     fit_mask,
@@ -150,7 +151,7 @@ class OpenImagesBoxes:
         *,
         resolution: int = 512,
         clip_size: int = 224,
-        placeholder_token: str = "S",
+        placeholder_token: str = PLACEHOLDER,
         set_name: str = "test",
     ) -> None:
         self.image_folder = Path(root) / "images" / set_name
@@ -270,7 +271,7 @@ class OpenImagesMasks:
         resolution: int = 512,
         clip_size: int = 224,
         latent_size: int = 64,
-        placeholder_token: str = "S",
+        placeholder_token: str = PLACEHOLDER,
         set_name: str = "test",
     ) -> None:
         self.image_folder = Path(root) / "images" / set_name

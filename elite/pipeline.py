@@ -8,7 +8,6 @@ In reading order: construct, encode, call, condition. What diffusers alone asks 
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,8 +45,9 @@ from elite.compat import (
     text_options,
 )
 from elite.concept import Concept
+from elite.defaults import DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
 from elite.images import ImageLike, as_image, as_mask, doubt, fit_mask, object_views
-from elite.loading import DEFAULT_STEPS, inside, load_parts, pixels_per_latent, side_in_pixels
+from elite.loading import inside, load_parts, pixels_per_latent, side_in_pixels
 from elite.mappers import GlobalMapper, LocalMapper, Mapper, clip_levels, clip_levels_of_views
 from elite.named_concepts import (
     ConceptLike,
@@ -238,12 +238,12 @@ class ElitePipeline(DiffusersPipeline):
         *args: Any,
         concept: ConceptLike | Sequence[ConceptLike] | None = None,
         concepts: Concepts | None = None,
-        lambda_: Weights | Mapping[str, Weights] = 0.8,
+        lambda_: Weights | Mapping[str, Weights] = LAMBDA,
         words: Words = 0,
-        placeholder_token: str = "S",
+        placeholder_token: str = PLACEHOLDER,
         regions: Mapping[str, ImageLike] | None = None,
         num_inference_steps: int = DEFAULT_STEPS,
-        guidance_scale: float = 5.0,
+        guidance_scale: float = GUIDANCE_SCALE,
         seed: int | Sequence[int] | None = None,
         **kwargs: Any,
     ) -> StableDiffusionPipelineOutput:
@@ -318,9 +318,9 @@ class ElitePipeline(DiffusersPipeline):
             else len(prompt or ())
         )
         each = kwargs.get("num_images_per_prompt", 1)
-        first = isinstance(seed, Integral)
-        seeds = [seed + i for _ in range(prompts) for i in range(each)] if first else seed
-        seeds = np.atleast_1d(np.asarray(seeds)).tolist()
+        if isinstance(seed, int | np.integer):
+            seed = [int(seed) + i for _ in range(prompts) for i in range(each)]
+        seeds = np.atleast_1d(np.asarray(seed)).tolist()
         if not all(isinstance(seed, int) and -(2**63) <= seed < 2**64 for seed in seeds):
             raise ValueError(f"seed is {brief(seed)}; expected whole numbers of 64 bits")
         if len(seeds) != prompts * each:
@@ -338,12 +338,12 @@ class ElitePipeline(DiffusersPipeline):
         prompt: str,
         concept: ConceptLike | None = None,
         concepts: Mapping[str, ConceptLike] | None = None,
-        lambda_: float | Mapping[str, float] = 0.8,
+        lambda_: float | Mapping[str, float] = LAMBDA,
         words: Words = 0,
-        placeholder_token: str = "S",
+        placeholder_token: str = PLACEHOLDER,
         regions: Mapping[str, ImageLike] | None = None,
         negative_prompt: str | None = None,
-        guidance_scale: float = 5.0,
+        guidance_scale: float = GUIDANCE_SCALE,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """A prompt with concepts for the call of a stock pipeline of diffusers that shares this

@@ -26,7 +26,13 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from elite.config import save_config
-from elite.files import remove_leftovers, remove_whole, write_atomically, write_json
+from elite.files import (
+    remove_leftovers,
+    remove_whole,
+    write_atomically,
+    write_json,
+    write_text,
+)
 from elite.stream import Failure, Samples
 
 HASHES = "hashes.json"
@@ -61,8 +67,8 @@ MAY_CHANGE = {
     "validation_steps",
 }
 ANOTHER_FOLDER = "choose another --output_dir"
-UNREADABLE_TOLERATED = 0.05  # share of the dataset; a larger one stops the run
-HOPELESS_AFTER = 100  # failures, from which on twice that share of what was tried stops it, too
+UNREADABLE_TOLERATED = 0.05  # share of the dataset; a larger one stops the run,
+MIN_FAILURES_JUDGED = 100  # and after so many failures twice that share of what was tried
 SKIPPED_TOLERATED = 10  # steps in a row whose loss or gradient is not finite
 UNREADABLE_LISTED = 20
 
@@ -212,9 +218,7 @@ class RunFolder:
             save_config(self.config, self.folder / "config.yaml")
         kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
         text = "".join(line + "\n" for line in kept)
-        write_atomically(
-            self.metrics_file, lambda temporary: temporary.write_text(text, encoding="utf-8")
-        )
+        write_text(self.metrics_file, text)
         self.board = SummaryWriter(str(self.logging_dir), purge_step=step + 1)
         self._open.callback(self.board.close)
         bar = tqdm(total=max_steps, initial=step, desc="train", unit="step")
@@ -261,14 +265,14 @@ class RunFolder:
         tried = step * self.samples_per_step + times
         if bad > UNREADABLE_TOLERATED * size:
             self._stop_for_unreadable(f"{bad} of {size} samples")
-        if times > HOPELESS_AFTER and times > 2 * UNREADABLE_TOLERATED * tried:
+        if times > MIN_FAILURES_JUDGED and times > 2 * UNREADABLE_TOLERATED * tried:
             self._stop_for_unreadable(f"{times} of the {tried} samples tried")
 
     def _stop_for_unreadable(self, how_many: str) -> NoReturn:
         messages, path = list(self.tally.bad_samples.values()), self.folder / "unreadable.txt"
         if self.is_main:
             text = "".join(message + "\n" for message in messages)
-            write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+            write_text(path, text)
         raise ValueError(
             f"{how_many} could not be read ({self.tally.reasons()}), which is over "
             f"{UNREADABLE_TOLERATED:.0%}; repair or remove them, {path} lists all; the last are: "

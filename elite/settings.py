@@ -1,10 +1,13 @@
 """The settings of the scripts: a field is a flag of its name and a key of a `--config` file.
 
-`elite/config.py` reads them; modules never see these classes.
+`elite/config.py` reads them. Of the modules only `inference.py`, `stages.py` and previews see these
+classes; all others take plain arguments.
 """
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
+
+from elite.defaults import DEFAULT_SAMPLER, DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
 
 PRECISIONS = ("no", "fp16", "bf16")
 METRICS = ("clip", "dino", "attributes")
@@ -134,7 +137,10 @@ class TrainConfig(FitConfig):
         "else openai/clip-vit-large-patch14.",
     )
     placeholder_token: str = setting(
-        "S", "The word that stands for the object in captions.", pattern=r"\S+", expected="one word"
+        PLACEHOLDER,
+        "The word that stands for the object in captions.",
+        pattern=r"\S+",
+        expected="one word",
     )
     hidden_layers: list[int] = setting(
         [4, 8, 12, 16],
@@ -259,12 +265,12 @@ class DrawConfig(ModelConfig):
     )
     seed: int = setting(42, "Seed of the first picture's noise.", at_least=0, at_most=2**63 - 1)
     num_inference_steps: int = setting(
-        20, "Denoising steps; the release takes 100.", at_least=1, at_most=1000
+        DEFAULT_STEPS, "Denoising steps; the release takes 100.", at_least=1, at_most=1000
     )
     guidance_scale: float = setting(
-        5.0, "Classifier-free guidance; 1 or less means none.", at_least=0, at_most=1000
+        GUIDANCE_SCALE, "Classifier-free guidance; 1 or less means none.", at_least=0, at_most=1000
     )
-    scheduler: str = setting("unipc", "Sampler; the release's is lms.", choices=SAMPLERS)
+    scheduler: str = setting(DEFAULT_SAMPLER, "Sampler; the release's is lms.", choices=SAMPLERS)
     resolution: int | None = setting(
         None,
         "Side of the pictures in pixels; None means what the model draws.",
@@ -312,7 +318,7 @@ class EliteConfig(ConceptConfig, DrawConfig):
     """What everything that draws with ELITE shares."""
 
     placeholder_token: str = setting(
-        "S", "The word that stands for the object.", pattern=r"\S+", expected="one word"
+        PLACEHOLDER, "The word that stands for the object.", pattern=r"\S+", expected="one word"
     )
 
 
@@ -346,7 +352,7 @@ class LocalConfig(LocalMapperConfig):
     """The local branch."""
 
     llambda: float = setting(
-        0.8,
+        LAMBDA,
         "Weight of the local features: 0.8 reproduces the object, 0.6 edits it.",
         at_least=0,
         at_most=1000,
@@ -472,7 +478,7 @@ class AppConfig(LocalMapperConfig, ConceptConfig):
         "test_datasets", "Folder of NAME.jpg and NAME_bg.png pairs, the examples.", shipped=True
     )
     placeholder_token: str = setting(
-        "S", "The word that stands for the object.", pattern=r"\S+", expected="one word"
+        PLACEHOLDER, "The word that stands for the object.", pattern=r"\S+", expected="one word"
     )
     resolution: int | None = setting(
         None, "Side of the pictures in pixels; None means what the model draws.", at_least=8

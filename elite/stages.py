@@ -1,13 +1,14 @@
-"""The training scripts' common page: build parts, data and objective, then fit."""
+"""What the training scripts share: frozen parts, mappers old and new, a configuration handed to the
+loop, previews."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from PIL import Image
 from tqdm import tqdm
 
@@ -16,65 +17,26 @@ from elite.config import print_config, to_dict
 from elite.console import Stopped, command_again
 from elite.data import PairFolder
 from elite.images import cut_out
-from elite.latents import CachedBoxes
 from elite.loading import (
     DTYPES,
     load_parts,
     make_scheduler,
-    pixels_per_latent,
     side_for_training,
 )
-from elite.mappers import GlobalMapper, LocalMapper, Mapper
-from elite.objectives import DenoisingObjective, EliteObjective, GlobalObjective, LocalObjective
-from elite.open_images import OpenImagesBoxes, OpenImagesMasks
+from elite.mappers import Mapper
+from elite.named_concepts import Words
+from elite.objectives import DenoisingObjective, EliteObjective
 from elite.pipeline import ElitePipeline
-from elite.settings import (
-    FitConfig,
-    TrainConfig,
-    TrainGlobalConfig,
-    TrainLocalConfig,
-)
+from elite.settings import FitConfig, TrainConfig
 from elite.sheets import tile_rows
 from elite.training import fit, make_accelerator
 
+M = TypeVar("M", bound=Mapper)
 PREVIEW_STEPS, PREVIEW_TEMPLATE = 25, "a photo of a {}"
 
 
-def train_global(config: TrainGlobalConfig) -> int:
-    """Stage 1. Returns the exit status."""
-    parts = _load_parts(config)
-    mapper = _mapper(GlobalMapper, config.global_mapper_path, parts, config)
-    objective = GlobalObjective(parts, mapper, placeholder_token=config.placeholder_token)
-    resolution = training_side(config, parts)
-    boxes = OpenImagesBoxes(
-        config.train_data_dir,
-        resolution=resolution,
-        clip_size=parts["image_encoder"].config.image_size,
-        placeholder_token=config.placeholder_token,
-    )
-    cache = config.cache_latents
-    dataset = boxes if cache is None else CachedBoxes(boxes, cache, parts["vae"])
-    return _train_mapper(config, objective, dataset, parts, words="all")
-
-
-def train_local(config: TrainLocalConfig) -> int:
-    """Stage 2. Returns the exit status."""
-    parts = _load_parts(config)
-    global_mapper = _mapper(GlobalMapper, config.global_mapper_path, parts, config)
-    mapper = _mapper(LocalMapper, config.local_mapper_path, parts, config)
-    objective = LocalObjective(parts, global_mapper, mapper, config.placeholder_token)
-    resolution = training_side(config, parts)
-    dataset = OpenImagesMasks(
-        config.train_data_dir,
-        resolution=resolution,
-        clip_size=parts["image_encoder"].config.image_size,
-        latent_size=resolution // pixels_per_latent(parts["vae"]),
-        placeholder_token=config.placeholder_token,
-    )
-    return _train_mapper(config, objective, dataset, parts, words=0)
-
-
-def _load_parts(config: TrainConfig) -> dict[str, Any]:
+def frozen_parts(config: TrainConfig) -> dict[str, Any]:
+    """Everything of ELITE but the mappers, as `loading.load_parts` gives it."""
     torch.manual_seed(config.seed)  # every process draws the same fresh mapper
     return load_parts(
         config.pretrained_model_name_or_path,
@@ -84,9 +46,10 @@ def _load_parts(config: TrainConfig) -> dict[str, Any]:
     )
 
 
-def _mapper(
-    kind: type[Mapper], path: str | None, parts: dict[str, Any], config: TrainConfig
-) -> Any:
+def mapper_to_train(
+    kind: type[M], path: str | None, parts: Mapping[str, Any], config: TrainConfig
+) -> M:
+    """The mapper of a file or folder in float32, or a fresh one where `path` is None."""
     unet, image_encoder = parts["unet"], parts["image_encoder"]
     if path is not None:
         return load_mapper(kind, path, unet, image_encoder).float()
@@ -95,22 +58,16 @@ def _mapper(
     )
 
 
-def training_side(config: FitConfig, parts: dict[str, Any]) -> int:
+def training_side(config: FitConfig, parts: Mapping[str, Any]) -> int:
+    """Side of the training images in pixels."""
     return side_for_training(config.resolution, parts["unet"].config, parts["vae"])
 
 
-def _train_mapper(
-    config: TrainConfig, objective: EliteObjective, dataset: Any, parts: dict[str, Any], words: Any
-) -> int:
-    preview = None
-    if config.validation_steps and not config.dry_run:
-        pairs = PairFolder(config.validation_data_dir)
-        preview = _PairPreview(config, objective, parts, words, pairs)
-    is_main = fit_as_configured(config, objective, dataset, parts, preview, config.validation_steps)
-    if is_main and config.push_to_hub and not config.dry_run:
+def publish(config: TrainConfig, mapper: Mapper) -> None:
+    """Uploads the trained mapper, if the configuration says so."""
+    if config.push_to_hub and not config.dry_run and PartialState().is_main_process:
         repository = config.hub_model_id or Path(config.output_dir).name
-        objective.trained.push_to_hub(repository, token=config.hub_token)
-    return 0
+        mapper.push_to_hub(repository, token=config.hub_token)
 
 
 def fit_as_configured(
@@ -120,8 +77,14 @@ def fit_as_configured(
     parts: dict[str, Any],
     preview: Callable[[], Image.Image] | None,
     preview_steps: int,
-) -> bool:
-    """Trains as configured. Returns whether this is the main process."""
+) -> None:
+    """`training.fit` as the configuration says.
+
+    Args:
+        parts: what the objective computes with; the UNet may be compiled and checkpointed.
+        preview: draws a picture of what the model does; None draws none.
+        preview_steps: optimiser steps between two previews; 0 means no previews.
+    """
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
     if config.gradient_checkpointing:
@@ -145,8 +108,8 @@ def fit_as_configured(
             f"{len(dataset)} samples, {samples_per_step} per step, {max_steps} steps, "
             f"{sum(p.numel() for p in objective.trained.parameters()):,} trained parameters"
         )
-    with TemporaryDirectory() as nowhere, _resume_command_told(accelerator):
-        output_dir = Path(nowhere if config.dry_run else config.output_dir)
+    with TemporaryDirectory() as scratch, _resume_command_told(accelerator):
+        output_dir = Path(scratch if config.dry_run else config.output_dir)
         fit(
             objective,
             dataset,
@@ -172,7 +135,6 @@ def fit_as_configured(
             logging_dir=config.logging_dir,
             config=to_dict(config),
         )
-    return accelerator.is_main_process
 
 
 @contextmanager
@@ -185,15 +147,28 @@ def _resume_command_told(accelerator: Accelerator) -> Iterator[None]:
         raise
 
 
-class _PairPreview:
+def pair_preview(
+    config: TrainConfig, objective: EliteObjective, parts: Mapping[str, Any], words: Words
+) -> "PairPreview | None":
+    """The previews of a stage; None where the configuration wants none.
+
+    Args:
+        words: those the stage trains with, as for a call of `ElitePipeline`.
+    """
+    if not config.validation_steps or config.dry_run:
+        return None
+    return PairPreview(config, objective, parts, words, PairFolder(config.validation_data_dir))
+
+
+class PairPreview:
     """The first validation pairs as the model draws them now: generated | target | views | mask."""
 
     def __init__(
         self,
         config: TrainConfig,
         objective: EliteObjective,
-        parts: dict[str, Any],
-        words: Any,
+        parts: Mapping[str, Any],
+        words: Words,
         pairs: PairFolder,
     ) -> None:
         self.config, self.objective, self.parts = config, objective, parts

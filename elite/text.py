@@ -301,7 +301,7 @@ def encode_text(
     words: Tensor | None = None,
     index: Tensor | None = None,
 ) -> Tensor:
-    """Text context (B, 77, D): the last hidden state, with words in it if given, as for
+    """Context (B, 77, D): the last hidden state, with words in it if given, as for
     `inject_words`."""
     if words is None or index is None:
         return text_encoder(input_ids).last_hidden_state

@@ -15,8 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elite.concept import Concept
-from elite.drawing import Drawing, is_drawn, png_text
-from elite.files import write_atomically, write_json
+from elite.defaults import PLACEHOLDER
+from elite.drawing import Drawing, is_drawn, png_info
+from elite.files import write_atomically, write_json, write_text
 from elite.images import cut_out
 from elite.pipeline import ElitePipeline
 from elite.sheets import tile_rows
@@ -130,7 +131,7 @@ def draw_cases(
         metadata: what else a picture depends on; with the drawing's own it is kept in the PNGs, and
             pictures of other settings are drawn anew.
     """
-    settings = {**drawing.text(pipe), **(metadata or {})}
+    settings = {**drawing.metadata(pipe), **(metadata or {})}
     failures: dict[str, str] = {}
 
     @lru_cache(maxsize=1)  # cases come subject by subject
@@ -138,10 +139,10 @@ def draw_cases(
         image, mask = subject.pair.read()
         return pipe.encode_views(**pipe.concept_views(image, mask))
 
-    def text(case: Case) -> dict[str, str]:
+    def metadata_of(case: Case) -> dict[str, str]:
         return {**settings, "prompt": case.template, "source": case.subject.pair.digest}
 
-    missing = [case for case in cases if not is_drawn(output_dir / case.path, text(case))]
+    missing = [case for case in cases if not is_drawn(output_dir / case.path, metadata_of(case))]
     progress = tqdm(
         total=len(cases),
         initial=len(cases) - len(missing),
@@ -164,7 +165,7 @@ def draw_cases(
                 prompts = [case.template.replace("{}", drawing.placeholder_token) for case in batch]
                 pictures = drawing(pipe, prompts, concepts, [case.seed for case in batch])
                 for case, picture in zip(batch, pictures, strict=True):
-                    info = png_text(text(case))
+                    info = png_info(metadata_of(case))
                     write_atomically(output_dir / case.path, partial(picture.save, pnginfo=info))
             progress.update(len(missing[start : start + batch_size]))
     return list(failures.values())
@@ -232,9 +233,7 @@ def report(cases: Sequence[Case], rows: Sequence[dict], output_dir: Path, settin
     )
     write_atomically(output_dir / "results.csv", partial(_write_csv, rows))
     text = markdown(summary, subjects)
-    write_atomically(
-        output_dir / "results.md", lambda path: path.write_text(text + "\n", encoding="utf-8")
-    )
+    write_text(output_dir / "results.md", text + "\n")
     for number, sheet in enumerate(contact_sheets(cases, output_dir)):
         write_atomically(output_dir / f"grid_{number:02d}.png", sheet.save)
     return text
@@ -274,7 +273,7 @@ def contact_sheets(cases: Sequence[Case], output_dir: Path) -> list[Image.Image]
             with Image.open(output_dir / case.path) as picture:
                 row.append(picture.convert("RGB"))
         rows.append(row)
-        names = [case.template.replace("{}", "S") for case in shown]
+        names = [case.template.replace("{}", PLACEHOLDER) for case in shown]
         columns = max(columns, ["input", "object", *names], key=len)
     return [
         tile_rows(rows[start : start + SHEET_SUBJECTS], columns)

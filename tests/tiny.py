@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from elite import Concept, ElitePipeline, GlobalMapper, LocalMapper
-from elite.checkpoint import save_official
 from elite.loading import load_parts
+from elite.mappers import Mapper
 from small_world.tokenizer import build_tokenizer
 
 HIDDEN_LAYERS = (4, 8)  # as a release checkpoint of three levels has them
@@ -216,3 +216,8 @@ def save_pairs(folder: Path, count: int = 2) -> Path:
         Image.fromarray(image).save(folder / f"pair{i}.png")
         Image.fromarray(mask).save(folder / f"pair{i}_bg.png")
     return folder
+
+
+def save_official(mapper: Mapper, path: Path) -> None:
+    """A mapper as the release saves it: a plain state dict."""
+    torch.save({key: x.detach().cpu().contiguous() for key, x in mapper.state_dict().items()}, path)

@@ -202,7 +202,7 @@ class TextualInversionObjective(DenoisingObjective):
         return {"loss": mse}
 
     def encode_text(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Text context (B, 77, D), and what SDXL's UNet reads besides."""
+        """Context (B, 77, D), and what SDXL's UNet reads besides."""
         if self.text_encoder_2 is None:
             return self.text_encoder(batch["text_encoder"]).last_hidden_state, {}
         first = self.text_encoder(batch["text_encoder"], output_hidden_states=True)

@@ -12,7 +12,7 @@ from app.page import build_page
 from app.studio import Order, Studio
 from elite import ElitePipeline
 from elite.data import PairFolder
-from elite.loading import DEFAULT_SAMPLER, DEFAULT_STEPS
+from elite.defaults import DEFAULT_SAMPLER, DEFAULT_STEPS
 from tests.app.conftest import noise_file
 
 

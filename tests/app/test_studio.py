@@ -72,7 +72,7 @@ def test_pictures_are_the_pipelines(studio, concepts):
     order = replace(ORDER, prompts=("a S", "S on grass"), seeds=(3, 4), lambdas=(0.0, 1.2))
     drawn = draw(studio, concepts[0], order)
     assert len(drawn) == order.count == 8
-    assert [(d.text["lambda"], d.prompt, d.seed) for d in drawn[3:6]] == [
+    assert [(d.metadata["lambda"], d.prompt, d.seed) for d in drawn[3:6]] == [
         ("0.0", "S on grass", 4),
         ("1.2", "a S", 3),
         ("1.2", "a S", 4),
@@ -127,12 +127,14 @@ def test_pictures_of_two_objects_say_both(studio, concepts, tmp_path):
         "concept S2": concepts[1].digest,
         "region S": "left",
         "region S2": "right",
-    }.items() <= drawn[1].text.items()
+    }.items() <= drawn[1].metadata.items()
     save_strip(drawn, None, tmp_path / "strip.png")
     with Image.open(tmp_path / "strip.png") as sheet:
         assert sheet.text["lambda"] == "S 0, S2 0.6; S 1.2, S2 0.6"
         assert sheet.text["region S2"] == "right" and sheet.width == 2 * 160
-    assert not any("concept" in key or "region" in key for key in draw(studio, concepts[0])[0].text)
+    assert not any(
+        "concept" in key or "region" in key for key in draw(studio, concepts[0])[0].metadata
+    )
 
 
 def test_batches_change_no_picture(studio, concepts):

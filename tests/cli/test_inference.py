@@ -13,7 +13,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from elite import ElitePipeline, GlobalMapper
-from elite.checkpoint import save_official
 from elite.pipeline import load_parts
 from tests import tiny
 from tests.conftest import FAST, REPOSITORY, files, pixels, run_script, same_pictures
@@ -396,7 +395,7 @@ def test_checkpoint_of_another_model(script, tmp_path, model_folder, capsys):
     parts = load_parts(model_folder)
     unet = type(parts["unet"]).from_config(dict(parts["unet"].config), cross_attention_dim=40)
     mapper = GlobalMapper.for_models(unet, parts["image_encoder"], 32, tiny.HIDDEN_LAYERS)
-    save_official(mapper, tmp_path / "foreign.pt")
+    tiny.save_official(mapper, tmp_path / "foreign.pt")
     assert script("--global_mapper_path", tmp_path / "foreign.pt") == 2
     (line,) = errors(capsys)
     assert "foreign.pt: does not fit this model" in line and "(40, 32), expected (24, 32)" in line

@@ -7,9 +7,10 @@ from pathlib import Path
 from data_scripts.make_masks import read_boxes as read_grabs
 from elite.checkpoint import load_official
 from elite.concept import Concept
-from elite.config import InferenceLocalConfig, build_config, read_yaml
+from elite.config import build_config, read_yaml
 from elite.images import read_image, read_mask
 from elite.open_images import load_mask_boxes, read_boxes
+from elite.settings import InferenceLocalConfig
 from evaluation.subjects import read_prompts
 from textual_inversion.files import load_embeddings
 from textual_inversion.pictures import read_templates

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import yaml
 
-from elite.config import InferenceLocalConfig, TrainGlobalConfig, build_config, read_yaml
+from elite.config import build_config, read_yaml
+from elite.settings import InferenceLocalConfig, TrainGlobalConfig
 from tests import tiny
 from tests.hostile.harness import Case, World
 from tests.hostile.tables import feed

@@ -11,6 +11,7 @@ from golden_models import Golden, golden_folder, relative_error
 from torch import Tensor
 
 from elite.attention import install, local_inputs, local_values
+from elite.images import patch_mask
 from elite.loading import make_scheduler
 from elite.mappers import clip_levels
 from elite.named_concepts import pick_words
@@ -240,7 +241,7 @@ def sampling(words: int | str, lambda_: float | None) -> dict[str, Tensor]:
         F.interpolate(golden.input(name), (size, size), mode="bilinear", align_corners=False)
         for name in ("val_clip", "val_obj")
     )
-    patches = LocalObjective.patch_mask(golden.input("val_seg")[:, :1], levels()[0])
+    patches = patch_mask(golden.input("val_seg")[:, :1], pipe.grid)
     concept = pipe.encode_views(clip_pixels, object_pixels, patches)
     index = torch.tensor(validation["index"])
     chosen = pick_words(concept.words, words)

@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from elite import GlobalMapper, LocalMapper
-from elite.checkpoint import load_mapper, load_official, mapper_from_state_dict, save_official
+from elite.checkpoint import load_mapper, load_official, mapper_from_state_dict
 from elite.mappers import Mapper
 from tests import tiny
 
@@ -97,7 +97,7 @@ def test_release_ours_release_is_bit_identical(tmp_path, parts, mappers, name):
     assert equal(ours.state_dict(), original)
     ours.save_pretrained(tmp_path / "ours")
     again = load_mapper(KINDS[name], tmp_path / "ours", *models)
-    save_official(again, tmp_path / "again.pt")
+    tiny.save_official(again, tmp_path / "again.pt")
     state = torch.load(tmp_path / "again.pt", weights_only=True)
     assert equal(state, original)
     assert all(type(value) is torch.Tensor for value in state.values())
@@ -159,7 +159,7 @@ def test_many_bad_keys_make_one_readable_line(tmp_path, parts, state):
 def test_mapper_of_another_model_is_refused(tmp_path, parts):
     unet = type(parts["unet"]).from_config(dict(parts["unet"].config), cross_attention_dim=40)
     foreign = GlobalMapper.for_models(unet, parts["image_encoder"], 32, tiny.HIDDEN_LAYERS)
-    save_official(foreign, tmp_path / "x.pt")
+    tiny.save_official(foreign, tmp_path / "x.pt")
     assert "is (40, 32), expected (24, 32)" in complaint(parts, tmp_path / "x.pt")
     foreign.save_pretrained(tmp_path / "folder")
     assert "trained for another model" in complaint(parts, tmp_path / "folder")

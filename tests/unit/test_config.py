@@ -14,10 +14,6 @@ from diffusers.optimization import SchedulerType
 
 from elite import settings
 from elite.config import (
-    InferenceGlobalConfig,
-    InferenceLocalConfig,
-    TrainGlobalConfig,
-    TrainLocalConfig,
     build_config,
     build_parser,
     parse_config,
@@ -27,7 +23,14 @@ from elite.config import (
     shipped,
     to_dict,
 )
-from elite.loading import DEFAULT_SAMPLER, DEFAULT_STEPS, SCHEDULERS
+from elite.defaults import DEFAULT_SAMPLER, DEFAULT_STEPS
+from elite.loading import SCHEDULERS
+from elite.settings import (
+    InferenceGlobalConfig,
+    InferenceLocalConfig,
+    TrainGlobalConfig,
+    TrainLocalConfig,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "configs"

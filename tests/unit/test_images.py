@@ -179,9 +179,9 @@ def test_resize_averages_when_it_shrinks():
 
 
 def test_top_left_pixel_of_a_cell_decides():
-    mask = np.zeros((8, 8), dtype=bool)
+    mask = torch.zeros(8, 8, dtype=torch.bool)
     mask[0, 0] = mask[5, 5] = True  # corner of cell (0, 0); inside cell (1, 1), not its corner
-    assert patch_mask(mask, 2).flatten().tolist() == [1, 0, 0, 0]
+    assert patch_mask(mask[None, None], 2).flatten().tolist() == [1, 0, 0, 0]
 
 
 def test_object_views_agree_with_each_other(picture):

@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 # A module of elite/ imports only from lines above its own.
 LAYERS = (
-    ("files", "wording"),
+    ("defaults", "files", "wording"),
     ("cards", "text"),
     (
         "augment",

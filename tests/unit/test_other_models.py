@@ -13,7 +13,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from elite import ElitePipeline, GlobalMapper, LocalMapper
 from elite.attention import cross_attention_layers, install, keys_values
-from elite.loading import DEFAULT_SAMPLER, load_parts, make_scheduler, stock_pipeline
+from elite.defaults import DEFAULT_SAMPLER
+from elite.loading import load_parts, make_scheduler, stock_pipeline
 from elite.objectives import GlobalObjective, LocalObjective
 from tests import tiny
 from tests.conftest import make_pipe

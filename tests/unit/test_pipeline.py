@@ -10,8 +10,9 @@ from PIL import Image
 
 from elite import Concept, ElitePipeline
 from elite.attention import local_inputs
+from elite.defaults import DEFAULT_SAMPLER, DEFAULT_STEPS
 from elite.images import object_views
-from elite.loading import DEFAULT_SAMPLER, DEFAULT_STEPS, SCHEDULERS, load_parts, make_scheduler
+from elite.loading import SCHEDULERS, load_parts, make_scheduler
 from elite.named_concepts import pick_words
 from elite.settings import SAMPLERS
 from elite.text import encode_text
