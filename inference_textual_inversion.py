@@ -19,13 +19,14 @@ def main() -> int:
     from elite.drawing import draw_prompts
     from elite.inference import draw_grid, model_name, place
     from elite.loading import load_stable_diffusion, make_scheduler, stock_pipeline
+    from elite.text import contains_word
     from textual_inversion.files import load_into, merge_embeddings
 
     # The words.
     embeddings = merge_embeddings(config.embeddings)
     words = list(embeddings["text_encoder"])
     texts = [*config.prompt, config.negative_prompt or ""]
-    if not any(word in text for word in words for text in texts):
+    if not any(contains_word(text, word) for word in words for text in texts):
         raise ValueError(
             f"--prompt: none of the learned words {', '.join(words)} is in it, nor in "
             "--negative_prompt; write one there"

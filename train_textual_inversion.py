@@ -49,7 +49,7 @@ def main() -> int:
     )
     objective = TextualInversionObjective(parts, config.placeholder_token, rows)
 
-    preview = PromptPreview(config, parts, objective.words)
+    preview = PromptPreview(config, parts)
     every = config.infer_interval if config.infer_during_train else 0
     fit_as_configured(config, objective, dataset, parts, preview, every)
     return OK

@@ -21,7 +21,9 @@ from app.marking import Shown, read_marks
 from app.studio import MAX_PICTURES, Drawn, OnProgress, Order, Studio, save_strip
 from elite.concept import Concept
 from elite.data import PairFolder
+from elite.images import doubt
 from elite.named_concepts import Words
+from elite.wording import note
 
 Values = dict[str, Any]
 Tell = Callable[..., Any]  # gr.Progress: (steps done, steps in all), desc=, unit=
@@ -119,6 +121,8 @@ class AppHandlers:
                 mask = shown.read_mask(picture)
                 marked = data_url(dimmed(square, mask))
                 views = list(zip(self.studio.look(square, mask), VIEWS, strict=True))
+                doubtful = doubt(mask) if method == "file" else ""
+                said = message(f"mask: {doubtful}") if doubtful else ""
         except Exception as error:
             said = problem(error)
         return {
@@ -195,11 +199,12 @@ class AppHandlers:
 
     def check(self, values: Values) -> Values:
         """Says what is wrong with the prompts, as they are typed."""
+        told: list[str] = []
         try:
-            self._prompts(values)
+            self._prompts(values, told.append)
         except Exception as error:
             return {"prompt_message": problem(error)}
-        return {"prompt_message": ""}
+        return {"prompt_message": message("; ".join(told)) if told else ""}
 
     def draw(self, values: Values, folder: Path, tell: Tell) -> Iterator[Values]:
         """The pictures, as they come; the page is told of every step.
@@ -218,10 +223,10 @@ class AppHandlers:
         word, lambda_ = self.studio.second_token, values["second_lambda"]
         return {word: lambda_} if values["second_file"] else {}
 
-    def _prompts(self, values: Values) -> tuple[str, ...]:
+    def _prompts(self, values: Values, tell: Callable[[str], object] = note) -> tuple[str, ...]:
         """Raises ValueError."""
         text, words = values["prompts"] or "", words_of(values["words"])
-        return self.studio.check_prompts(text, words, list(self._others(values)))
+        return self.studio.check_prompts(text, words, list(self._others(values)), tell)
 
     def _order(self, values: Values, sweep: bool) -> Order:
         others = self._others(values)

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
 
 from elite.console import OK, PARTLY_FAILED, quiet_libraries, run
+from elite.files import check_writable
 from elite.wording import one_line
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -63,6 +64,7 @@ def check_args(args: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
     check_args(args)
+    check_writable(args.out_dir)
     quiet_libraries()
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel

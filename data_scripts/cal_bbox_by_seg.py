@@ -22,6 +22,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
 
 from elite.console import complain
+from elite.files import check_writable
 from elite.images import read_mask
 from elite.open_images import files_in, save_mask_boxes
 from elite.wording import one_line
@@ -112,8 +113,9 @@ def main(arguments: list[str] | None = None) -> int:
         if args.workers < 1:
             raise ValueError(f"--workers {args.workers}: expected 1 or more")
         masks, place = find_masks(args.folder.resolve(), args.set_name)
-        boxes, failures = collect(boxes_of_files(masks, args.workers), place)
         index_path = place.with_name(f"{place.name}_bbox_dict.npy")
+        check_writable(index_path.parent)
+        boxes, failures = collect(boxes_of_files(masks, args.workers), place)
         save_mask_boxes(index_path, boxes)
     except ValueError as error:
         complain(error)

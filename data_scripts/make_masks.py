@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any w
 
 from elite.console import BAD_INPUT, OK, PARTLY_FAILED, complain, run
 from elite.data import Pair, PairFolder
-from elite.files import write_atomically
+from elite.files import check_writable, write_atomically
 from elite.images import cut_out, read_image
 from elite.masks import Box, centred_prior, grab_cut, prior_of_box
 from elite.sheets import SHEET_ROWS, TILE, fit_tile, label_tile, tile_rows
@@ -186,7 +186,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="pictures (jpg, jpeg, png, webp)")
+    parser.add_argument("folder", type=Path, help="pictures (jpg, png, webp, ...)")
     parser.add_argument("--boxes", type=Path, help="CSV file of name,left,top,right,bottom")
     parser.add_argument(
         "--overwrite", action="store_true", help="make masks anew that are there already"
@@ -206,6 +206,8 @@ def check_sheet(path: Path, folder: Path) -> None:
         raise ValueError(f"--sheet {path}: expected a file name that ends in .png")
     if path.resolve().parent == folder.resolve():
         raise ValueError(f"--sheet {path}: lies among the pictures; choose another folder")
+    for written in (path.parent, folder):
+        check_writable(written)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -22,7 +22,7 @@ from elite.concept import Concept, ConceptFolder
 from elite.data import PairFolder
 from elite.defaults import DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
 from elite.encoding import batches, columns, progress_bar, read_entries, shown
-from elite.files import write_atomically
+from elite.files import check_writable, write_atomically
 from elite.loading import side_in_pixels
 from elite.named_concepts import Words
 from elite.pipeline import ElitePipeline, initial_noise
@@ -208,6 +208,7 @@ def draw_folder(
     Raises:
         ValueError: the prompt does not fit, or the disk is full.
     """
+    check_writable(output_dir)
     state = PartialState()
     indices = range(len(folder)) if indices is None else indices
     share = indices[state.process_index :: state.num_processes]
@@ -293,6 +294,7 @@ def draw_prompt_grid(
     """
     settings = {key: str(value) for key, value in metadata.items() if value is not None}
     settings |= VERSIONS
+    check_writable(output_dir)
     rows: list[list[Image.Image]] = []
     with tqdm(total=len(prompts) * len(seeds), desc="draw", unit="picture") as progress:
         for number, prompt in enumerate(prompts):

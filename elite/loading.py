@@ -30,6 +30,7 @@ from transformers import (
 
 from elite.defaults import DEFAULT_SAMPLER
 from elite.files import check_archive, is_file
+from elite.text import read_prompt
 
 HUB_IMAGE_ENCODER = "openai/clip-vit-large-patch14"
 SCHEDULERS = {
@@ -194,12 +195,17 @@ def is_xl(unet: UNet2DConditionModel) -> bool:
 
 
 def stock_pipeline(parts: dict) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
-    """The plain text-to-image pipeline of diffusers over these parts."""
+    """The plain text-to-image pipeline of diffusers over these parts; prompts are read by
+    `text.read_prompt`."""
+    pipe: StableDiffusionPipeline | StableDiffusionXLPipeline
     if "text_encoder_2" in parts:
-        return StableDiffusionXLPipeline(**parts, add_watermarker=False)
-    return StableDiffusionPipeline(
-        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    )
+        pipe = StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    else:
+        pipe = StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    pipe.maybe_convert_prompt = read_prompt
+    return pipe
 
 
 def _load_scheduler(model: str | Path, hub: dict) -> KarrasDiffusionSchedulers:

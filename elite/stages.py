@@ -192,7 +192,7 @@ class PairPreview:
                 continue
             generated = pipe(
                 prompt,
-                concept=pipe.encode_concept(image, mask),
+                concept=pipe.encode_views(**pipe.concept_views(image, mask)),
                 words=self.words,
                 placeholder_token=self.config.placeholder_token,
                 seed=self.config.seed,

@@ -23,7 +23,7 @@ from torch import Tensor
 from elite.checkpoint import TORCH_FILES, load_torch
 from elite.concept import DTYPES, Concept
 from elite.files import is_file, write_atomically
-from elite.wording import brief
+from elite.wording import brief, note
 
 # File of each text encoder's embeddings, as diffusers' loaders look for them.
 EMBEDDING_FILES = {
@@ -43,11 +43,19 @@ def spell(placeholder: str, num_vectors: int) -> list[str]:
 
 
 def save_embeddings(path: Path | str, embeddings: Mapping[str, Any]) -> None:
-    """Writes placeholders with their vectors; of a single one diffusers reads the file as it is."""
+    """Writes placeholders with their vectors; of a single one diffusers reads the file as it is.
+
+    One of several vectors is written in small letters, since diffusers finds no other.
+    """
     if Path(path).suffix in TORCH_FILES:
         write_atomically(path, lambda temporary: torch.save(embeddings, temporary))
         return
-    tensors = {name: rows.detach().cpu().clone().contiguous() for name, rows in embeddings.items()}
+    tensors = {}
+    for name, rows in embeddings.items():
+        written = name if len(rows) == 1 else name.lower()
+        if written != name:
+            note(f"{path}: {name!r} is written as {written!r}; type that in other programs")
+        tensors[written] = rows.detach().cpu().clone().contiguous()
     write_atomically(path, lambda temporary: save_file(tensors, temporary))
 
 
@@ -116,7 +124,7 @@ def _load_file(path: Path) -> dict[str, Embeddings]:
     if not isinstance(content, dict):
         content = {}
     if "string_to_param" in content:
-        word, params = content.get("name") or word, content["string_to_param"]
+        word, params = str(content.get("name") or word), content["string_to_param"]
         is_one = isinstance(params, dict) and len(params) == 1
         content = {"emb_params": next(iter(params.values()))} if is_one else {}
     words = content.get("words")
@@ -169,7 +177,8 @@ def merge_embeddings(
             rename gives the next one another.
 
     Raises:
-        ValueError: two sources use one placeholder, or a rename matches none.
+        ValueError: two sources use one placeholder, one continues another, or a rename matches
+            none.
     """
     merged: dict[str, Embeddings] = {}
     owner: dict[str, str] = {}  # token to the source that has it
@@ -179,10 +188,10 @@ def merge_embeddings(
     for source, by_encoder in loaded:
         for old in by_encoder["text_encoder"]:
             name = old
-            if old in owner or times.count(old) == 1:
+            if old.lower() in owner or times.count(old) == 1:
                 name = next((new for known, new in pending if known == old), old)
                 pending = [(k, new) for k, new in pending if (k, new) != (old, name)]
-            for token in spell(name, len(by_encoder["text_encoder"][old])):
+            for token in spell(name.lower(), len(by_encoder["text_encoder"][old])):
                 if token in owner:
                     raise ValueError(
                         f"{source}: placeholder {token!r} is also in {owner[token]}; give it "
@@ -192,6 +201,12 @@ def merge_embeddings(
             for encoder, embeddings in by_encoder.items():
                 if old in embeddings:
                     merged.setdefault(encoder, {})[name] = embeddings[old]
+    for name, rows in merged["text_encoder"].items():
+        if (following := f"{name}_{len(rows)}".lower()) in owner:
+            raise ValueError(
+                f"{owner[following]}: placeholder {following!r} would be read as a vector of "
+                f"{name!r}; give it another name with --rename '{following}=NEW'"
+            )
     if pending:
         raise ValueError(
             f"--rename {pending[0][0]}={pending[0][1]}: no input has that placeholder left to "

@@ -1,5 +1,7 @@
 """What the page's controls do, without a browser."""
 
+import html
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -47,6 +49,15 @@ def test_what_is_no_object_is_dark(handlers, values, pairs):
     assert shown[~mask].max() <= 255 * DIMMED
 
 
+def test_an_inverted_mask_gets_a_hint(handlers, values, tmp_path):
+    mask = np.full((40, 40), 255, np.uint8)
+    mask[10:30, 10:30] = 0
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    answer = handlers.look({**values, "method": "file", "mask": str(tmp_path / "mask.png")})
+    assert "if the mask is inverted" in answer["object_message"] and answer["views"]
+    assert handlers.look({**values, "method": "whole"})["object_message"] == ""
+
+
 def test_another_picture_empties_the_marks(handlers, values):
     marked = {**values, "method": "brush", "marks": "not read"}
     assert "cannot be read" in handlers.look(marked)["object_message"]
@@ -90,6 +101,11 @@ def test_prompts_are_checked(handlers, values):
     assert handlers.check(values) == {"prompt_message": ""}
     said = handlers.check({**values, "prompts": "a <b>S</b> S"})["prompt_message"]
     assert "2 times the placeholder" in said and "<b>" not in said and "&lt;b&gt;" in said
+
+
+def test_text_that_is_cut_off_is_told(handlers, values):
+    answer = handlers.check({**values, "prompts": "a S" + " a" * 73 + " on the beach"})
+    assert "leaves out 'on the beach'" in html.unescape(answer["prompt_message"])
 
 
 def test_drawing_tells_steps_and_gives_files_with_metadata(handlers, values, tmp_path):

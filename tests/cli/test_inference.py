@@ -33,6 +33,24 @@ def script(whole_model, pairs, tmp_path):
     return run
 
 
+def test_a_scene_that_is_cut_off_is_told(script, capsys):
+    assert script("--selected_data", "0", "--template", "a {}" + " a" * 73 + " on the beach") == 0
+    (note,) = [x for x in capsys.readouterr().err.splitlines() if "note: " in x]
+    assert note.endswith("reads 77 tokens and leaves out 'on the beach'; shorten it")
+
+
+@pytest.mark.parametrize("inside", ["", "object_l0p8"])
+def test_a_folder_that_cannot_be_written_is_seen_before_anything_is_drawn(
+    script, tmp_path, capsys, monkeypatch, inside
+):
+    monkeypatch.setattr(ElitePipeline, "__call__", lambda *_, **__: pytest.fail("has drawn"))
+    (tmp_path / "out" if not inside else tmp_path / "out" / inside).parent.mkdir(exist_ok=True)
+    (tmp_path / "out" / inside).touch()
+    assert script() == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "cannot be written" in error and "Not a directory); choose another folder" in error
+
+
 # --- what is written ------------------------------------------------------------------------------
 
 

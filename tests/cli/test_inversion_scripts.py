@@ -130,6 +130,18 @@ def test_learning_moves_the_rows_and_resumes_bit_for_bit(model_folder, photos, t
     assert torch.equal(whole, resumed) and not torch.equal(whole, half)
 
 
+def test_fewer_steps_than_the_checkpoint_are_refused(model_folder, photos, tmp_path, capsys):
+    assert train(model_folder, photos, tmp_path, steps=2) == 0
+    written = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    capsys.readouterr()
+    assert train(model_folder, photos, tmp_path, "--resume_from_checkpoint", "latest", steps=1) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "the checkpoint is of step 2, the run of 1 steps; raise --max_train_steps" in error
+    names = {"config.yaml", "metrics.jsonl", "learned_embeds.safetensors"}
+    assert names <= written.keys()
+    assert all((tmp_path / name).read_bytes() == written[name] for name in names)
+
+
 def test_two_words_in_one_prompt(model_folder, photos, tmp_path):
     for seed, name in enumerate(("one", "two")):
         assert train(model_folder, photos, tmp_path / name, "--seed", str(seed), steps=1) == 0
@@ -251,6 +263,7 @@ def test_captions_of_a_file(tmp_path):
         (("--template_file", "nowhere.txt"), "nowhere.txt: No such file"),
         (("--train_data_dir", "nowhere"), "nowhere: no such folder"),
         (("--infer_prompt", "a cat"), "infer_prompt: got 'a cat', expected a {} in it"),
+        (("--mixed_precision", "fp16"), "--mixed_precision fp16: trains on GPUs only; use bf16 or"),
     ],
 )
 def test_mistakes_in_training_are_one_line(
@@ -273,3 +286,20 @@ def test_prompt_without_a_learned_word(model_folder, photos, tmp_path, capsys):
     arguments = ("--embeddings", tmp_path / "cat", "--prompt", "a photo of a cat")
     assert infer(model_folder, tmp_path / "drawn", *arguments) == 2
     assert "none of the learned words <cat> is in it" in capsys.readouterr().err
+
+
+def test_text_that_is_cut_off_is_told(model_folder, tmp_path, capsys):
+    path = tmp_path / "words.safetensors"
+    save_file({"<w>": torch.ones(1, 24), "<big>": torch.ones(100, 24), "oto": torch.ones(24)}, path)
+    use = ("--embeddings", path, "--prompt")
+    for prompt, message in (
+        ("word " * 90 + "<w>", "the learned word '<w>', 1 token(s), runs past the 77"),
+        ("a <big> on the beach", "the learned word '<big>', 100 token(s), runs past the 77"),
+        ("a photo", "none of the learned words"),
+    ):
+        assert infer(model_folder, tmp_path / "drawn", *use, prompt) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+        assert not (tmp_path / "drawn").exists()
+    assert infer(model_folder, tmp_path / "drawn", *use, "a <W>" + " a" * 73 + " on a mug") == 0
+    (note,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("note: ")]
+    assert note.endswith("reads 77 tokens and leaves out 'on a mug'; shorten it")

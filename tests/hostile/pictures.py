@@ -138,6 +138,12 @@ def taken_images() -> Iterator[tuple[str, bytes]]:
     yield "jpeg_called.png", encoded(kind="JPEG")
     yield "png_called.jpg", encoded()
     yield "webp_called.jpeg", encoded(kind="WEBP")
+    yield "gif_called.png", encoded(kind="GIF")
+    yield "bmp_called.jpg", encoded(kind="BMP")
+    yield "tiff_called.png", encoded(kind="TIFF")
+    yield "sixteen_bits.tif", encoded(Image.new("I;16", (40, 40), 999), "TIFF")
+    yield "packed.tif", encoded(kind="TIFF", compression="tiff_lzw")
+    yield "animated.gif", animated("GIF")
     yield "with_a_zip_behind.png", encoded() + b"PK\3\4" + bytes(100)
     yield "with_html_behind.jpg", encoded(kind="JPEG") + b"<script>alert(1)</script>"
     yield "script_in_comment.jpg", encoded(kind="JPEG", comment=b"<?php system('id'); ?>")
@@ -173,6 +179,9 @@ def refused_images(world: World) -> Iterator[tuple[str, bytes]]:
         yield f"cut_at_{share}.png", whole[: len(whole) * share // 100]
         yield f"cut_at_{share}.jpg", jpeg[: len(jpeg) * share // 100]
         yield f"cut_at_{share}.webp", webp[: len(webp) * share // 100]
+        for kind in ("BMP", "GIF", "TIFF", "AVIF"):
+            other = encoded(kind=kind)
+            yield f"{kind}_cut_at_{share}.png", other[: len(other) * share // 100]
     yield "zero_wide.png", png(0, 40, zlib.compress(b""))
     yield "zero_high.jpg", jpeg_of_size(40, 0)
     yield "wrong_checksum.png", header(40, 40)[:-4] + b"\0\0\0\0" + whole[33:]
@@ -197,9 +206,6 @@ def refused_images(world: World) -> Iterator[tuple[str, bytes]]:
     yield "bomb_tiff.png", tiff_of_size(50_000, 50_000)
     yield "bomb_text.png", with_text(b"zTXt", b"key\0\0" + zeros(200 << 20))
     yield "bomb_profile.png", with_text(b"iCCP", b"key\0\0" + zeros(200 << 20))
-    yield "gif_called.png", encoded(kind="GIF")
-    yield "bmp_called.jpg", encoded(kind="BMP")
-    yield "tiff_called.png", encoded(kind="TIFF")
     yield "icon_called.png", encoded(kind="ICO")
     yield "ppm_called.jpg", b"P6 99999999 99999999 255 "
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from data_scripts.cal_bbox_by_seg import main as index_masks
 from data_scripts.keep_downloaded import main as keep_downloaded
-from elite.data import PairFolder
-from elite.images import resize, to_clip_pixels, to_pixels
+from elite.data import PairFolder, pictures_in
+from elite.images import FORMATS, read_image, resize, to_clip_pixels, to_pixels
 from elite.open_images import (
     PHOTO_TEMPLATES,
     OpenImagesBoxes,
@@ -24,6 +24,7 @@ from elite.open_images import (
     save_mask_boxes,
     with_framing,
 )
+from elite.wording import Note
 from tests.open_images import (
     BACKGROUND,
     BOX_COLUMNS,
@@ -523,6 +524,42 @@ def test_pairs_are_sorted_and_read(tmp_path):
     assert mask.shape == (6, 8) and mask.dtype == bool
     with pytest.raises(ValueError, match=r"b_bg\.png: no such file; expected the mask of b\.jpeg"):
         folder.read(1)
+
+
+def test_masks_are_found_by_their_name_and_are_no_pictures(tmp_path):
+    for name in ("upper.jpg", "upper_bg.PNG", "lossy.jpg", "lossy_bg.jpg", "b.bmp", "b_BG.png"):
+        picture(tmp_path / name)
+    with pytest.warns(Note, match=r"left out \['lossy_bg.jpg'\]; expected .*masks as NAME_bg.png"):
+        folder = PairFolder(tmp_path)
+    assert [pair.name for pair in folder.pairs] == ["b", "lossy", "upper"]
+    assert folder.read(2)[1].all() and folder.read(0)[1].all()
+    with pytest.raises(ValueError, match=r"the mask of lossy\.jpg as PNG, not lossy_bg\.jpg"):
+        folder.read(1)
+
+
+def test_what_pillow_reads_is_taken_and_the_rest_is_named(tmp_path):
+    for name in ("a.bmp", "b.gif", "c.tif", "d.TIFF", "e.avif", "f.jpg", "g_bg.png"):
+        picture(tmp_path / name)
+    for name in ("raw.dng", "drawing.svg", ".hidden.dng", "notes.txt", "table.csv"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "folder.dng").mkdir()
+    with pytest.warns(Note, match=r"left out \['drawing.svg', 'raw.dng'\]"):
+        found = pictures_in(tmp_path)
+    assert [path.name for path in found] == [
+        *("a.bmp", "b.gif", "c.tif", "d.TIFF", "e.avif", "f.jpg")
+    ]
+    assert all(read_image(path).shape == (6, 8, 3) for path in found)
+
+
+def test_pictures_of_phones_are_taken_or_named(tmp_path):
+    path = tmp_path / "phone.HEIC"
+    if "HEIF" in FORMATS:
+        picture(path)
+        assert pictures_in(tmp_path) == [path] and read_image(path).shape == (6, 8, 3)
+    else:
+        path.write_bytes(b"0")
+        with pytest.warns(Note, match=r"left out \['phone.HEIC'\].*pip install pillow-heif"):
+            assert pictures_in(tmp_path) == []
 
 
 def test_pair_of_unfit_mask_is_named(tmp_path):

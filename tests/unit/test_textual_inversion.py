@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 from elite.loading import load_stable_diffusion, stock_pipeline
-from elite.settings import EMBEDDING_FORMATS
+from elite.settings import EMBEDDING_FORMATS, TextualInversionConfig
+from elite.wording import Note
+from textual_inversion import preview
 from textual_inversion.files import (
     EMBEDDING_FILES,
     TOKENIZERS,
@@ -171,9 +174,69 @@ def test_caption_without_room_for_the_word_is_refused(model_folder):
     objective = TextualInversionObjective(
         parts := load_stable_diffusion(model_folder), WORD, random_rows(parts, num_vectors=4)
     )
-    with pytest.raises(ValueError, match=r"is too long: the new word runs past token 77"):
+    with pytest.raises(ValueError, match=r"too long: the learned word '<cat>', 4 token"):
         objective.tokens(["red " * 72 + WORD])
     assert objective.tokens(["red " * 71 + WORD])["text_encoder"].shape == (1, 77)
+
+
+def context(pipe, prompt):
+    """What the UNet reads of a prompt."""
+    with torch.no_grad():
+        return pipe.encode_prompt(
+            prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+        )[0]
+
+
+def test_capital_letters_of_a_word_keep_its_vectors(family):
+    """They are the same to the tokenizer; diffusers' own reading loses all but the first."""
+    contexts = []
+    for name in ("<mycat>", "<MyCat>"):
+        stock = stock_pipeline(parts := load_stable_diffusion(family))
+        rows = random_rows(parts, num_vectors=3)
+        load_into(stock, {encoder: {name: some} for encoder, some in rows.items()})
+        contexts += [context(stock, f"a {word} on a mug") for word in ("<mycat>", "<MyCat>")]
+    assert all(torch.equal(contexts[0], other) for other in contexts[1:])
+    stock = stock_pipeline(parts := load_stable_diffusion(family))
+    first = {encoder: {"<mycat>": rows[encoder][:1]} for encoder in rows}
+    load_into(stock, first)
+    assert not torch.equal(context(stock, "a <mycat> on a mug"), contexts[0])
+
+
+def test_diffusers_alone_reads_every_vector_of_a_file(model_folder, tmp_path):
+    rows = random_rows(parts := load_stable_diffusion(model_folder), num_vectors=3)
+    path = tmp_path / "learned_embeds.safetensors"
+    with pytest.warns(Note, match=r"'<MyCat>' is written as '<mycat>'; type that"):
+        save_embeddings(path, {"<MyCat>": rows["text_encoder"]})
+    ours = stock_pipeline(load_stable_diffusion(model_folder))
+    load_into(ours, load_embeddings(path))
+    plain = StableDiffusionPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    plain.load_textual_inversion(path)
+    assert torch.equal(context(plain, "a <mycat>"), context(ours, "a <MyCat>"))
+
+
+@pytest.mark.parametrize("word", [WORD, "<Cat>"])
+def test_previews_read_the_tokens_that_training_reads(model_folder, word, monkeypatch):
+    parts = load_stable_diffusion(model_folder)
+    objective = TextualInversionObjective(parts, word, random_rows(parts))
+    config = TextualInversionConfig(
+        pretrained_model_name_or_path="",
+        train_data_dir="",
+        placeholder_token=word,
+        num_infer_images=1,
+        resolution=32,
+    )
+    monkeypatch.setattr(preview, "PREVIEW_STEPS", 1)
+    read = []
+    hook = parts["text_encoder"].register_forward_pre_hook(
+        lambda module, args: read.append(args[0])
+    )
+    preview.PromptPreview(config, parts)()
+    hook.remove()
+    expected = objective.tokens([f"a photo of a {word}"])["text_encoder"]
+    assert (expected >= objective.rows["text_encoder"].first_id).sum() == 2
+    assert any(torch.equal(ids, expected) for ids in read)
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -373,11 +436,35 @@ def test_clashing_words_need_a_new_name(tmp_path):
         merge_embeddings(folders, [("<cat>", "<cat-b>"), ("<cat>", "<cat-b>")])
 
 
+def test_words_that_differ_in_capital_letters_clash(tmp_path):
+    folders = [save_word(tmp_path / name, f"<{name}>") for name in ("cat", "Cat")]
+    with pytest.raises(ValueError, match=r"Cat: placeholder '<cat>' is also in .*cat; .*--rename"):
+        merge_embeddings(folders)
+    merged = merge_embeddings(folders, [("<Cat>", "<dog>")])
+    assert list(merged["text_encoder"]) == ["<cat>", "<dog>"]
+
+
 def test_words_inside_other_words_clash_too(tmp_path):
     a = save_word(tmp_path / "a", "<cat>", 2)
     b = save_word(tmp_path / "b", "<cat>_1", 1)
     with pytest.raises(ValueError, match=r"placeholder '<cat>_1' is also in"):
         merge_embeddings([a, b])
+
+
+def test_a_word_that_continues_another_clashes(tmp_path):
+    """It would be read as one more vector of the other."""
+    folders = [save_word(tmp_path / "a", "<Cat>", 1), save_word(tmp_path / "b", "<cat>_1", 1)]
+    for some in (folders, folders[::-1]):
+        with pytest.raises(ValueError, match=r"b: placeholder '<cat>_1' would be read as a vector"):
+            merge_embeddings(some)
+    merged = merge_embeddings(folders, [("<cat>_1", "<dog>")])
+    assert list(merged["text_encoder"]) == ["<Cat>", "<dog>"]
+
+
+def test_a_word_that_the_model_would_continue_is_no_placeholder(tokenizer):
+    tokenizer.add_tokens(["<new>_2"])
+    with pytest.raises(ValueError, match="'<new>_2' is a token of this model already"):
+        add_tokens(tokenizer, "<new>", 2)
 
 
 def test_a_single_word_can_be_renamed(tmp_path):
