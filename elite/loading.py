@@ -205,7 +205,8 @@ def load_part(
     source: str | Path,
     subfolder: str = "",
     loader: str = "from_pretrained",
-    **options: str,
+    remedy: str = "expected a folder in diffusers layout or a hub name",
+    **options: Any,
 ) -> Any:
     """One part; models in float32 whatever they are stored in."""
     if subfolder:
@@ -215,8 +216,7 @@ def load_part(
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(
-            f"{source}: cannot load {subfolder or cls.__name__} ({reason}); expected a folder in "
-            "diffusers layout or a hub name"
+            f"{source}: cannot load {subfolder or cls.__name__} ({reason}); {remedy}"
         ) from None
     if cls is CLIPTokenizer and len(part) == len(set(part.all_special_ids)):
         # Without its files, transformers gives a tokenizer that knows no word.
