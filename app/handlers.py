@@ -21,6 +21,7 @@ from app.marking import Shown, read_marks
 from app.studio import MAX_PICTURES, Drawn, OnProgress, Order, Studio, save_strip
 from elite.concept import Concept
 from elite.data import PairFolder
+from elite.masks import Find, find_object
 from elite.named_concepts import Words
 
 Values = dict[str, Any]
@@ -97,12 +98,19 @@ class AppHandlers:
     Args:
         examples: pairs to pick from; None offers none.
         max_pixels: of uploaded pictures; None means any number.
+        find: what finds the object in the middle or in a box; None means GrabCut, others take a
+            click, too.
     """
 
     def __init__(
-        self, studio: Studio, examples: PairFolder | None = None, max_pixels: int | None = None
+        self,
+        studio: Studio,
+        examples: PairFolder | None = None,
+        max_pixels: int | None = None,
+        find: Find | None = None,
     ) -> None:
         self.studio, self.examples, self.max_pixels = studio, examples, max_pixels
+        self.find, self.takes_clicks = find or find_object, find is not None
 
     # --- the object -------------------------------------------------------------------------------
 
@@ -154,6 +162,7 @@ class AppHandlers:
             marks=read_marks(values["marks"]),
             mask=values["mask"],
             max_pixels=self.max_pixels,
+            find=self.find,
         )
 
     def new_second(self, values: Values) -> Values:

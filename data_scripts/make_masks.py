@@ -20,7 +20,7 @@ listed, the rest is made).
 import argparse
 import csv
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,12 +35,11 @@ from elite.console import BAD_INPUT, OK, PARTLY_FAILED, complain, quiet_librarie
 from elite.data import Pair, PairFolder
 from elite.files import write_atomically
 from elite.images import cut_out, read_image
-from elite.masks import Box, find_object
+from elite.masks import Box, Find, find_object
 from elite.sheets import SHEET_ROWS, TILE, fit_tile, label_tile, tile_rows
 from elite.wording import brief
 
 BOX_COLUMNS = ("name", "left", "top", "right", "bottom")
-Find = Callable[[np.ndarray, Box | None], np.ndarray]  # as `find_object`
 OUTLINE = (255, 0, 255)
 SHEET_COLUMNS = ["name", "input", "outline", "object"]
 
@@ -224,11 +223,9 @@ def finder(method: str, sam_name_or_path: str | None) -> Find:
     if sam_name_or_path is None:
         return find_object
     quiet_libraries()
-    import torch
-
     from elite.sam import Sam
 
-    return Sam(sam_name_or_path, "cuda" if torch.cuda.is_available() else "cpu")
+    return Sam(sam_name_or_path)
 
 
 def check_sheet(path: Path, folder: Path) -> None:

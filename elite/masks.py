@@ -1,6 +1,7 @@
 """Masks without other tools: GrabCut (Rother et al. 2004) from a box or from the middle of the
 picture."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import cv2
@@ -41,6 +42,10 @@ def check_box(height: int, width: int, box: Box) -> None:
             f"box {box} is empty or outside the picture of {width} x {height}; expected "
             f"0 <= left < right <= {width} and 0 <= top < bottom <= {height}"
         )
+
+
+# From an image, uint8 (H, W, 3), and a box to a mask, bool (H, W), as `find_object`.
+Find = Callable[[np.ndarray, Box | None], np.ndarray]
 
 
 def prior_of_box(height: int, width: int, box: Box) -> np.ndarray:

@@ -19,12 +19,13 @@ class Sam:
 
     Args:
         name_or_path: folder or hub name of a `SamModel` and its processor.
+        device: None takes the GPU if there is one.
 
     Raises:
         ValueError: nothing there, no Segment Anything, or weights are missing.
     """
 
-    def __init__(self, name_or_path: str | Path, device: str | torch.device = "cpu") -> None:
+    def __init__(self, name_or_path: str | Path, device: str | torch.device | None = None) -> None:
         remedy = f"expected a Segment Anything folder or hub name, as {HUB_SAM}"
         config = load_part(
             SamModel.config_class, name_or_path, loader="get_config_dict", remedy=remedy
@@ -40,6 +41,7 @@ class Sam:
             raise ValueError(
                 f"{name_or_path}: has no weights for {min(report['missing_keys'])}; {remedy}"
             )
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model.to(device).float().eval()
 
     @torch.inference_mode()
