@@ -22,6 +22,7 @@ from app.studio import MAX_PICTURES, Drawn, OnProgress, Order, Studio, save_stri
 from elite.concept import Concept
 from elite.data import PairFolder
 from elite.images import doubt
+from elite.masks import Find, find_object
 from elite.named_concepts import Words
 from elite.wording import note
 
@@ -99,12 +100,19 @@ class AppHandlers:
     Args:
         examples: pairs to pick from; None offers none.
         max_pixels: of uploaded pictures; None means any number.
+        find: what finds the object in the middle or in a box; None means GrabCut, others take a
+            click, too.
     """
 
     def __init__(
-        self, studio: Studio, examples: PairFolder | None = None, max_pixels: int | None = None
+        self,
+        studio: Studio,
+        examples: PairFolder | None = None,
+        max_pixels: int | None = None,
+        find: Find | None = None,
     ) -> None:
         self.studio, self.examples, self.max_pixels = studio, examples, max_pixels
+        self.find, self.takes_clicks = find or find_object, find is not None
 
     # --- the object -------------------------------------------------------------------------------
 
@@ -158,6 +166,7 @@ class AppHandlers:
             marks=read_marks(values["marks"]),
             mask=values["mask"],
             max_pixels=self.max_pixels,
+            find=self.find,
         )
 
     def new_second(self, values: Values) -> Values:

@@ -139,10 +139,14 @@ def _object_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
             step=0.05,
             label="Which part is kept, or where the picture lies: left or top 0, right or bottom 1",
         )
+    finder, box = "found by GrabCut", "In a box (refined by GrabCut)"
+    if handlers.takes_clicks:
+        finder = "found by Segment Anything"
+        box = f"In a box, or where I click ({finder})"
     controls["method"] = gr.Radio(
         [
-            ("In the middle (found by GrabCut)", "centre"),
-            ("In a box (refined by GrabCut)", "box"),
+            (f"In the middle ({finder})", "centre"),
+            (box, "box"),
             ("Where I paint", "brush"),
             ("White in a mask file", "file"),
             ("The whole picture", "whole"),
@@ -161,6 +165,7 @@ def _object_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
         js_on_load=(ASSETS / "marker.js").read_text(encoding="utf-8"),
         picture="",
         method="centre",
+        clicks=handlers.takes_clicks,
     )
     controls["object_message"] = gr.HTML()
     controls["views"] = gallery(

@@ -244,7 +244,8 @@ def load_part(
     source: str | Path,
     subfolder: str = "",
     loader: str = "from_pretrained",
-    **options: str,
+    remedy: str = "expected a folder in diffusers layout, a hub name or a single-file checkpoint",
+    **options: Any,
 ) -> Any:
     """One part; models in float32 whatever they are stored in."""
     if subfolder:
@@ -258,8 +259,7 @@ def load_part(
             + (
                 f"its weights are of a variant, choose --variant {' or '.join(sorted(variants))}"
                 if variants
-                else "expected a folder in diffusers layout, a hub name or a checkpoint in a "
-                "single file"
+                else remedy
             )
         ) from None
     if cls is CLIPTokenizer and len(part) == len(set(part.all_special_ids)):

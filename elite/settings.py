@@ -516,6 +516,11 @@ class AppConfig(LocalMapperConfig, ConceptConfig):
         None, "Side of the pictures in pixels; None means what the model draws.", at_least=8
     )
     batch_size: int = setting(1, "Pictures drawn at once; changes no picture.", at_least=1)
+    sam_name_or_path: str | None = setting(
+        None,
+        "Folder or hub name of a Segment Anything model that finds the object, as "
+        "facebook/sam-vit-base; None means GrabCut.",
+    )
     host: str = setting(
         "127.0.0.1", "Address to listen at; any but this machine's own needs a password."
     )

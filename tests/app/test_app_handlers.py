@@ -13,7 +13,10 @@ from app.studio import Order, Studio
 from elite import ElitePipeline
 from elite.data import PairFolder
 from elite.defaults import DEFAULT_SAMPLER, DEFAULT_STEPS
+from elite.masks import Box
+from elite.sam import Sam
 from tests.app.conftest import noise_file
+from tests.tiny import save_sam_folder
 
 
 def silent(*_, **__) -> None:
@@ -37,6 +40,25 @@ def test_look_shows_what_the_library_prepares(handlers, values):
     assert all(np.array_equal(a, b) for (a, _), b in zip(answer["views"], expected, strict=True))
     assert answer["marks"]["picture"] == data_url(picture) and answer["object_message"] == ""
     assert not answer["square"]["visible"] and not answer["mask_part"]["visible"]
+
+
+def test_a_model_that_finds_takes_clicks(handlers, values, tmp_path):
+    sam = Sam(save_sam_folder(tmp_path))
+    with_sam = AppHandlers(handlers.studio, find=sam)
+    picture = np.asarray(Image.open(values["picture"]).convert("RGB"))
+    click = Box(picture.shape[1] // 2, len(picture) // 4, picture.shape[1] // 2, len(picture) // 4)
+    marked = {**values, "method": "box", "marks": '{"box": [0.5, 0.25, 0.5, 0.25]}'}
+    answer = with_sam.look(marked)
+    assert answer["marks"]["picture"] == data_url(dimmed(picture, sam(picture, click)))
+    assert "is empty or outside" in handlers.look(marked)["object_message"]  # of GrabCut
+    for one, word in ((with_sam, "Segment Anything"), (handlers, "GrabCut")):
+        parts = {
+            part["props"].get("elem_id"): part["props"]
+            for part in build_page(one).config["components"]
+        }
+        labels = [label for label, _ in parts["method"]["choices"]]
+        assert [word in label for label in labels[:2]] == [True, True]
+        assert parts["marks"]["props"]["clicks"] == one.takes_clicks == (one is with_sam)
 
 
 def test_what_is_no_object_is_dark(handlers, values, pairs):

@@ -26,7 +26,7 @@ LAYERS = (
         "stream",
     ),
     ("attention", "checkpoint", "concept", "config", "data", "masks", "open_images"),
-    ("compat", "named_concepts", "run_folder"),
+    ("compat", "named_concepts", "run_folder", "sam"),
     ("latents", "objectives", "pipeline", "training"),
     ("encoding",),
     ("drawing",),
