@@ -9,7 +9,7 @@ import numpy as np
 
 from elite.images import resize
 
-WORKING_SIDE = 320  # pixels; larger pictures are brought down to it: time grows with its cube
+WORKING_SIDE = 320  # pixels; larger pictures are brought down to it
 ITERATIONS = 5
 FRAME = 0.05  # share of each side that is background where no box is given
 CENTRE = 0.85  # diameter of the likely object, as a share of the picture's sides
