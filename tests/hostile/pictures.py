@@ -262,6 +262,8 @@ def masks_taken() -> Iterator[tuple[str, bytes]]:
     yield "colour", encoded(square("RGB", "black", "red"))
     yield "alpha_only", encoded(square("RGBA", (255, 255, 255, 0), (255, 255, 255, 255)))
     yield "grey_alpha", encoded(square("LA", (255, 0), (255, 255)))
+    yield "black_on_clear", encoded(square("RGBA", (0, 0, 0, 0), (0, 0, 0, 255)))
+    yield "gif", encoded(square("L", 0, 255), "GIF")
     yield "sixteen", encoded(square("I;16", 0, 300))
     palette = square("P", 0, 1)
     palette.putpalette([0, 0, 0, 255, 0, 0])
@@ -285,7 +287,6 @@ def masks_refused(world: World) -> Iterator[tuple[str, bytes]]:
     yield "black", encoded(Image.new("L", (40, 40)))
     yield "black_rgb", encoded(Image.new("RGB", (40, 40)))
     yield "clear", encoded(Image.new("RGBA", (40, 40), (255, 255, 255, 0)))
-    yield "black_on_clear", encoded(square("RGBA", (0, 0, 0, 0), (0, 0, 0, 255)))
     yield "other_shape", encoded(Image.new("L", (40, 20), 255))
     yield "line", encoded(Image.new("L", (4000, 1), 255))
     yield "bomb", png_bomb(50_000, 50_000)
@@ -293,7 +294,6 @@ def masks_refused(world: World) -> Iterator[tuple[str, bytes]]:
     yield "cut", encoded(square("L", 0, 255))[:60]
     yield "text", b"mask"
     yield "eps", eps_that_writes(world.canary)
-    yield "gif", encoded(square("L", 0, 255), "GIF")
     yield "npy", b"\x93NUMPY" + bytes(100)
 
 
