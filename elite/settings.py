@@ -58,7 +58,7 @@ class ModelFilesConfig:
     )
 
     @property
-    def model_files(self) -> dict[str, str | None]:
+    def model_files(self) -> dict[str, Any]:
         return {"variant": self.variant, "single_file_config": self.single_file_config}
 
 
