@@ -120,7 +120,8 @@ def _load_file(path: Path) -> dict[str, Embeddings]:
     if not is_file(path):
         raise ValueError(f"{path}: no such file; expected learned embeddings")
     is_torch = path.suffix.lower() in TORCH_FILES
-    content, word = load_torch(path) if is_torch else _load_safetensors(path), path.stem
+    content: Any = load_torch(path) if is_torch else _load_safetensors(path)
+    word: Any = path.stem
     if not isinstance(content, dict):
         content = {}
     if "string_to_param" in content:
