@@ -125,7 +125,7 @@ def _load_file(path: Path) -> dict[str, Embeddings]:
     if not isinstance(content, dict):
         content = {}
     if "string_to_param" in content:
-        word, params = str(content.get("name") or word), content["string_to_param"]
+        word, params = content.get("name") or word, content["string_to_param"]
         is_one = isinstance(params, dict) and len(params) == 1
         content = {"emb_params": next(iter(params.values()))} if is_one else {}
     words = content.get("words")
