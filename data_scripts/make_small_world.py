@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any w
 
 from data_scripts.cal_bbox_by_seg import Box, tight_box
 from elite.console import OK, run
-from elite.files import write_atomically
+from elite.files import check_writable, write_atomically
 from elite.open_images import mask_boxes_path, save_mask_boxes
 from small_world.captions import CLASS_WORD
 from small_world.objects import NUM_OBJECTS, name_of, object_rng, test_object
@@ -168,6 +168,9 @@ def check_args(args: argparse.Namespace) -> None:
     for name, least in (("count", 1), ("seed", 0), ("workers", 1), ("size", 32)):
         if (value := getattr(args, name)) < least:
             raise ValueError(f"--{name} {value}: expected {least} or more")
+    for folder in (args.out_dir, args.test_datasets):
+        if folder is not None:
+            check_writable(folder)
 
 
 def main(arguments: list[str] | None = None) -> int:

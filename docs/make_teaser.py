@@ -1,4 +1,4 @@
-"""Make the README's first picture with the small world: python docs/make_teaser.py
+"""Make the README's teaser with the small world: python docs/make_teaser.py
 
 No choice is made by hand: the first eight objects of test_datasets/ by number, one seed, one
 lambda, each object in the same scenes.

@@ -16,6 +16,7 @@ import argparse
 from pathlib import Path
 
 from elite.console import OK, quiet_libraries, run
+from elite.files import check_writable
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 
@@ -106,6 +107,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in ("samples", "batch_size", "num_inference_steps"):
         if getattr(args, name, 1) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: expected 1 or more")
+    for name in ("work_dir", "target", "output_dir", "report"):
+        if (written := getattr(args, name, None)) is not None:
+            check_writable(written.parent if name == "report" else written)
     return args
 
 

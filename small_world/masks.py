@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from elite.console import OK, run
-from elite.masks import Box, centred_prior, grab_cut, prior_of_box
+from elite.masks import Box, find_object
 from small_world.render import Pose, draw
 from small_world.world import SCENES, random_critter
 
@@ -52,9 +52,8 @@ def box_around(mask: np.ndarray) -> Box:
 
 def overlap(image: np.ndarray, mask: np.ndarray, box: Box | None) -> float:
     """Intersection over union of found and true mask; 0 where GrabCut refuses."""
-    size = mask.shape
     try:
-        found = grab_cut(image, centred_prior(*size) if box is None else prior_of_box(*size, box))
+        found = find_object(image, box)
     except ValueError:
         return 0.0
     return float((found & mask).sum() / (found | mask).sum())

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModel
 
 from elite.console import OK, Stopped, command_again, run
-from elite.files import write_atomically
+from elite.files import check_writable, write_atomically
 from elite.images import to_clip_pixels
 from elite.loading import NOISE_SCHEDULE, make_scheduler, stock_pipeline
 from elite.run_folder import checkpoints
@@ -358,6 +358,7 @@ def main() -> int:
     parser.add_argument("--work_dir", type=Path, default=Path("runs/small_world"))
     parser.add_argument("--target", type=Path, default=REPOSITORY / "checkpoints" / "small_world")
     args = parser.parse_args()
+    check_writable(args.target if args.part == "assemble" else args.work_dir)
     torch.manual_seed(0)
     if args.part == "samples":
         render_samples(args.work_dir / "samples", NUM_SAMPLES, "trained")

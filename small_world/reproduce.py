@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 
 from elite.console import OK, quiet_libraries, run
+from elite.files import check_writable
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 
@@ -41,6 +42,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         raise ValueError(f"--inversions {args.inversions}: expected 0 to --samples {args.samples}")
     if args.inversion_steps != sorted(set(args.inversion_steps)) or args.inversion_steps[0] < 1:
         raise ValueError("--inversion_steps: expected numbers from 1 on, each above the last")
+    check_writable(args.output_dir)
     return args
 
 

@@ -10,9 +10,12 @@ from PIL import Image
 from data_scripts import make_masks
 from elite.data import PairFolder
 from elite.images import read_mask
+from elite.masks import Box
+from elite.sam import Sam
 from elite.sheets import TILE
 from small_world.render import Pose, draw
 from tests.conftest import pixels, run_script
+from tests.tiny import save_sam_folder
 from tests.unit.test_masks import CRITTER
 
 SCRIPT = "data_scripts/make_masks.py"
@@ -186,4 +189,56 @@ def test_mistakes_on_the_command_line(script, photos, tmp_path, capsys):
         (line,) = errors(capsys)
         assert message in line
         (photos / "large.webp").unlink(missing_ok=True)
+    assert not list(photos.glob("*_bg.png"))
+
+
+# --- Segment Anything -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sam_folder(tmp_path_factory) -> Path:
+    return save_sam_folder(tmp_path_factory.mktemp("sam"))
+
+
+def test_sam_makes_the_masks_of_middle_box_and_click(script, photos, boxes, sam_folder):
+    sam, model = Sam(sam_folder), ("--method", "sam", "--sam_name_or_path", sam_folder)
+    images = {name: pixels(photos / f"{name}.png") for name in ("corner", "large")}
+
+    def made(name: str) -> np.ndarray:
+        return read_mask(photos / f"{name}_bg.png")
+
+    assert script(*model) == 0
+    for name, image in images.items():
+        assert np.array_equal(made(name), sam(image))
+    boxes.write_text(HEADER + "corner,2,18,31,47\nlarge,40,30,40,30\n")
+    assert script(*model, "--boxes", boxes, "--overwrite") == 0
+    assert np.array_equal(made("corner"), sam(images["corner"], Box(2, 18, 31, 47)))
+    assert np.array_equal(made("large"), sam(images["large"], Box(40, 30, 40, 30)))
+
+
+def test_a_click_is_no_box_for_grabcut(script, boxes, capsys):
+    boxes.write_text(HEADER + "corner,9,9,9,9\nlarge,4,4,60,60\n")
+    assert script("--boxes", boxes) == 3
+    (line,) = errors(capsys)
+    assert "box 9,9,9,9 is empty or outside" in line
+
+
+def test_mistakes_about_the_sam_model(script, photos, tmp_path, monkeypatch, capsys):
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "config.json").write_text('{"model_type": "clip"}')
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no hub in reach
+    remedy = "expected a Segment Anything folder or hub name, as facebook/sam-vit-base"
+    for arguments, message in (
+        (("--method", "sam"), "--method sam and --sam_name_or_path need each other"),
+        (("--sam_name_or_path", tmp_path), "--method sam and --sam_name_or_path need each other"),
+        (("--method", "sam", "--sam_name_or_path", tmp_path / "none"), remedy),
+        (("--method", "sam", "--sam_name_or_path", tmp_path / "clip"), "is a model of clip"),
+        (
+            ("--method", "sam", "--sam_name_or_path", "nobody/sam"),
+            f"nobody/sam: cannot load {remedy}",
+        ),
+    ):
+        assert script(*arguments) == 2
+        (line,) = errors(capsys)
+        assert all(part in line for part in message.split(" cannot load ")), line
     assert not list(photos.glob("*_bg.png"))

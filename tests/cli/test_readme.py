@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,15 @@ def blocks(language: str, page: str = "README.md") -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
+def snippets(pages: Iterable[str]) -> list[str]:
+    return [block for page in pages for block in blocks("python", page)]
+
+
+def test_the_readme_is_short() -> None:
+    """What does not fit stands in docs/, each thing on one page."""
+    assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()) <= 170
+
+
 def test_the_first_two_blocks_install_and_draw_and_test() -> None:
     draw, test = blocks("bash")[:2]
     assert draw == "pip install -r requirements.txt && python inference_local.py\n"
@@ -33,9 +43,9 @@ def test_the_snippets_draw(tmp_path: Path) -> None:
     """One after the other, as a reader would type them."""
     for name in ("checkpoints", "test_datasets"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
-    pages = "README.md", "docs/tutorial.md", "docs/training.md"
-    readme, tutorial, training = ("\n".join(blocks("python", page)) for page in pages)
-    code = "\n".join([readme, ENCODED, tutorial, training])
+    before = "README.md", "docs/concepts.md", "docs/diffusers.md"
+    after = "docs/tutorial.md", "docs/training.md"
+    code = "\n".join([*snippets(before), ENCODED, *snippets(after)])
     fast, drawn = re.subn(r"\bseed=(\d)", r"seed=\1, num_inference_steps=4", code)
     assert drawn == 3
     env = {

@@ -1,12 +1,21 @@
 """Masks by GrabCut: what it starts from, what it finds, and where it says that it cannot."""
 
+import time
+from contextlib import suppress
 from dataclasses import replace
 
 import cv2
 import numpy as np
 import pytest
 
-from elite.masks import Box, centred_prior, grab_cut, prior_of_box, without_specks
+from elite.masks import (
+    Box,
+    centred_prior,
+    find_object,
+    grab_cut,
+    prior_of_box,
+    without_specks,
+)
 from small_world import masks
 from small_world.render import Pose, draw
 from small_world.world import Body, Critter
@@ -122,6 +131,20 @@ def test_large_pictures_keep_their_size_and_find_the_same(monkeypatch):
     found = grab_cut(image[:150], centred_prior(150, 180))
     assert found.shape == (150, 180) and found.dtype == bool
     assert overlap(found, mask[:150]) > 0.95
+
+
+@pytest.mark.parametrize("grain", [16, 100, 400])
+def test_a_picture_takes_two_seconds_at_most(grain):
+    """Colours that are alike on both sides are the slow ones: 10 to 18 s before they were read at
+    320 px."""
+    image, _ = render(size=1024)
+    texture = np.random.default_rng(0).normal(90, 60, (grain, grain, 3))
+    texture = cv2.resize(texture, (1024, 1024), interpolation=cv2.INTER_CUBIC)
+    image = (0.4 * image + texture).clip(0, 255).astype(np.uint8)
+    begin = time.process_time()
+    with suppress(ValueError):  # where nothing can be found
+        find_object(image)
+    assert time.process_time() - begin < 2
 
 
 def test_same_picture_same_mask():

@@ -4,6 +4,7 @@ import pytest
 from PIL import Image
 
 from elite.config import REPOSITORY
+from elite.wording import Note
 from evaluation.cases import Case
 from evaluation.subjects import read_prompts, read_subjects
 from small_world.attributes import AttributeScores, scene_of
@@ -139,3 +140,19 @@ def test_pictures_are_judged_by_what_their_subject_and_prompt_are():
 def test_other_prompts_are_no_scenes():
     with pytest.raises(ValueError, match="names no scene of the small world"):
         scene_of("a {} in a teapot")
+
+
+def test_pairs_beside_folders_of_pictures_stay_the_subjects(tmp_path):
+    tiny.save_pairs(tmp_path, 2)
+    tiny.save_pairs(tmp_path / "originals", 1)
+    with pytest.warns(Note, match="originals is left out, and 0 more"):
+        subjects = read_subjects(tmp_path, {}, "object")
+    assert [subject.name for subject in subjects] == ["pair0", "pair1"]
+
+
+def test_a_stray_picture_beside_folders_is_left_out(tmp_path):
+    tiny.save_pairs(tmp_path / "dog", 1)
+    Image.new("RGB", (8, 8)).save(tmp_path / "poster.jpg")
+    with pytest.warns(Note, match=r"poster\.jpg is left out, and 0 more"):
+        subjects = read_subjects(tmp_path, {}, "object")
+    assert [subject.name for subject in subjects] == ["dog"]
