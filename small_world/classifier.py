@@ -22,13 +22,13 @@ from small_world.objectives import ViewsObjective
 from small_world.samples import load_samples, render_samples, small_pixels
 from small_world.world import ATTRIBUTES
 
-NUM_SAMPLES = 40_000
+NUM_SAMPLES = 60_000
 SEED = 1  # of its renders; those of the models have 0
 JUDGED_FRAMINGS = ("scene", "tight")
 EMBEDDING = 64
 INPUT_SIDE = 32
 PLACED = 48  # channels whose place in the picture counts
-RECIPE = {"samples": 96_000, "batch_size": 64, "learning_rate": 2e-3, "ema_decay": 0.999}
+RECIPE = {"samples": 256_000, "batch_size": 64, "learning_rate": 2e-3, "ema_decay": 0.999}
 
 
 class ResidualBlock(nn.Module):

@@ -119,8 +119,8 @@ class ImageEncoderObjective(ViewsObjective):
 
 
 class BaseModelObjective(nn.Module):
-    """Text encoder and UNet together: epsilon prediction with min-SNR weights (Hang et al. 2023,
-    gamma 5).
+    """Text encoder and UNet together: epsilon prediction, weighted by 1 / (1 + SNR) (Choi et al.
+    2022, "Perception prioritized training"), so that noisy steps, which decide outlines, count.
 
     Of every batch, one half reads captions; in the other, one to five words, made of the image
     encoder's features of another view by a head that is thrown away afterwards, stand for the
@@ -134,15 +134,10 @@ class BaseModelObjective(nn.Module):
         scheduler: DDPMScheduler,
         empty_ids: Tensor,
         empty_probability: float = 0.1,
-        snr_gamma: float = 5.0,
     ) -> None:
         super().__init__()
         self.text_encoder, self.unet = text_encoder, unet
-        self.scheduler, self.empty_probability, self.snr_gamma = (
-            scheduler,
-            empty_probability,
-            snr_gamma,
-        )
+        self.scheduler, self.empty_probability = scheduler, empty_probability
         self.register_buffer("empty_ids", empty_ids, persistent=False)  # (48,)
         self.word_head = nn.Sequential(
             nn.LayerNorm(2 * WIDTH),
@@ -159,8 +154,7 @@ class BaseModelObjective(nn.Module):
         noisy = self.scheduler.add_noise(latents, noise, t)
         noise_hat = self.unet(noisy, t, context).sample
         alphas = self.scheduler.alphas_cumprod.to(latents.device)[t]
-        snr = alphas / (1 - alphas)
-        weight = snr.clamp(max=self.snr_gamma) / snr
+        weight = 1 - alphas  # 1 / (1 + signal to noise)
         M = 1 + OBJECT_WEIGHT * batch["object_share"]  # (B, 1, 8, 8)
         error = (M * (noise_hat.float() - noise).square()).mean(dim=(1, 2, 3))
         squared = error / M.mean(dim=(1, 2, 3))  # (B,)

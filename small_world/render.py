@@ -49,7 +49,7 @@ class Pose:
 
     @staticmethod
     def random(rng: np.random.Generator, smallest: float = 0.62, largest: float = 0.95) -> "Pose":
-        half = rng.uniform(smallest, largest) / 2
+        half = rng.triangular(smallest, largest, largest) / 2
         slack = max(0.5 - half, 0.02)
         x, y = rng.uniform(0.5 - slack, 0.5 + slack, size=2)
         return Pose(x, y, half, rng.uniform(-12, 12), bool(rng.integers(2)))
@@ -183,7 +183,7 @@ def _sides(critter: Critter, body: np.ndarray, trim: Colour) -> tuple[list[Part]
     kind = critter.side
     if kind == "arms":
         arm = _polygon((x - 0.2, y), (x + 0.18, y + 0.04), (x + 0.3, y - 0.3))
-        return [*_both(arm, trim, 0.17), *_both(_ellipse(x + 0.31, y - 0.4, 0.17, 0.17), trim)], []
+        return [*_both(arm, trim, 0.2), *_both(_ellipse(x + 0.31, y - 0.4, 0.2, 0.2), trim)], []
     if kind == "wings":
         wing = _polygon(
             (x - 0.3, y + 0.2), (x + 0.2, y + 0.26), (x + 0.46, y - 0.02), (x + 0.58, y - 0.42),
@@ -203,7 +203,7 @@ def _bottom(critter: Critter, body: np.ndarray, trim: Colour) -> list[Part]:
     places = {"two legs": (0.36,), "four legs": (0.22, 0.62)}.get(critter.bottom, ())
     legs = []
     for place in places:
-        width = 0.24 if len(places) == 1 else 0.17
+        width = 0.3 if len(places) == 1 else 0.2
         leg = _polygon((place, low - 0.7), (place, low + 0.3))
         foot = _ellipse(place + 0.06, low + 0.34, width * 0.85, 0.13)
         legs += [*_both(leg, trim, width), *_both(foot, trim)]
@@ -223,7 +223,7 @@ def _tail(critter: Critter, body: np.ndarray, trim: Colour) -> list[Part]:
         line = _polygon(
             (x - 0.25, y), (x + 0.24, y + 0.06), (x + 0.5, y - 0.12), (x + 0.5, y - 0.5)
         )
-        return [Part(line, trim, 0.13), Part(_ellipse(x + 0.5, y - 0.56, 0.15, 0.15), trim)]
+        return [Part(line, trim, 0.17), Part(_ellipse(x + 0.5, y - 0.56, 0.18, 0.18), trim)]
     if kind == "fluffy tail":
         return [Part(_ellipse(x + 0.3, y - 0.04, 0.46, 0.3, 28), trim)]
     if kind == "fan tail":
@@ -283,17 +283,17 @@ def _paint(critter: Critter, units: np.ndarray, main: Colour, second: Colour) ->
     x, y = units[..., 0], units[..., 1]
     if critter.pattern == "striped":
         angle = np.radians(critter.angle)
-        there = (x * np.cos(angle) + y * np.sin(angle)) / 0.5 % 1 < 0.42
+        there = (x * np.cos(angle) + y * np.sin(angle)) / 0.8 % 1 < 0.42
     elif critter.pattern == "dotted":
-        row = np.floor(y / 0.44)
-        column = (x / 0.5 + 0.5 * (row % 2)) % 1 - 0.5
-        there = (column * 0.5) ** 2 + (y % 0.44 - 0.22) ** 2 < 0.145**2
+        row = np.floor(y / 0.6)
+        column = (x / 0.75 + 0.5 * (row % 2)) % 1 - 0.5
+        there = (column * 0.75) ** 2 + (y % 0.6 - 0.3) ** 2 < 0.22**2
     elif critter.pattern == "patched":
-        there = (x / 0.6) ** 2 + ((y - 0.6) / 0.5) ** 2 < 1
+        there = (x + 0.6) ** 2 + (y + 0.15) ** 2 < 0.75**2
     elif critter.pattern == "dipped":
         there = y > 0.32 + 0.08 * np.sin(7 * x)
     elif critter.pattern == "checked":
-        there = (np.floor(x / 0.36) + np.floor(y / 0.36)) % 2 < 1
+        there = (np.floor(x / 0.5) + np.floor(y / 0.5)) % 2 < 1
     else:
         there = np.zeros_like(x, dtype=bool)
     light = np.clip(1.0 - 0.16 * y, 0.8, 1.12)[..., None]  # from above

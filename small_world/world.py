@@ -73,6 +73,8 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "scene": tuple(SCENES),
 }
 PARTS = ("head", "top", "eyes", "mouth", "side", "bottom", "tail")
+# How often a critter has the parts that not all have.
+PRESENT = {"head": 0.2, "top": 0.7, "side": 0.5, "bottom": 0.65, "tail": 0.35}
 
 # Never drawn for anything but judge and tests.
 HELD_OUT_KINDS = {
@@ -117,20 +119,20 @@ class Body:
 
 # Ranges of the numbers by family; what is not named stays at its default.
 FAMILIES: dict[str, dict[str, tuple[float, float]]] = {
-    "round": {"aspect": (0.8, 1.2), "exponent": (1.9, 2.4)},
-    "square": {"aspect": (0.8, 1.2), "exponent": (5.0, 9.0)},
+    "round": {"aspect": (0.85, 1.15), "exponent": (1.9, 2.4)},
+    "square": {"aspect": (0.85, 1.15), "exponent": (6.0, 10.0)},
     "drop": {"aspect": (1.1, 1.4), "tip": (0.8, 1.0)},
-    "pear": {"aspect": (1.08, 1.35), "taper": (0.32, 0.45), "waist": (0.14, 0.24)},
+    "pear": {"aspect": (1.08, 1.35), "taper": (0.42, 0.52), "waist": (0.2, 0.28)},
     "cloud": {
         "aspect": (0.72, 0.98),
-        "lobes": (5, 8),
-        "depth": (0.26, 0.36),
+        "lobes": (5, 7),
+        "depth": (0.3, 0.4),
         "sharpness": (0.0, 0.1),
     },
     "star": {
         "aspect": (0.94, 1.1),
         "lobes": (4, 7),
-        "depth": (0.44, 0.54),
+        "depth": (0.46, 0.56),
         "sharpness": (0.9, 1.0),
     },
     "heart": {"aspect": (0.85, 1.1), "tip": (-0.95, -0.8), "notch": (0.5, 0.65)},
@@ -138,8 +140,8 @@ FAMILIES: dict[str, dict[str, tuple[float, float]]] = {
     "diamond": {"aspect": (0.95, 1.25), "exponent": (0.95, 1.1)},
     "peanut": {"aspect": (1.25, 1.5), "exponent": (2.4, 3.0), "waist": (0.45, 0.58)},
 }
-SKEW = 0.16
-BLENDED = 0.15  # share of the bodies between two trained families; they have no name
+SKEW = 0.1
+BLENDED = 0.1  # share of the bodies between two trained families; they have no name
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,9 @@ def _draw(rng: np.random.Generator, pool: str, unseen: str | None) -> Critter:
 
     def kind(name: str) -> str:
         kept = () if pool == "any" else HELD_OUT_KINDS.get(name, ())
-        return one(tuple(value for value in ATTRIBUTES[name] if value not in kept))
+        if name in PRESENT and rng.random() > PRESENT[name]:
+            return "none"
+        return one(tuple(v for v in ATTRIBUTES[name] if v not in ("none", *kept)))
 
     colour, second, trim = (str(c) for c in rng.choice(list(COLOURS), 3, replace=False))
     body: str | None = kind("body")
@@ -224,12 +228,12 @@ def _draw(rng: np.random.Generator, pool: str, unseen: str | None) -> Critter:
         colour=colour,
         second=second,
         trim=trim,
-        head=HEADS[int(rng.random() < 0.3)],
+        head=kind("head"),
         top=kind("top"),
-        eyes=one(EYES),
-        mouth=one(MOUTHS),
-        side=one(SIDES),
-        bottom=one(BOTTOMS),
+        eyes=kind("eyes"),
+        mouth=kind("mouth"),
+        side=kind("side"),
+        bottom=kind("bottom"),
         tail=kind("tail"),
     )
     if pool == "kinds":
