@@ -19,6 +19,7 @@ from elite.pipeline import ElitePipeline
 from elite.sheets import SHEET_ROWS, tile_rows
 from small_world.attributes import verdicts
 from small_world.classifier import Judge
+from small_world.pretrain import to_image
 from small_world.score import Case, batches, make_cases, wilson
 from small_world.world import SCENES
 
@@ -130,8 +131,5 @@ def sheet(couples: Sequence[Couple], pictures: dict[str, Tensor]) -> Image.Image
     rows = []
     for row, couple in enumerate(couples[: SHEET_ROWS // 4]):
         tiles = [Image.fromarray(case.source[0]) for case in (couple.left, couple.right)]
-        for drawn in pictures.values():
-            pixels = ((drawn[row] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-            tiles.append(Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()))
-        rows.append(tiles)
+        rows.append([*tiles, *(to_image(drawn[row]) for drawn in pictures.values())])
     return tile_rows(rows, [*NAMES, *pictures], "a S1 next to a S2, in the scene asked for")

@@ -3,13 +3,15 @@
     python -m small_world.judge train [--work_dir runs/small_world]
     python -m small_world.judge score --report FILE.json [--model checkpoints/small_world]
     python -m small_world.judge couples --output_dir FOLDER [--model checkpoints/small_world]
+    python -m small_world.judge art ART_FOLDER --output_dir FOLDER [--model checkpoints/small_world]
 
 `train` leaves its run in WORK_DIR/judge and the weights, fp16, in checkpoints/small_world_judge,
 where `score` finds them. `score` prints a Markdown table of accuracies with 95 % intervals (Wilson)
 and writes it as JSON: the judge itself on fresh renders, the base model on prompts, and ELITE on
 held-out critters, each encoded from one render and drawn in another scene. `couples` draws two
 concepts side by side and tells whose colour each half shows, with and without regions (couples.md,
-couples.json, grid.png). Exit code 2: bad input.
+couples.json, grid.png). `art` draws other people's things (see `small_world.art`; art.md, art.json,
+grid.png). Exit code 2: bad input.
 """
 
 import argparse
@@ -78,11 +80,32 @@ def couples(args: argparse.Namespace) -> None:
     print(text)
 
 
+def art(args: argparse.Namespace) -> None:
+    from elite.files import write_atomically, write_json
+    from small_world.art import ASKED, art_rows, make_art_cases, score_art, sheet
+    from small_world.classifier import load_judge
+    from small_world.score import load_pipelines, markdown
+
+    cases = make_art_cases(args.art, args.samples, args.seed)
+    base, elite = load_pipelines(args.model, args.global_mapper_path, args.local_mapper_path)
+    options = {name: getattr(args, name) for name in ("guidance_scale", "num_inference_steps")}
+    rows = art_rows(base, elite, cases, **options)
+    judge = load_judge(args.judge).to(base.device)
+    scores, pictures = score_art(judge, rows, cases, args.batch_size)
+    about = {"model": str(args.model), "art": str(args.art), "samples": len(cases)}
+    about |= {"seed": args.seed, **options}
+    write_json(args.output_dir / "art.json", {**about, "rows": scores})
+    text = markdown(scores, ASKED)
+    write_atomically(args.output_dir / "art.md", lambda path: path.write_text(text, "utf-8"))
+    write_atomically(args.output_dir / "grid.png", sheet(cases, pictures).save)
+    print(text)
+
+
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="train | score | couples")
+    commands = parser.add_subparsers(required=True, metavar="train | score | couples | art")
     train_parser = commands.add_parser(
         "train", help="render critters of all kinds and train the judge"
     )
@@ -103,6 +126,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     couples_parser.add_argument("--llambda", type=float, default=0.8, help="of both local branches")
     _add_drawing(couples_parser, samples=200)
     couples_parser.set_defaults(act=couples)
+    art_parser = commands.add_parser("art", help="judge things that are no critters")
+    art_parser.add_argument("art", type=Path, help="folder of PNGs with transparency")
+    art_parser.add_argument("--output_dir", type=Path, default=Path("runs/small_world/art"))
+    _add_drawing(art_parser, samples=300)
+    art_parser.set_defaults(act=art)
     args = parser.parse_args(arguments)
     for name in ("samples", "batch_size", "num_inference_steps"):
         if getattr(args, name, 1) < 1:

@@ -58,7 +58,7 @@ RECIPES = {
         "learning_rate": 1e-3,
         "ema_decay": 0.999,
     },
-    "base": {"samples": 448_000, "batch_size": 64, "learning_rate": 1e-3, "ema_decay": 0.9995},
+    "base": {"samples": 640_000, "batch_size": 64, "learning_rate": 1e-3, "ema_decay": 0.9995},
 }
 NUM_PREVIEWS = 8  # descriptions in a preview
 
@@ -247,7 +247,7 @@ def fit_vae(part: str, objective: VAEObjective, dataset: VAEPictures, work_dir: 
 
     def preview() -> Image.Image:
         decoded = objective.vae.decode(objective.vae.encode(pixels).latent_dist.mean).sample
-        return grid([_to_image(x) for x in torch.cat([pixels, decoded])], columns=16)
+        return grid([to_image(x) for x in torch.cat([pixels, decoded])], columns=16)
 
     train(part, objective, dataset, work_dir, preview)
 
@@ -263,9 +263,10 @@ def scale_latents(vae: AutoencoderKL, dataset: VAEPictures, folder: Path) -> Non
     write_atomically(folder, vae.save_pretrained)
 
 
-def _to_image(pixels: Tensor) -> Image.Image:
+def to_image(pixels: Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] as a picture."""
     values = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
-    return Image.fromarray(values.permute(1, 2, 0).numpy())
+    return Image.fromarray(values.permute(1, 2, 0).cpu().numpy())
 
 
 def train_image_encoder(work_dir: Path, tokenizer: CLIPTokenizer) -> None:

@@ -21,7 +21,7 @@ from elite.files import write_atomically
 from elite.images import to_pixels
 from small_world.captions import fill, place, random_noun, random_template
 from small_world.render import draw
-from small_world.world import SCENES, Critter, labels, random_critter
+from small_world.world import SCENES, labels, random_critter
 
 FRAMINGS = {"scene": 0.6, "tight": 0.22, "far": 0.1, "zoom": 0.08}
 SECOND_FRAMINGS = {"scene": 0.35, "tight": 0.4, "cutout": 0.25}
@@ -42,9 +42,9 @@ def _resize(image: np.ndarray, side: int = SIDE) -> np.ndarray:
     return cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
 
 
-def whole_view(critter: Critter, scene: str, rng: np.random.Generator) -> np.ndarray:
-    """The critter in the whole scene, with its mask, (SIDE, SIDE, 4)."""
-    return _resize(np.dstack(draw(critter, scene, rng, 2 * SIDE)))
+def whole_view(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """A whole picture with its mask, (SIDE, SIDE, 4)."""
+    return _resize(np.dstack([image, mask]))
 
 
 def framed(

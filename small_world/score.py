@@ -24,7 +24,7 @@ from small_world.captions import CLASS_WORD, describe, place, with_article
 from small_world.classifier import Judge
 from small_world.pretrain import base_pipeline
 from small_world.render import draw
-from small_world.samples import small_pixels, whole_view
+from small_world.samples import SIDE, small_pixels, whole_view
 from small_world.world import PARTS, SCENES, Critter, labels, random_critter, unseen_kinds
 
 FRESH = 7  # random stream of the judged cases, apart from every training render
@@ -74,20 +74,26 @@ class Case:
     def rng(self) -> np.random.Generator:
         return np.random.default_rng((FRESH, self.seed))
 
+    def picture(
+        self, scene: str, rng: np.random.Generator, size: int = 2 * SIDE
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A fresh picture of the concept, with its mask."""
+        return draw(self.critter, scene, rng, size)
+
     @cached_property
     def source(self) -> tuple[np.ndarray, np.ndarray]:
         """The picture and mask that a concept is read from."""
-        return draw(self.critter, self.source_scene, self.rng, CONCEPT_SIDE)
+        return self.picture(self.source_scene, self.rng, CONCEPT_SIDE)
 
     @property
     def views(self) -> Tensor:
-        """Renders of the critter in other scenes than the one asked for, (GALLERY_VIEWS, 3, 32,
+        """Pictures of the concept in other scenes than the one asked for, (GALLERY_VIEWS, 3, 32,
         32)."""
         rng = np.random.default_rng((FRESH + 1, self.seed))
         scenes = [scene for scene in SCENES if scene != self.scene]
         chosen = rng.choice(scenes, GALLERY_VIEWS, replace=False)
         return torch.stack(
-            [small_pixels(whole_view(self.critter, str(scene), rng)) for scene in chosen]
+            [small_pixels(whole_view(*self.picture(str(scene), rng))) for scene in chosen]
         )
 
 
@@ -102,7 +108,7 @@ def make_cases(count: int, kind: str, seed: int) -> list[Case]:
     return cases
 
 
-def same_colours(case: Case) -> Critter:
+def same_colours(case: Case) -> Case:
     """Another critter, of which nothing but the colours is the case's."""
     other = random_critter(np.random.default_rng((FRESH + 2, case.seed)), "any")
     colours = {"colour": case.critter.colour}
@@ -110,7 +116,7 @@ def same_colours(case: Case) -> Critter:
         colours["second"] = case.critter.second
     if other.trim is not None and case.critter.trim is not None:
         colours["trim"] = case.critter.trim
-    return replace(other, **colours)
+    return replace(case, critter=replace(other, **colours))
 
 
 # --- who draws: cases to pixels (B, 3, 32, 32) in [-1, 1] -----------------------------------------
@@ -119,10 +125,10 @@ Draw = Callable[[list[Case]], Tensor]
 
 
 def draw_renders(
-    cases: list[Case], critter_of: Callable[[Case], Critter] = lambda case: case.critter
+    cases: list[Case], shown_for: Callable[[Case], Case] = lambda case: case
 ) -> Tensor:
-    """The renderer itself."""
-    views = [whole_view(critter_of(case), case.scene, case.rng) for case in cases]
+    """The renderer itself, of each case or of another shown for it."""
+    views = [whole_view(*shown_for(case).picture(case.scene, case.rng)) for case in cases]
     return torch.stack([small_pixels(view) for view in views])
 
 
@@ -172,7 +178,7 @@ def base_rows(
     return [
         Row(RENDERS, held_out, draw_renders),
         Row("the same through the VAE", held_out, partial(draw_through_vae, pipe)),
-        Row("its colours alone", held_out, partial(draw_renders, critter_of=same_colours)),
+        Row("its colours alone", held_out, partial(draw_renders, shown_for=same_colours)),
         Row("base model, description of trained critters", known, by_text),
         Row("base model, description of held-out critters", held_out, by_text),
         Row("base model, class word", held_out, by_class),

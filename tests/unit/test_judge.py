@@ -177,7 +177,7 @@ def test_renders_that_are_judged_are_repeatable():
 
 def test_critters_of_the_same_colours_share_nothing_else():
     cases = make_cases(60, "held out", 0)
-    others = [same_colours(case) for case in cases]
+    others = [same_colours(case).critter for case in cases]
     for case, other in zip(cases, others, strict=True):
         assert other.colour == case.critter.colour
         if None not in (other.second, case.critter.second):
@@ -186,7 +186,7 @@ def test_critters_of_the_same_colours_share_nothing_else():
             assert other.trim == case.critter.trim
     alike = [case.critter.body == other.body for case, other in zip(cases, others, strict=True)]
     assert np.mean(alike) < 0.3
-    assert others == [same_colours(case) for case in cases]
+    assert others == [same_colours(case).critter for case in cases]
 
 
 # --- how it is counted ----------------------------------------------------------------------------
@@ -384,7 +384,7 @@ def test_shipped_judge_is_right_on_fresh_renders_and_small(kind):
 
 def test_shipped_judge_does_not_know_a_critter_by_its_colours():
     judge = load_judge(SHIPPED_JUDGE)
-    draw_others = partial(draw_renders, critter_of=same_colours)
+    draw_others = partial(draw_renders, shown_for=same_colours)
     row = Row("colours", make_cases(100, "held out", seed=5), draw_others)
     scores = score_rows(judge, [row], batch_size=100)["colours"]
     assert scores["identity"]["accuracy"] < 0.3 < 0.9 < scores["colour"]["accuracy"]

@@ -1,0 +1,184 @@
+"""Fetch pictures with transparency by other people, to try ELITE on what the small world is not.
+
+    python data_scripts/fetch_art.py OUT_DIR [--sources fluent google twitter openclipart stamps]
+
+Writes OUT_DIR/SOURCE/NAME.png, each cut to what is opaque and at most 128 px. The three emoji
+sources and their names come as npm packages (npm has to be installed), the other two as Debian
+packages (apt-get and dpkg-deb). They are for measuring at home: the stamps are GPL-2, so nothing of
+them is shipped. A source that is there already is left as it is. Exit code 2: nothing was written
+for the source that the message names.
+"""
+
+import argparse
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
+
+from elite.console import OK, run
+from elite.files import check_writable, write_atomically
+
+SIDE = 128
+MIN_SIDE = 24  # pixels; smaller pictures show nothing
+OPAQUE = (0.05, 0.95)  # share of the picture that a cut-out covers
+NAMES = "unicode-emoji-json@0.9.0"
+GROUPS = ("Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A package, the folders in it, and what its maker asks for."""
+
+    package: str
+    folders: tuple[str, ...]
+    licence: str
+    is_emoji: bool = False
+
+
+CLIPART = "./usr/share/openclipart/png/"
+STAMPS = "./usr/share/tuxpaint/stamps/"
+SOURCES = {
+    "fluent": Source("@lobehub/fluent-emoji-3d@1.1.0", ("package/assets/",), "MIT", True),
+    "google": Source(
+        "emoji-datasource-google@16.0.0", ("package/img/google/64/",), "Apache-2.0", True
+    ),
+    "twitter": Source(
+        "emoji-datasource-twitter@16.0.0", ("package/img/twitter/64/",), "CC-BY 4.0", True
+    ),
+    "openclipart": Source(
+        "openclipart-png",
+        tuple(CLIPART + f for f in ("animals/", "food/", "tools/", "transportation/vehicles/")),
+        "public domain",
+    ),
+    "stamps": Source(
+        "tuxpaint-stamps-default",
+        tuple(STAMPS + f for f in ("animals/", "clothes/", "food/", "household/", "vehicles/")),
+        "GPL-2",
+    ),
+}
+
+
+def download(command: list[str], folder: Path, package: str) -> Path:
+    """Runs a package manager in an empty folder. Returns the file that it left there.
+
+    Raises:
+        ValueError: it is not installed, or the package could not be had.
+    """
+    if shutil.which(command[0]) is None:
+        raise ValueError(f"{package}: needs {command[0]}; install it or leave this source out")
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    files = sorted(folder.iterdir())
+    if done.returncode or len(files) != 1:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ValueError(f"{package}: {command[0]} could not fetch it ({last}); try again later")
+    return files[0]
+
+
+def members(archive: Path, folders: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of the files of an npm or Debian package below these folders."""
+    if archive.suffix == ".deb":
+        command = ["dpkg-deb", "--fsys-tarfile", archive]
+        stream = io.BytesIO(subprocess.run(command, capture_output=True, check=True).stdout)
+    else:
+        stream = io.BytesIO(archive.read_bytes())
+    with tarfile.open(fileobj=stream) as tar:
+        for member in tar:
+            if member.isfile() and member.name.startswith(folders):
+                file = tar.extractfile(member)
+                assert file is not None  # it is a file
+                yield member.name, file.read()
+
+
+def cut_out(content: bytes) -> Image.Image | None:
+    """The picture in RGBA, cut to what is opaque and at most SIDE px; None where it is no cut-out
+    of one thing."""
+    try:
+        image = Image.open(io.BytesIO(content)).convert("RGBA")
+    except (UnidentifiedImageError, OSError):
+        return None
+    solid = np.asarray(image)[..., 3] > 127
+    if not OPAQUE[0] < solid.mean() < OPAQUE[1] or not solid.any():
+        return None
+    box = Image.fromarray(solid).getbbox()
+    image = image.crop(box)
+    if min(image.size) < MIN_SIDE:
+        return None
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return image
+
+
+def emoji_names() -> dict[str, str]:
+    """The file name of each emoji's picture, without ending, to its name; things alone."""
+    with TemporaryDirectory() as folder:
+        archive = download(["npm", "pack", "--silent", NAMES], Path(folder), NAMES)
+        content = dict(members(archive, ("package/data-by-emoji.json",)))
+    table = json.loads(content["package/data-by-emoji.json"])
+    return {
+        "-".join(f"{ord(letter):04x}" for letter in emoji): about["slug"]
+        for emoji, about in table.items()
+        if about["group"] in GROUPS
+    }
+
+
+def fetch(source: Source, folder: Path, names: dict[str, str] | None) -> int:
+    """Writes the source's pictures. Returns how many.
+
+    Args:
+        names: of emoji by file name; others are left out. None keeps all, by their own names.
+    """
+    command = ["npm", "pack", "--silent"] if source.is_emoji else ["apt-get", "download"]
+    with TemporaryDirectory() as temporary:
+        archive = download([*command, source.package], Path(temporary), source.package)
+        for name, content in tqdm(members(archive, source.folders), source.package):
+            stem = PurePosixPath(name).stem
+            if names is not None:
+                stem = names.get(stem, "")
+            picture = cut_out(content) if stem else None
+            if picture is not None:
+                picture.save(folder / f"{stem}.png")
+    return len(list(folder.glob("*.png")))
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("output_dir", type=Path)
+    parser.add_argument("--sources", nargs="+", choices=list(SOURCES), default=list(SOURCES))
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_args(arguments)
+    check_writable(args.output_dir)
+    wanted = [name for name in args.sources if not (args.output_dir / name).exists()]
+    names = emoji_names() if any(SOURCES[name].is_emoji for name in wanted) else None
+    for name in wanted:
+        source = SOURCES[name]
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+
+        def write(folder: Path, source: Source = source) -> None:
+            folder.mkdir()
+            fetch(source, folder, names if source.is_emoji else None)
+
+        write_atomically(args.output_dir / name, write)
+    for name in args.sources:
+        count = len(list((args.output_dir / name).glob("*.png")))
+        print(f"{args.output_dir / name}: {count} pictures, {SOURCES[name].licence}")
+    return OK
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,162 @@
+"""Things that the small world is not: pictures of other people, put into its scenes.
+
+    python data_scripts/fetch_art.py ART
+    python -m small_world.judge art ART/fluent
+
+Each thing (a PNG with transparency) is read by ELITE in one scene and drawn in another. The judge
+has no words for it, so right is what it sees in pictures of the thing itself: main colour and
+pattern, beside the scene asked for, and that among 100 things a picture is nearest to its own
+(`identity`).
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from elite.pipeline import ElitePipeline
+from elite.sheets import tile_rows
+from small_world.attributes import judged, right_ones
+from small_world.classifier import Judge
+from small_world.pretrain import to_image
+from small_world.render import Pose
+from small_world.samples import SIDE
+from small_world.scenes import draw_scene
+from small_world.score import (
+    FRESH,
+    LAMBDAS,
+    Case,
+    Row,
+    batches,
+    draw_concepts,
+    draw_renders,
+    draw_through_vae,
+    gallery,
+    same_critter,
+    share,
+)
+from small_world.world import ATTRIBUTES, SCENES, random_critter
+
+ASKED = ("colour", "pattern", "scene", "identity")
+SHOWN = 12  # things on the sheet
+
+
+@dataclass(frozen=True)
+class ArtCase(Case):
+    """A thing in place of the critter, which stands for it alone as a Case needs one."""
+
+    file: Path | None = None
+
+    def picture(
+        self, scene: str, rng: np.random.Generator, size: int = 2 * SIDE
+    ) -> tuple[np.ndarray, np.ndarray]:
+        assert self.file is not None
+        with Image.open(self.file) as opened:
+            return composite(np.asarray(opened.convert("RGBA")), scene, rng, size)
+
+
+def composite(
+    thing: np.ndarray, scene: str, rng: np.random.Generator, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """A cut-out RGBA (H, W, 4) in a scene, in a pose like a critter's: image (size, size, 3) and
+    mask (size, size) of 0 and 255, uint8."""
+    pose = Pose.random(rng)
+    height, width = thing.shape[:2]
+    scale = 2 * pose.half * size / max(height, width)
+    matrix = cv2.getRotationMatrix2D((width / 2, height / 2), pose.turn, scale)
+    matrix[:, 2] += np.array([pose.x, pose.y]) * size - (width / 2, height / 2)
+    layer = thing[:, ::-1] if pose.mirrored else thing
+    solid = np.dstack([layer[..., :3] * (layer[..., 3:] / 255), layer[..., 3]]).astype(np.float32)
+    for _ in range(int(np.floor(np.log2(max(1.0, 1 / scale))))):  # no alias when it gets small
+        solid = cv2.pyrDown(solid)
+        matrix[:, :2] *= 2
+    placed = cv2.warpAffine(solid, matrix, (size, size), flags=cv2.INTER_LINEAR)
+    seen = placed[..., 3:] / 255
+    image = draw_scene(scene, rng, size) * (1 - seen) + placed[..., :3]
+    mask = np.where(placed[..., 3] > 127, 255, 0).astype(np.uint8)
+    return image.round().clip(0, 255).astype(np.uint8), mask
+
+
+def make_art_cases(folder: Path, count: int, seed: int) -> list[ArtCase]:
+    """Things of the folder in a random order, each in a scene other than that of its source.
+
+    Raises:
+        ValueError: the folder has fewer than two PNGs.
+    """
+    files = sorted(folder.glob("*.png"))
+    if len(files) < 2:
+        raise ValueError(
+            f"{folder}: expected a folder of PNGs with transparency; make one with "
+            "data_scripts/fetch_art.py"
+        )
+    rng = np.random.default_rng((FRESH, seed))
+    cases = []
+    for i in rng.permutation(len(files))[:count]:
+        scene, source = (str(name) for name in rng.choice(list(SCENES), size=2, replace=False))
+        nobody = random_critter(rng, "any")
+        cases.append(ArtCase(nobody, scene, source, int(rng.integers(2**31)), files[i]))
+    return cases
+
+
+@torch.no_grad()
+def seen_labels(judge: Judge, case: ArtCase) -> list[int]:
+    """What the judge sees in the thing itself, on average over some pictures; the scene is the one
+    asked for."""
+    logits, _ = judged(judge, case.views)
+    seen = {name: int(logits[name].softmax(1).mean(0).argmax()) for name in ATTRIBUTES}
+    return [*list(seen.values())[:-1], list(SCENES).index(case.scene)]
+
+
+def score_art(
+    judge: Judge, rows: list[Row], cases: list[ArtCase], batch_size: int
+) -> tuple[dict[str, dict], dict[str, Tensor]]:
+    """Shares that are right by row, and each row's pictures (N, 3, 32, 32)."""
+    known = gallery(judge, cases)
+    wanted = torch.tensor([seen_labels(judge, case) for case in cases])
+    scores, pictures = {}, {}
+    with tqdm(total=len(rows) * len(cases), unit="picture") as progress:
+        for row in rows:
+            drawn = []
+            for some in batches(row.cases, batch_size):
+                drawn.append(row.draw(some).cpu())
+                progress.update(len(some))
+            pictures[row.name] = torch.cat(drawn)
+            with torch.no_grad():
+                logits, directions = judged(judge, pictures[row.name])
+            found = right_ones(logits, wanted)
+            found["identity"] = same_critter(directions.cpu(), known)
+            scores[row.name] = {name: share(found[name]) for name in ASKED}
+    return scores, pictures
+
+
+def sheet(cases: list[ArtCase], pictures: dict[str, Tensor]) -> Image.Image:
+    """The first things: what was read, and every row's picture of it."""
+    rows = [
+        [Image.fromarray(case.source[0]), *(to_image(drawn[i]) for drawn in pictures.values())]
+        for i, case in enumerate(cases[:SHOWN])
+    ]
+    return tile_rows(rows, ["read", *pictures], "read in one scene, drawn in another")
+
+
+def art_rows(
+    base: StableDiffusionPipeline, elite: ElitePipeline | None, cases: list[ArtCase], **options
+) -> list[Row]:
+    """The thing itself in the scene, through the VAE, another thing in its place, and ELITE."""
+    other = {case: cases[(i + 1) % len(cases)] for i, case in enumerate(cases)}
+    rows = [
+        Row("the thing itself", cases, draw_renders),
+        Row("the same through the VAE", cases, partial(draw_through_vae, base)),
+        Row("another thing", cases, partial(draw_renders, shown_for=other.__getitem__)),
+    ]
+    if elite is not None:
+        draw = partial(draw_concepts, elite, **options)
+        rows.append(Row("ELITE, all words", cases, partial(draw, 0.0, words="all")))
+        rows += [Row(f"ELITE, lambda {x}", cases, partial(draw, x)) for x in LAMBDAS]
+    return rows
