@@ -9,6 +9,7 @@ sizes and more processes all see the same samples and the same noise.
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from elite.console import Stopped, StopSignals
 from elite.run_folder import RunFolder, RunState
@@ -115,7 +117,7 @@ def fit(
     samples_per_step = batch_size * accumulation * accelerator.num_processes
     run = RunFolder(output_dir, logging_dir, accelerator, dataset, samples_per_step, config or {})
     state = RunState(trained, optimizer, schedule, ema, accelerator.scaler, run.tally)
-    with StopSignals() as stop, run:
+    with StopSignals() as stop, run, _attention_kernel(accelerator):
         step = run.start(state, resume, max_steps)
         model, optimizer = accelerator.prepare(objective, optimizer)
         model.train()
@@ -186,6 +188,13 @@ def fit(
                 ema.copy_to(trained.values())
             objective.save_pretrained(output_dir)
         accelerator.wait_for_everyone()
+
+
+def _attention_kernel(accelerator: Accelerator) -> AbstractContextManager[None]:
+    """In bf16 on a CPU the plain formula trains 1.5 times as fast as the fused kernel."""
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
 
 
 def _to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

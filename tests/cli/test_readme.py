@@ -14,7 +14,7 @@ from elite.open_images import OpenImagesBoxes, OpenImagesMasks, mask_boxes_path,
 
 REPOSITORY = Path(__file__).parents[2]
 ENCODED = """
-for name in ("07_orange_blue_dotted_square", "02_pink_solid_heart"):  # as encode.py would have
+for name in ("10_red_purple_dotted_star", "02_green_solid_square"):  # as encode.py would have
     concept.save(f"outputs/concepts/{name}.safetensors")
 """
 
@@ -74,7 +74,7 @@ def check_training_data(root: Path) -> None:
         mask_boxes_path(root), {p.name: (0, 256, 0, 256) for p in root.glob("segs/test/*.png")}
     )
     masks = OpenImagesMasks(root, resolution=32, clip_size=64, latent_size=8)
-    assert (len(boxes), len(masks)) == (13, 16)
+    assert (len(boxes), len(masks)) == (14, 16)
     assert masks.sample(0, np.random.default_rng(0))["object_mask"].any()
-    heart = boxes.boxes[list(boxes.image_ids).index(b"02_pink_solid_heart")] * 256
-    np.testing.assert_allclose(heart, (31, 226, 16, 241), atol=0.01)  # x0 x1 y0 y1 of its mask
+    square = boxes.boxes[list(boxes.image_ids).index(b"02_green_solid_square")] * 256
+    np.testing.assert_allclose(square, (17, 240, 33, 224), atol=0.01)  # x0 x1 y0 y1 of its mask

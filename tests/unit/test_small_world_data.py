@@ -142,11 +142,11 @@ def test_names_of_test_objects_lead_back_to_them():
     names = [name_of(number) for number in range(NUM_OBJECTS)]
     assert names == sorted(set(names))
     assert [critter_of(name) for name in names] == [test_object(n)[0] for n in range(NUM_OBJECTS)]
-    assert names[2] == "02_pink_solid_heart" and names[8] == "08_pink_blue_dotted_heart"
+    assert names[2] == "02_green_solid_square" and names[11] == "11_turquoise_red_striped_round"
 
 
 @pytest.mark.parametrize(
-    "name", ["corgi", "02", "02_pink_solid_star", "16_pink_solid_heart", "2_pink_solid_heart"]
+    "name", ["corgi", "02", "02_pink_solid_star", "16_green_solid_square", "2_green_solid_square"]
 )
 def test_other_names_are_no_objects(name):
     with pytest.raises(ValueError, match=f"{name}: no object of the small world; .* 00_"):

@@ -124,8 +124,8 @@ def case(subject: str, template: str) -> Case:
 def test_pictures_are_judged_by_what_their_subject_and_prompt_are():
     """With a judge that finds everything, a solid critter has no second colour to be right in."""
     cases = [
-        case("02_pink_solid_heart", "a {} on the moon"),
-        case("08_pink_blue_dotted_heart", "a {} at night"),
+        case("02_green_solid_square", "a {} on the moon"),
+        case("11_turquoise_red_striped_round", "a {} at night"),
     ]
     scores = AttributeScores(Judge(widths=(8, 8)), cases)
     for one, scene in zip(cases, ("moon", "night"), strict=True):
@@ -134,7 +134,7 @@ def test_pictures_are_judged_by_what_their_subject_and_prompt_are():
     assert found.keys() == ATTRIBUTES.keys()
     assert found["second"][0] is None and found["second"][1] in (0.0, 1.0)
     with pytest.raises(ValueError, match="names no scene of the small world"):
-        AttributeScores(Judge(widths=(8, 8)), [case("02_pink_solid_heart", "a {} in a teapot")])
+        AttributeScores(Judge(widths=(8, 8)), [case("02_green_solid_square", "a {} in a teapot")])
 
 
 def test_other_prompts_are_no_scenes():
