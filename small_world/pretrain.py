@@ -177,7 +177,7 @@ def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
 def encode_all(
     vae: AutoencoderKL, image_encoder: CLIPVisionModel, views: np.ndarray, chunk: int = 250
 ) -> dict[str, Tensor]:
-    """Posterior means of the first views, unscaled (N, 12, 8, 8), and features of the second ones:
+    """Posterior means of the first views, unscaled (N, 16, 8, 8), and features of the second ones:
     CLS beside the mean of the patches, (N, 2 x width)."""
     latents, features = [], []
     for start in tqdm(range(0, len(views), chunk), "encode"):

@@ -29,7 +29,7 @@ step "$python" -m small_world.judge train --work_dir "$run" --target "${target}_
 # ELITE, with the scripts and the data layout of the real thing.
 step "$python" data_scripts/make_small_world.py --test_datasets test_datasets
 if [ ! -d "$run/open_images" ]; then
-    step "$python" data_scripts/make_small_world.py "$run/open_images" --count 16000
+    step "$python" data_scripts/make_small_world.py "$run/open_images" --count 20000
 fi
 for stage in global local; do
     resume=()

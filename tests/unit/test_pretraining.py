@@ -281,7 +281,7 @@ def test_latents_are_of_the_first_view_and_features_of_the_second(folder, tmp_pa
     vae, image_encoder = build_vae().eval(), build_image_encoder().eval()
     views = np.load(folder / "views.npy")
     encoded = encode_all(vae, image_encoder, views, chunk=4)
-    assert encoded["latents"].shape == (6, 12, 8, 8)
+    assert encoded["latents"].shape == (6, 16, 8, 8)
     assert encoded["features"].shape == (6, 2 * WIDTH)
     changed = {}
     for which, name in enumerate(("latents", "features")):
