@@ -14,7 +14,7 @@ from elite.open_images import OpenImagesBoxes, OpenImagesMasks, mask_boxes_path,
 
 REPOSITORY = Path(__file__).parents[2]
 ENCODED = """
-for name in ("10_red_purple_dotted_star", "02_green_solid_square"):  # as encode.py would have
+for name in ("06_yellow_solid_square", "11_turquoise_red_striped_round"):  # as encode.py would have
     concept.save(f"outputs/concepts/{name}.safetensors")
 """
 
