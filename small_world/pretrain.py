@@ -52,12 +52,12 @@ RECIPES = {
         "ema_decay": 0.9995,
     },
     "image_encoder": {
-        "samples": 128_000,
+        "samples": 320_000,
         "batch_size": 64,
         "learning_rate": 1e-3,
         "ema_decay": 0.999,
     },
-    "base": {"samples": 640_000, "batch_size": 64, "learning_rate": 1e-3, "ema_decay": 0.9995},
+    "base": {"samples": 768_000, "batch_size": 64, "learning_rate": 1e-3, "ema_decay": 0.9995},
 }
 NUM_PREVIEWS = 8  # descriptions in a preview
 
