@@ -9,6 +9,7 @@ code 2: nothing was written.
 
 import argparse
 import csv
+import itertools
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -49,15 +50,18 @@ def keep(table: Path, root: Path, set_name: str) -> int:
     """
     whole = table.with_suffix(".all.csv")
     source = whole if whole.exists() else table
-    kept = sum(is_there for _, is_there in rows_of(source, root, set_name)) - 1
+    rows = (row for row, is_there in rows_of(source, root, set_name) if is_there)
+    first = list(itertools.islice(rows, 2))  # the header, and a row unless none is kept
+    kept = 0
 
     def write(temporary: Path) -> None:
+        nonlocal kept
         with open(temporary, "w", encoding="utf-8", newline="") as file:
-            rows = rows_of(source, root, set_name)
-            csv.writer(file, lineterminator="\n").writerows(row for row, there in rows if there)
+            writer = csv.writer(file, lineterminator="\n")
+            kept = sum(1 for row in itertools.chain(first, rows) if writer.writerow(row)) - 1
         source.rename(whole)
 
-    if kept:
+    if len(first) > 1:
         write_atomically(table, write)
     return kept
 
