@@ -14,11 +14,12 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+OWNER_ALONE = 0o600  # permissions that safetensors gives its files
 LEFTOVER = re.compile(r"\..+\.\d+\.(tmp|old)(\.\w+)?")  # of a process that was killed
 
 
 def _hidden(path: Path, kind: str) -> Path:
-    """A name beside `path` that nobody looks at; the same ending, since writers go by it."""
+    """A hidden name beside `path`, of the same ending, by which writers choose the format."""
     return path.with_name(f".{path.stem}.{os.getpid()}.{kind}{path.suffix}")
 
 
@@ -74,10 +75,12 @@ def check_writable(folder: Path | str) -> None:
 
 
 def give_usual_rights(path: Path) -> None:
-    """Lets those read a safetensors file, or all in a folder, who may read any new file;
-    safetensors itself lets their owner alone."""
+    """Gives a safetensors file, or all those in a folder, the permissions of any other new file;
+    safetensors itself lets nobody but their owner read them."""
     files = [path] if path.suffix == ".safetensors" else [*path.rglob("*.safetensors")]
     for file in files:
+        if stat.S_IMODE(file.stat().st_mode) != OWNER_ALONE:
+            continue  # they are right already
         probe = _hidden(file, "tmp")
         probe.touch()
         os.chmod(file, stat.S_IMODE(probe.stat().st_mode))
@@ -123,8 +126,8 @@ def _is_disk_error(error: Exception) -> bool:
 
 
 def check_archive(path: Path | str) -> None:
-    """Raises ValueError where a file of torch.save would grow as it is read; torch never
-    compresses."""
+    """Raises ValueError where a file of torch.save is compressed, and so may grow without bound as
+    it is read; torch itself never compresses."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
