@@ -45,9 +45,12 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """A note as one line, above a progress bar if there is one."""
+    """A note as one line, above a progress bar if there is one. What all processes of `accelerate
+    launch` have noted is shown by the first alone."""
     from tqdm import tqdm
 
+    if category is Note and os.environ.get("RANK", "0") != "0":
+        return
     if issubclass(category, Note):
         text = f"note: {one_line(message)}"
     else:

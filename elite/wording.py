@@ -18,9 +18,13 @@ class Note(UserWarning):
     """Something that is done as asked, but may not be meant; scripts show it as one line."""
 
 
-def note(message: str) -> None:
-    """Tells the user, the same only once."""
-    warnings.warn(message, Note, stacklevel=2)
+class ShareNote(Note):
+    """A note about a file that perhaps one process of `accelerate launch` alone has read."""
+
+
+def note(message: str, kind: type[Note] = Note) -> None:
+    """Tells the user, once for each message."""
+    warnings.warn(message, kind, stacklevel=2)
 
 
 def brief(value: object) -> str:
