@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
 
 from elite import settings
-from elite.config import default_of
+from elite.config import LIMITS, default_of
 from elite.console import OK, run
 from elite.files import write_text
 
@@ -73,8 +73,7 @@ def values_of(hint: Any, checks: Mapping[str, Any]) -> str:
     if "choices" in checks:
         several = ", one or more" if get_origin(hint) is list else ""
         return ", ".join(f"`{choice}`" for choice in checks["choices"]) + several
-    words = {"at_least": "at least", "above": "more than", "below": "less than"}
-    limits = [f"{words[key]} {checks[key]}" for key in words if key in checks]
+    limits = [f"{words} {checks[key]}" for key, (words, _) in LIMITS.items() if key in checks]
     return ", ".join([checks.get("expected", kind_of(hint)), *limits])
 
 

@@ -140,24 +140,27 @@ def is_file(path: Path | str) -> bool:
     return os.path.isfile(path)
 
 
-def read_text(path: Path | str, most: int = 2**18) -> str:
+def read_text(path: Path | str, remedy: str, most: int = 2**18) -> str:
     """The UTF-8 text of a small file.
 
     Args:
+        remedy: how a message about the file ends, such as "expected captions".
         most: bytes; what is meant to be written by hand is never longer.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: more than `most` bytes, or no UTF-8; the message does not name the file.
+        ValueError: it cannot be read, has more than `most` bytes, or is no UTF-8.
     """
-    with open(path, "rb") as file:
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise ValueError(f"more than {most // 1024} kB; expected a short text")
     try:
-        return content.decode("utf-8-sig")
+        with open(path, "rb") as file:
+            content = file.read(most + 1)
+        if len(content) <= most:
+            return content.decode("utf-8-sig")
+        reason = f"more than {most // 1024} kB; expected a short text"
     except UnicodeDecodeError:
-        raise ValueError("not text; save it as UTF-8") from None
+        reason = "not text; save it as UTF-8"
+    except (OSError, ValueError) as error:  # a NUL in the path is a ValueError
+        reason = getattr(error, "strerror", None) or str(error)
+    raise ValueError(f"{path}: {reason}; {remedy}")
 
 
 def digest_files(*paths: Path) -> str:

@@ -29,8 +29,11 @@ def test_letters_that_the_terminal_lacks_end_no_run(monkeypatch):
 
 @pytest.mark.parametrize(
     ("rank", "shown"),
-    [(None, ["note: prompt", "note: mask"]), ("0", ["note: prompt", "note: mask"])]
-    + [("1", ["note: mask"])],
+    [
+        (None, ["note: prompt", "note: mask"]),
+        ("0", ["note: prompt", "note: mask"]),
+        ("1", ["note: mask"]),
+    ],
 )
 def test_what_all_processes_note_is_shown_once(monkeypatch, capsys, rank, shown):
     """Each reads the prompt, but its own share of the masks."""
