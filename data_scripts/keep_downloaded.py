@@ -7,7 +7,6 @@ the whole ones stay as `annotations/*.all.csv`, so that it can be run again once
 code 2: nothing was written.
 """
 
-import argparse
 import csv
 import itertools
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
 
-from elite.console import OK, run
+from elite.console import OK, run, script_parser
 from elite.files import write_atomically
 from elite.open_images import csv_opened, file_key, files_in, image_file
 
@@ -67,9 +66,7 @@ def keep(table: Path, root: Path, set_name: str) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("folder", type=Path, help="Open Images root")
     parser.add_argument(
         "--set_name", default="test", help="test, validation or train (default test)"

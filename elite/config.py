@@ -34,8 +34,8 @@ Config = TypeVar("Config")
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which `no` is a word, as YAML 1.2 has it. It has `1e-6` as text, which becomes a
-    number where a setting is one."""
+    """Safe YAML in which `no` is a word, as in YAML 1.2. `1e-6` stays text until a setting makes it
+    a number."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -217,7 +217,7 @@ def _read(value: Any, hint: Any, checks: Mapping[str, Any]) -> Any:
     try:
         result = _convert(value, hint)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"got {brief(value)}, expected {_describe(hint)}") from None
+        raise ValueError(f"got {brief(value)}, expected {describe(hint)}") from None
     for part in result if isinstance(result, list) else [result]:
         expected = None if part is None else _violation(part, checks)
         if expected:
@@ -244,9 +244,10 @@ def _convert(value: Any, hint: Any) -> Any:
     return result
 
 
-def _describe(hint: Any) -> str:
+def describe(hint: Any) -> str:
+    """What a field of this type takes, in words."""
     if isinstance(hint, types.UnionType):
-        return f"{_describe(get_args(hint)[0])} or none"
+        return f"{describe(get_args(hint)[0])} or none"
     if get_origin(hint) is list:
         return "a list of " + {int: "whole numbers", str: "texts"}[get_args(hint)[0]]
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[hint]

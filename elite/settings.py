@@ -241,8 +241,7 @@ class TextualInversionConfig(FitConfig):
         "object", "What is learned; chooses the captions.", choices=PROPERTIES
     )
     template_file: str | None = setting(
-        None,
-        "Text file of captions with {}, one a line; None means the built-in ones.",
+        None, "Text file of captions with {}, one a line; None means the built-in ones."
     )
     center_crop: bool = setting(False, "Crop the middle of pictures, not a random square.")
     learning_rate: float = setting(5e-4, "Learning rate of AdamW.", above=0)
@@ -289,9 +288,7 @@ class DrawConfig(ModelConfig):
     negative_prompt: str | None = setting(
         None, "What pictures should not show; works by guidance, so with guidance_scale above 1."
     )
-    scheduler: str = setting(
-        DEFAULT_SAMPLER, "Sampler; the release draws with lms.", choices=SAMPLERS
-    )
+    scheduler: str = setting(DEFAULT_SAMPLER, "Sampler; lms is the release's.", choices=SAMPLERS)
     resolution: int | None = setting(
         None,
         "Side of the pictures in pixels; None means what the model draws.",
