@@ -56,7 +56,7 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
 
 
 def check_writable(folder: Path | str) -> None:
-    """Raises ValueError where a folder cannot be made or written into; makes nothing."""
+    """Raises ValueError where a folder cannot be made or written into; creates nothing."""
     folder = Path(folder).absolute()
     for path in (folder, *folder.parents):
         try:

@@ -26,13 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from elite.config import save_config
-from elite.files import (
-    remove_leftovers,
-    remove_whole,
-    write_atomically,
-    write_json,
-    write_text,
-)
+from elite.files import remove_leftovers, remove_whole, write_atomically, write_json, write_text
 from elite.stream import Failure, Samples
 
 HASHES = "hashes.json"
@@ -194,7 +188,7 @@ class RunFolder:
         self._open.close()
 
     def at_end(self, call: Callable[[], object]) -> None:
-        """To be called when the run ends, well or not."""
+        """Calls this when the run ends, well or not."""
         self._open.callback(call)
 
     def say(self, line: str) -> None:
@@ -217,8 +211,7 @@ class RunFolder:
         if self.config:
             save_config(self.config, self.folder / "config.yaml")
         kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
-        text = "".join(line + "\n" for line in kept)
-        write_text(self.metrics_file, text)
+        write_text(self.metrics_file, "".join(line + "\n" for line in kept))
         self.board = SummaryWriter(str(self.logging_dir), purge_step=step + 1)
         self._open.callback(self.board.close)
         bar = tqdm(total=max_steps, initial=step, desc="train", unit="step")
@@ -312,8 +305,8 @@ class RunFolder:
             )
 
     def preview(self, step: int, preview: Callable[[], Image.Image]) -> None:
-        """A picture of what the model does now; the training stream does not notice, and a preview
-        that fails is only told of."""
+        """A picture of what the model draws now, outside the training stream; where it fails,
+        training goes on."""
         if not self.is_main:
             return
         try:
@@ -342,7 +335,7 @@ class RunFolder:
             prune(self.folder, checkpoint, limit, self.say)
 
     def sum_up(self, step: int) -> None:
-        """Says how the run has gone."""
+        """Says how the run went."""
         if summary := str(self.tally):
             self.say(f"by step {step} {summary}")
 
@@ -392,7 +385,7 @@ def find_checkpoint(output_dir: Path, resume: str, say: Callable[[str], object] 
 
     Args:
         resume: "latest" for the newest whole one of `output_dir`, or a checkpoint folder.
-        say: is told of each damaged one that is passed over.
+        say: called with a line for each damaged one that is passed over.
 
     Raises:
         ValueError: there is none, or the one named is damaged.

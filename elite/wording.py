@@ -1,4 +1,4 @@
-"""What messages quote of a stranger's input: short, on one line, nothing that moves the cursor."""
+"""How messages quote a stranger's input: short, on one line, without control characters."""
 
 import difflib
 import reprlib
@@ -33,7 +33,7 @@ def brief(value: object) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: which one may be meant, if any is like it."""
+    """The end of a message about an unknown name: the known one most like it, if any is."""
     match = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {match[0]}?" if match else ""
 
