@@ -115,21 +115,18 @@ class RunState:
         scaler: torch.amp.GradScaler | None,
         tally: Tally,
     ) -> None:
-        self.trained, self.optimizer, self.schedule, self.ema = trained, optimizer, schedule, ema
-        self.scaler, self.tally = scaler, tally
+        self.trained = trained
+        # What has a state of its own, by its name in the file.
+        parts = {"optimizer": optimizer, "schedule": schedule, "ema": ema, "scaler": scaler}
+        self.parts: dict[str, Any] = {**parts, "tally": tally}
 
     def save(self, folder: Path, step: int) -> None:
         weights = {name: p.detach().cpu().contiguous() for name, p in self.trained.items()}
         save_file(weights, folder / "weights.safetensors")
-        state = {
-            "step": step,
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
-            "scaler": None if self.scaler is None else self.scaler.state_dict(),
-            "tally": self.tally.state_dict(),
+        states = {
+            name: None if part is None else part.state_dict() for name, part in self.parts.items()
         }
-        torch.save(state, folder / "training_state.pt")
+        torch.save({"step": step, **states}, folder / "training_state.pt")
 
     def load(self, folder: Path) -> int:
         """Returns the step."""
@@ -144,15 +141,11 @@ class RunState:
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(weights[name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        if self.ema is not None:
-            if state["ema"] is None:
-                raise ValueError(f"{folder}: checkpoint without EMA; resume without --ema")
-            self.ema.load_state_dict(state["ema"])
-        if self.scaler is not None and state["scaler"] is not None:
-            self.scaler.load_state_dict(state["scaler"])
-        self.tally.load_state_dict(state["tally"])
+        if self.parts["ema"] is not None and state["ema"] is None:
+            raise ValueError(f"{folder}: checkpoint without EMA; resume without --ema")
+        for name, part in self.parts.items():
+            if part is not None and state[name] is not None:
+                part.load_state_dict(state[name])
         return state["step"]
 
 

@@ -305,6 +305,25 @@ def test_a_mistake_is_one_line(main, arguments, message, capsys):
     assert line.startswith(f"error: {message}")
 
 
+def test_gpu_measures_training_by_the_tables_of_training(tmp_path, monkeypatch):
+    """On a made-up GPU, whose steps all take a second."""
+    row = Row("stage 1, batch 4", {case: [1.0] for case in training.CASES})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
+    monkeypatch.setattr(gpu, "generation_tables", lambda args, device: [])
+    monkeypatch.setattr(training, "Trainer", lambda *settings: None)
+    monkeypatch.setattr(training, "step_row", lambda *settings: row)
+    monkeypatch.setattr(training, "memory_rows", lambda *settings: {"above": row, "total": row})
+    assert gpu.main(["--output", str(tmp_path / "gpu.json")]) == 0
+    titles = list(tables_of(tmp_path / "gpu.json"))
+    assert titles == [
+        "Time of a training step, stage 1",
+        "Time of a training step, stage 2",
+        "Peak memory of training above the loaded models",
+        "Peak memory of training, loaded models included",
+    ]
+
+
 def test_gpu_needs_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as exit:
