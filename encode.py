@@ -25,11 +25,7 @@ def main() -> int:
     pipe = load_pipeline(config, config.local_mapper_path)
     pairs, output_dir = read_pairs(config), Path(config.output_dir)
     failures = encode_folder(
-        pipe,
-        pairs,
-        output_dir,
-        skip_existing=config.skip_existing,
-        metadata=model_metadata(config),
+        pipe, pairs, output_dir, skip_existing=config.skip_existing, metadata=model_metadata(config)
     )
     count = len(pairs) - len(failures)
     done = f"{count} concepts in {output_dir}; look at {output_dir / 'grid.png'} first"

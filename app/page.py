@@ -156,8 +156,7 @@ def _object_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
     )
     with gr.Column(visible=False) as controls["mask_part"]:
         controls["mask"] = picture_input(
-            label="Mask of the picture: white where the object is, black elsewhere",
-            height=160,
+            label="Mask of the picture: white where the object is, black elsewhere", height=160
         )
     controls["marks"] = gr.HTML(
         value="",

@@ -15,13 +15,7 @@ from PIL import Image
 
 from app.marking import folder_hidden
 from elite.concept import Concept, ConceptFolder
-from elite.defaults import (
-    DEFAULT_SAMPLER,
-    DEFAULT_STEPS,
-    GUIDANCE_SCALE,
-    LAMBDA,
-    PLACEHOLDER,
-)
+from elite.defaults import DEFAULT_SAMPLER, DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
 from elite.drawing import VERSIONS, Drawing, metadata_of_several, png_info
 from elite.encoding import batches
 from elite.files import write_atomically
@@ -35,9 +29,7 @@ from elite.wording import note
 
 MAX_PROMPTS, MAX_PICTURES, MAX_STEPS, MAX_LAMBDA, MAX_GUIDANCE = 8, 32, 150, 1.5, 20.0
 MAX_SEED = 2**31 - 1
-UNREAD = np.array(
-    (255, 0, 255), dtype=np.uint8
-)  # colour of patches that the local branch does not read
+UNREAD = np.array((255, 0, 255), np.uint8)  # colour of patches the local branch does not read
 HALVES = {
     "left": np.array([[True, False]]),
     "right": np.array([[False, True]]),
@@ -279,11 +271,8 @@ class Studio:
             pictures = drawing.with_concepts(
                 self.pipe, concepts, weights, regions, prompts, seeds, on_step
             )
-        metadata = {
-            **drawing.metadata(self.pipe),
-            "scheduler": order.scheduler,
-            "model": self.model,
-        }
+        made_by = {"scheduler": order.scheduler, "model": self.model}
+        metadata = {**drawing.metadata(self.pipe), **made_by}
         if order.others:
             metadata |= metadata_of_several(concepts, weights, order.regions)
         metadata |= VERSIONS

@@ -4,16 +4,15 @@
     python -m benchmarks.encoding --size full --rounds 15        Stable Diffusion v1-4's sizes
 
 `ElitePipeline.encode_concept` starts from a decoded picture of 1024 x 768: views, CLIP, mappers.
-The baseline runs CLIP alone on the two finished views, one after the other. A second table compares
-with reading the concept from its file, a third says where the time goes.
+The baseline runs CLIP alone on the two finished views, one after the other. The other parts, and
+reading the concept from its file, are measured beside it.
 """
 
 import argparse
-import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,44 +48,7 @@ def mappers_alone(pipe: ElitePipeline, levels: list[Tensor], patch_mask: Tensor)
         pipe.local_mapper(levels, patch_mask)
 
 
-def measure(cases: dict[str, Any], device: torch.device, rounds: int, name: str) -> Row:
-    """Seconds of each case, after one call that does not count."""
-    for work in cases.values():
-        work()
-    figures = {case: timed(work, device) for case, work in cases.items()}
-    return Row(name, alternate(figures, rounds, name))
-
-
-def stored_table(pipe: ElitePipeline, rounds: int) -> tuple[Table, int]:
-    """Encoding against reading the file; and the bytes of the file."""
-    encode = partial(pipe.encode_concept, *picture())
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "concept.safetensors"
-        encode().save(path)
-        cases = {ELITE: encode, "Concept.load": partial(Concept.load, path)}
-        row = measure(cases, pipe.device, rounds, "one concept")
-        return Table("A concept from its picture, or from its file", "s", None, [row]), (
-            path.stat().st_size
-        )
-
-
-def parts_table(pipe: ElitePipeline, rounds: int) -> Table:
-    """Encoding, and each of its parts alone."""
-    views, side = views_of(pipe), pipe.image_encoder.config.image_size
-    with torch.no_grad():
-        layers = pipe.global_mapper.config.hidden_layers
-        levels = clip_levels(pipe.image_encoder, views["clip_pixels"], layers)
-    cases = {
-        ELITE: partial(pipe.encode_concept, *picture()),
-        "views": partial(object_views, *picture(), side, pipe.grid),
-        CLIP: partial(clip_alone, pipe, views),
-        "mappers": partial(mappers_alone, pipe, levels, views["patch_mask"]),
-    }
-    row = measure(cases, pipe.device, rounds, "parts")
-    return Table("Where the time of encode_concept goes, each part alone", "s", None, [row])
-
-
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, "encoding")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--device", help="default CUDA where it is, else the CPU")
@@ -94,18 +56,31 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(sys.argv[1:] if argv is None else argv)
+    args = parse_args(argv)
     device = pick_device(args.device)
     pipe = build_elite(build_parts(args.size, device, DTYPES[args.dtype]))
-    cases = {
-        CLIP: partial(clip_alone, pipe, views_of(pipe)),
-        ELITE: partial(pipe.encode_concept, *picture()),
-    }
-    row = measure(cases, device, args.rounds, "picture of 1024 x 768")
-    table = Table("Time to encode a concept", "s", GOAL, [row])
-    stored, size = stored_table(pipe, args.rounds)
-    tables = [table, stored, parts_table(pipe, args.rounds)]
-    return finish(args, tables, "encoding", bytes_of_a_concept=size)
+    side = pipe.image_encoder.config.image_size
+    views, encode = views_of(pipe), partial(pipe.encode_concept, *picture())
+    with torch.no_grad():
+        layers = pipe.global_mapper.config.hidden_layers
+        levels = clip_levels(pipe.image_encoder, views["clip_pixels"], layers)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "concept.safetensors"
+        encode().save(path)
+        cases: dict[str, Callable[[], object]] = {
+            CLIP: partial(clip_alone, pipe, views),
+            ELITE: encode,
+            "views": partial(object_views, *picture(), side, pipe.grid),
+            "mappers": partial(mappers_alone, pipe, levels, views["patch_mask"]),
+            "Concept.load": partial(Concept.load, path),
+        }
+        for work in cases.values():
+            work()  # warm up
+        name = "picture of 1024 x 768"
+        figures = {case: timed(work, device) for case, work in cases.items()}
+        row = Row(name, alternate(figures, args.rounds, name))
+        table = Table("Time to encode a concept, its parts, reading its file", "s", GOAL, [row])
+        return finish(args, [table], "encoding", bytes_of_a_concept=path.stat().st_size)
 
 
 if __name__ == "__main__":

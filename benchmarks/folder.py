@@ -21,15 +21,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from benchmarks.harness import (
-    REPOSITORY,
-    Row,
-    Table,
-    alternate,
-    finish,
-    make_parser,
-    parse,
-)
+from benchmarks.harness import REPOSITORY, Row, Table, alternate, finish, make_parser, parse
 from elite import ElitePipeline
 from elite.console import run
 from elite.data import PairFolder
@@ -106,7 +98,7 @@ def tables(args: argparse.Namespace, device: torch.device) -> list[Table]:
     return [by_batch, by_process]
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, "folder")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--num_images", type=int, default=1, help="seeds a pair (default 1)")
@@ -118,7 +110,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(sys.argv[1:] if argv is None else argv)
+    args = parse_args(argv)
     return finish(args, tables(args, pick_device(args.device)), "folder")
 
 

@@ -5,28 +5,20 @@
 
 ELITE against the stock pipeline at the model's own resolution (512 px), fp16 and bf16, eager and
 compiled, batches of 1, 4 and 16 pictures. The matrix rate is that of a large product in the same
-number type, measured beside the steps; FLOPs of a step are counted by torch. Training is images a
-second and peak memory at a batch of 4. Exit code 2: no such GPU here.
+number type, measured beside the steps; FLOPs of a step are counted by torch. Training is that of
+`benchmarks.training`, at a batch of 4. Exit code 2: no such GPU here.
 """
 
 import argparse
-import sys
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.generation import (
-    ELITE,
-    GOAL,
-    STOCK,
-    Pipelines,
-    measure,
-)
+from benchmarks import training
+from benchmarks.generation import ELITE, GOAL, STOCK, Pipelines, measure
 from benchmarks.harness import Row, Table, finish, make_parser, parse, timed
-from benchmarks.memory import memory_rows
 from benchmarks.models import DTYPES
-from benchmarks.training import CASES as TRAINING_CASES
-from benchmarks.training import STAGES, Trainer, step_row, training_peak
+from benchmarks.training import CASES, STAGES
 from elite.console import run
 from elite.loading import side_in_pixels
 
@@ -89,25 +81,7 @@ def generation_tables(args: argparse.Namespace, device: torch.device) -> list[Ta
     return [times, rates, before]
 
 
-def training_tables(args: argparse.Namespace, device: torch.device) -> list[Table]:
-    """Images a second and peak memory of both stages."""
-    speed = Table("Training, images a second", "1/s")
-    memory = Table("Training, peak memory with the loaded models", "MiB")
-    cases, batch_size = list(TRAINING_CASES), args.train_batch_size
-    for stage in STAGES:
-        name = f"{STAGES[stage]}, batch {batch_size}"
-        trainer = Trainer(stage, args.size, device, batch_size)
-        step = step_row(trainer, cases, args.rounds, args.steps, name)
-        del trainer
-        rates = {case: [batch_size / t for t in times] for case, times in step.rounds.items()}
-        speed.rows.append(Row(name, rates))
-        fixed = (args.size, device, batch_size, args.threads)
-        settings = {case: (stage, case, *fixed) for case in cases}
-        memory.rows.append(memory_rows(settings, training_peak, args.memory_rounds, name)["total"])
-    return [speed, memory]
-
-
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, "gpu")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp16", "bf16"])
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 16])
@@ -119,13 +93,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(sys.argv[1:] if argv is None else argv)
+    args = parse_args(argv)
     if not torch.cuda.is_available():
         raise ValueError("no CUDA device here; run this on a machine with an NVIDIA GPU")
     device = torch.device("cuda")
     tables = generation_tables(args, device)
     torch.cuda.empty_cache()
-    tables += training_tables(args, device)
+    of_training = {"batch_size": args.train_batch_size, "stages": STAGES, "cases": list(CASES)}
+    tables += training.tables(argparse.Namespace(**{**vars(args), **of_training}), device)
     return finish(args, tables, "gpu")
 
 

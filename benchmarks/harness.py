@@ -10,20 +10,21 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from elite.console import OK
-from elite.files import write_json
+from elite.console import OK, script_parser
+from elite.files import check_writable, write_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -31,15 +32,18 @@ LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "pillo
 SIZES = ("tiny", "full")
 MAY_BE_NONE = ("memory_rounds", "workers")  # flags of which 0 means none
 
+T = TypeVar("T")
 Measure = Callable[[], float]
 Spread = tuple[float, float, float]  # median, and the ends of the middle half
 
 # --- measuring ------------------------------------------------------------------------------------
 
 
-def alternate(cases: Mapping[str, Measure], rounds: int, title: str = "") -> dict[str, list[float]]:
+def alternate(
+    cases: Mapping[str, Callable[[], T]], rounds: int, title: str = ""
+) -> dict[str, list[T]]:
     """What each case measures, `rounds` times, the cases taking turns."""
-    figures: dict[str, list[float]] = {name: [] for name in cases}
+    figures: dict[str, list[T]] = {name: [] for name in cases}
     with tqdm(total=rounds * len(cases), desc=title, unit="run") as progress:
         for _ in range(rounds):
             for name, measure in cases.items():
@@ -134,32 +138,31 @@ class Table:
         return {"title": self.title, "unit": self.unit, "goal": goal, "rows": rows}
 
 
-def save(args: argparse.Namespace, tables: Iterable[Table], command: str, **more: Any) -> Path:
-    """Writes the tables with all that was behind them. Returns the file."""
-    path = args.output or default_output(command, args.size)
+def finish(args: argparse.Namespace, tables: list[Table], name: str, **more: Any) -> int:
+    """Writes the tables with all that was behind them, and prints them. Returns the exit status."""
+    shown = [table.to_dict() for table in tables if table.rows]
     settings = {key: value for key, value in vars(args).items() if key not in ("output", "command")}
     result = {
-        "benchmark": command,
+        "benchmark": name,
         "command": args.command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": machine(),
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
-        "settings": {key: _plain(value) for key, value in settings.items()},
-        "tables": [table.to_dict() for table in tables if table.rows],
+        "settings": settings,
+        "tables": shown,
         **more,
     }
-    write_json(path, result)
-    return path
+    write_json(args.output, result)
+    for table in shown:
+        print("\n".join(table_lines(table)) + "\n")
+    print(f"results in {args.output}")
+    return OK
 
 
 def default_output(name: str, size: str) -> Path:
     """Where results go; what a tiny model measures never reaches docs/BENCHMARKS.md."""
     return (RESULTS if size == "full" else RESULTS / size) / f"{name}.json"
-
-
-def _plain(value: Any) -> Any:
-    return value if value is None or isinstance(value, bool | int | float | list) else str(value)
 
 
 # --- as Markdown ----------------------------------------------------------------------------------
@@ -242,9 +245,7 @@ def commit() -> str:
 
 def make_parser(doc: str | None, name: str) -> argparse.ArgumentParser:
     """The flags that every benchmark has."""
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(doc)
     parser.add_argument(
         "--size", choices=SIZES, default="tiny", help="of the models or data (default tiny)"
     )
@@ -256,13 +257,19 @@ def make_parser(doc: str | None, name: str) -> argparse.ArgumentParser:
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, name: str, argv: list[str]) -> argparse.Namespace:
+def parse(parser: argparse.ArgumentParser, name: str, argv: list[str] | None) -> argparse.Namespace:
     """The flags, checked: every number is 1 or more, or 0 where that means none.
 
+    Args:
+        argv: None means the command line's.
+
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a number is out of range, or the results cannot be written.
     """
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
+    args.output = args.output or default_output(name, args.size)
+    check_writable(args.output.parent)
     for key, value in vars(args).items():
         least = 0 if key in MAY_BE_NONE else 1
         for number in value if isinstance(value, list) else [value]:
@@ -277,13 +284,3 @@ def use_threads(threads: int | None) -> None:
     """So many threads of torch; None leaves its own choice."""
     if threads is not None:
         torch.set_num_threads(threads)
-
-
-def finish(args: argparse.Namespace, tables: list[Table], name: str, **more: Any) -> int:
-    """Saves the results and prints them. Returns the exit status."""
-    path = save(args, tables, name, **more)
-    for table in tables:
-        if table.rows:
-            print("\n".join(table_lines(table.to_dict())) + "\n")
-    print(f"results in {path}")
-    return OK

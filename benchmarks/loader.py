@@ -6,17 +6,14 @@
 
 An Open Images folder of textured JPEGs (full: 1024 x 768, samples at 512 px) is made for the
 purpose. Rates are samples per second of CPU time of one thread, beside decoding the same files with
-Pillow and doing nothing else; with workers they are per second of the clock. Where the time goes is
-what cProfile sees, its own cost included.
+Pillow and doing nothing else; with workers they are per second of the clock. Where the time of a
+sample goes, `python -m cProfile -s tottime -m benchmarks.loader` shows.
 """
 
 import argparse
-import cProfile
 import csv
-import pstats
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -40,30 +37,14 @@ from benchmarks.harness import (
     parse,
     timed,
 )
-from data_scripts.cal_bbox_by_seg import tight_box
-from data_scripts.make_small_world import BOX_COLUMNS, MASK_COLUMNS, write_csv
+from data_scripts.make_small_world import Record, make_folders, write_annotations, write_pair
 from elite.console import run
-from elite.open_images import OpenImagesBoxes, OpenImagesMasks, mask_boxes_path, save_mask_boxes
+from elite.open_images import OpenImagesBoxes, OpenImagesMasks
 from elite.stream import TrainingStream, stream_loader
 
 DECODE, SAMPLE, CSV_ALONE, INDEX = "decoding alone", "sample", "csv.reader alone", "index"
 GOAL = Goal(SAMPLE, 10, "least", "median")
-LABEL = "/m/02jvh9"
 BATCH_SIZE = 4
-# Whose own time belongs to what, by the names that a profile shows.
-GROUPS = {
-    "decode": ("ImagingDecoder",),
-    "resize": ("'resize'", "<resize>"),
-    "augment": ("<warpAffine>", "<remap>", "<blur>", "augment "),
-    "Pillow to numpy": (
-        "ImagingEncoder",
-        "'copy' of 'ImagingCore'",
-        "'join'",
-        "_imaging",
-        "Image ",
-    ),
-    "to tensors": ("normalise", "torch", "numpy.array"),
-}
 
 Dataset = OpenImagesBoxes | OpenImagesMasks
 
@@ -106,53 +87,23 @@ def object_mask(rng: np.random.Generator, width: int, height: int) -> np.ndarray
 
 def write_pictures(root: Path, count: int, width: int, height: int) -> None:
     """Pictures, masks and annotations in Open Images layout."""
-    rng, boxes, rows = np.random.default_rng(0), {}, []
+    rng, records = np.random.default_rng(0), []
     make_folders(root)
     for number in tqdm(range(count), "pictures", unit="picture"):
-        image_id, mask = f"{number:016x}", object_mask(rng, width, height)
-        name = mask_name(image_id, number)
-        picture = Image.fromarray(textured(rng, width, height))
-        picture.save(root / "images" / "test" / f"{image_id}.jpg", quality=90)
-        Image.fromarray(mask).save(root / "segs" / "test" / name)
-        place = tight_box(mask)
-        assert place is not None
-        boxes[name] = top, bottom, left, right = place
-        box = (left / width, right / width, top / height, bottom / height)
-        rows.append((image_id, name, box))
-    save_mask_boxes(mask_boxes_path(root), boxes)
-    write_annotations(root, rows)
-
-
-def make_folders(root: Path) -> None:
-    for folder in ("images/test", "segs/test", "annotations"):
-        (root / folder).mkdir(parents=True)
-
-
-def mask_name(image_id: str, number: int) -> str:
-    return f"{image_id}_{LABEL.strip('/').replace('/', '')}_{number:08x}.png"
-
-
-def write_annotations(root: Path, rows: Sequence[tuple[str, str, tuple[float, ...]]]) -> None:
-    """The two CSV files: image id, mask name and box (x0, x1, y0, y1) of each row."""
-    folder = root / "annotations"
-    boxes = ((image_id, "xclick", LABEL, 1, *box, 0, 0, 0, 0, 0) for image_id, _, box in rows)
-    masks = ((name, image_id, LABEL, name[-12:-4], *box, 0.9, "") for image_id, name, box in rows)
-    write_csv(folder / "test-annotations-bbox.csv", BOX_COLUMNS, boxes)
-    write_csv(folder / "test-annotations-object-segmentation.csv", MASK_COLUMNS, masks)
+        mask = object_mask(rng, width, height)
+        records.append(write_pair(root, number, textured(rng, width, height), mask, quality=90))
+    write_annotations(root, records, width, height)
 
 
 def write_index(root: Path, count: int) -> None:
     """Annotations of so many objects, without any picture."""
-    rng, boxes, rows = np.random.default_rng(0), {}, []
     make_folders(root)
-    corners = rng.integers(0, 100, size=(count, 2))
-    for number in tqdm(range(count), "annotations", unit="row"):
-        image_id = f"{number * 0x9E3779B97F4A7C15 % 2**64:016x}"
-        name, (top, left) = mask_name(image_id, number), corners[number].tolist()
-        boxes[name] = (top, top + 200, left, left + 240)
-        rows.append((image_id, name, (left / 400, left / 400 + 0.6, top / 400, top / 400 + 0.5)))
-    save_mask_boxes(mask_boxes_path(root), boxes)
-    write_annotations(root, rows)
+    corners = np.random.default_rng(0).integers(0, 100, size=(count, 2)).tolist()
+    records = [
+        Record(f"{number * 0x9E3779B97F4A7C15 % 2**64:016x}", (top, top + 200, left, left + 240))
+        for number, (top, left) in enumerate(corners)
+    ]
+    write_annotations(root, records, 400, 400)
 
 
 def open_datasets(root: Path, sizes: Sizes) -> dict[str, Dataset]:
@@ -223,37 +174,6 @@ def worker_table(datasets: dict[str, Dataset], workers: list[int], rounds: int) 
     return table
 
 
-# --- where the time goes --------------------------------------------------------------------------
-
-
-def profiled(dataset: Dataset) -> dict[str, float]:
-    """Milliseconds of a sample, and of its groups of functions."""
-    profile = cProfile.Profile()
-    with profile:
-        for index in range(len(dataset)):
-            sample(dataset, index)
-    stats = pstats.Stats(profile)
-    milliseconds = dict.fromkeys(("sample", *GROUPS, "rest"), 0.0)
-    for (file, _, function), (_, _, own, *_) in stats.stats.items():
-        group = group_of(f"{Path(file).stem} {function}")
-        milliseconds[group] += 1000 * own / len(dataset)
-    milliseconds["sample"] = 1000 * stats.total_tt / len(dataset)
-    return milliseconds
-
-
-def group_of(function: str) -> str:
-    named = (group for group, marks in GROUPS.items() if any(mark in function for mark in marks))
-    return next(named, "rest")
-
-
-def profile_table(datasets: dict[str, Dataset], rounds: int) -> Table:
-    table = Table("Where the time of a sample goes, under cProfile", "ms")
-    for name, dataset in datasets.items():
-        seen = [profiled(dataset) for _ in range(rounds)]
-        table.rows.append(Row(name, {group: [s[group] for s in seen] for group in seen[0]}))
-    return table
-
-
 # --- the index ------------------------------------------------------------------------------------
 
 
@@ -282,7 +202,7 @@ def index_table(sizes: list[int], rounds: int) -> Table:
     return table
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, "loader")
     parser.add_argument("--count", type=int, default=8, help="pictures (default 8)")
     parser.add_argument("--index_rows", type=int, nargs="+", default=[1000])
@@ -296,7 +216,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(sys.argv[1:] if argv is None else argv)
+    args = parse_args(argv)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     sizes = SIZES[args.size]
@@ -304,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
         root = Path(folder)
         write_pictures(root, args.count, sizes.width, sizes.height)
         datasets = open_datasets(root, sizes)
-        tables = [rate_table(root, datasets, args.rounds), profile_table(datasets, args.rounds)]
+        tables = [rate_table(root, datasets, args.rounds)]
         if args.workers:
             tables.append(worker_table(datasets, args.workers, args.rounds))
     tables.append(index_table(args.index_rows, args.rounds))

@@ -5,14 +5,14 @@ import gc
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from benchmarks.harness import Row
+from benchmarks.harness import Row, alternate
 
 MIB = 2**20
 # glibc gives freed blocks above this many bytes back to the system at once. By itself it keeps
@@ -52,16 +52,12 @@ def memory_rows(
         cases: per case the arguments of `measure`, which answers as `peak_memory` does; called in
             turns, each time in a fresh process.
     """
-    seen: dict[str, dict[str, list[float]]] = {
-        kind: {case: [] for case in cases} for kind in ("total", "above")
+    fresh = {case: partial(in_fresh_process, measure, *given) for case, given in cases.items()}
+    seen = alternate(fresh, rounds, f"memory, {name}")
+    return {
+        kind: Row(name, {case: [peak[kind] for peak in peaks] for case, peaks in seen.items()})
+        for kind in ("total", "above")
     }
-    with tqdm(total=rounds * len(cases), desc=f"memory, {name}", unit="run") as progress:
-        for _ in range(rounds):
-            for case, arguments in cases.items():
-                for kind, value in in_fresh_process(measure, *arguments).items():
-                    seen[kind][case].append(value)
-                progress.update()
-    return {kind: Row(name, figures) for kind, figures in seen.items()}
 
 
 def _in_use(device: torch.device) -> int:

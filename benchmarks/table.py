@@ -7,15 +7,14 @@ benchmarks/results/NAME.json; the prose around them stays as it is. A file of re
 markers yet gets a section at the end.
 """
 
-import argparse
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import REPOSITORY, RESULTS, table_lines
-from elite.console import OK, run
-from elite.files import write_text
+from elite.console import OK, run, script_parser
+from elite.files import check_writable, write_text
 
 PAGE = REPOSITORY / "docs" / "BENCHMARKS.md"
 SECTION = re.compile(r"<!-- results: (?P<name>\S+) -->\n.*?<!-- end: (?P=name) -->", re.DOTALL)
@@ -71,14 +70,13 @@ def read_results(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of JSON files")
     parser.add_argument("--page", type=Path, default=PAGE)
     args = parser.parse_args(argv)
     if not args.page.exists():
         raise ValueError(f"{args.page}: no such file; expected a page with markers for results")
+    check_writable(args.page.parent)
     results = read_results(args.results)
     page = render(args.page.read_text(encoding="utf-8"), results)
     write_text(args.page, page)

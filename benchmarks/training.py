@@ -11,7 +11,6 @@ which is put in order between the turns, outside the timed part.
 """
 
 import argparse
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -223,7 +222,7 @@ def tables(args: argparse.Namespace, device: torch.device) -> list[Table]:
     return [*times, above, total]
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, "training")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument(
@@ -243,7 +242,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(sys.argv[1:] if argv is None else argv)
+    args = parse_args(argv)
     return finish(args, tables(args, pick_device(args.device)), "training")
 
 

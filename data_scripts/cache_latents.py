@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
 
-from elite.console import OK, PARTLY_FAILED, quiet_libraries, run
+from elite.console import OK, PARTLY_FAILED, check_least, quiet_libraries, run, script_parser
 from elite.files import check_writable
 from elite.wording import one_line
 
@@ -23,9 +23,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("train_data_dir", type=Path, help="Open Images root")
     parser.add_argument("out_dir", type=Path, help="folder for the latents")
     parser.add_argument(
@@ -54,16 +52,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def check_args(args: argparse.Namespace) -> None:
-    for name, least in (("resolution", 8), ("batch_size", 1), ("workers", 0)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name} {value}: expected {least} or more")
-
-
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
-    check_args(args)
+    check_least(args, resolution=8, batch_size=1, workers=0)
     check_writable(args.out_dir)
     quiet_libraries()
     import torch

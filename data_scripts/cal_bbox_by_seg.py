@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
 
-from elite.console import complain
+from elite.console import OK, PARTLY_FAILED, check_least, run, script_parser
 from elite.files import check_writable
 from elite.images import read_mask
 from elite.open_images import files_in, save_mask_boxes
@@ -94,9 +94,7 @@ def find_masks(folder: Path, set_name: str) -> tuple[list[Path], Path]:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("folder", type=Path, help="Open Images root, its segs/ or its segs/test/")
     parser.add_argument(
         "--set_name", default="test", help="test, validation or train (default test)"
@@ -109,23 +107,18 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
-    try:
-        if args.workers < 1:
-            raise ValueError(f"--workers {args.workers}: expected 1 or more")
-        masks, place = find_masks(args.folder.resolve(), args.set_name)
-        index_path = place.with_name(f"{place.name}_bbox_dict.npy")
-        check_writable(index_path.parent)
-        boxes, failures = collect(boxes_of_files(masks, args.workers), place)
-        save_mask_boxes(index_path, boxes)
-    except ValueError as error:
-        complain(error)
-        return 2
+    check_least(args, workers=1)
+    masks, place = find_masks(args.folder.resolve(), args.set_name)
+    index_path = place.with_name(f"{place.name}_bbox_dict.npy")
+    check_writable(index_path.parent)
+    boxes, failures = collect(boxes_of_files(masks, args.workers), place)
+    save_mask_boxes(index_path, boxes)
     print(f"{index_path}: {len(boxes)} boxes of {len(masks)} masks")
     if failures:
         lines = map(one_line, failures)
         print(f"{len(failures)} masks could not be read:", *lines, sep="\n  ", file=sys.stderr)
-    return 3 if failures else 0
+    return PARTLY_FAILED if failures else OK
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
 
-from elite.console import OK, run
+from elite.console import OK, run, script_parser
 from elite.files import check_writable, write_atomically
 
 SIDE = 128
@@ -152,9 +152,7 @@ def fetch(source: Source, folder: Path, names: dict[str, str] | None) -> int:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--sources", nargs="+", choices=list(SOURCES), default=list(SOURCES))
     return parser.parse_args(arguments)

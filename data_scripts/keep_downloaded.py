@@ -7,8 +7,8 @@ the whole ones stay as `annotations/*.all.csv`, so that it can be run again once
 code 2: nothing was written.
 """
 
-import argparse
 import csv
+import itertools
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
 
-from elite.console import OK, run
+from elite.console import OK, run, script_parser
 from elite.files import write_atomically
 from elite.open_images import csv_opened, file_key, files_in, image_file
 
@@ -49,23 +49,24 @@ def keep(table: Path, root: Path, set_name: str) -> int:
     """
     whole = table.with_suffix(".all.csv")
     source = whole if whole.exists() else table
-    kept = sum(is_there for _, is_there in rows_of(source, root, set_name)) - 1
+    rows = (row for row, is_there in rows_of(source, root, set_name) if is_there)
+    first = list(itertools.islice(rows, 2))  # the header, and a row unless none is kept
+    kept = 0
 
     def write(temporary: Path) -> None:
+        nonlocal kept
         with open(temporary, "w", encoding="utf-8", newline="") as file:
-            rows = rows_of(source, root, set_name)
-            csv.writer(file, lineterminator="\n").writerows(row for row, there in rows if there)
+            writer = csv.writer(file, lineterminator="\n")
+            kept = sum(1 for row in itertools.chain(first, rows) if writer.writerow(row)) - 1
         source.rename(whole)
 
-    if kept:
+    if len(first) > 1:
         write_atomically(table, write)
     return kept
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("folder", type=Path, help="Open Images root")
     parser.add_argument(
         "--set_name", default="test", help="test, validation or train (default test)"

@@ -31,7 +31,15 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
 
-from elite.console import BAD_INPUT, OK, PARTLY_FAILED, complain, quiet_libraries, run
+from elite.console import (
+    BAD_INPUT,
+    OK,
+    PARTLY_FAILED,
+    complain,
+    quiet_libraries,
+    run,
+    script_parser,
+)
 from elite.data import Pair, PairFolder
 from elite.files import check_writable, write_atomically
 from elite.images import cut_out, read_image
@@ -186,9 +194,7 @@ def write_sheets(rows: list[list[Image.Image]], path: Path) -> list[str]:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("folder", type=Path, help="pictures (jpg, png, webp, ...)")
     parser.add_argument("--boxes", type=Path, help="CSV file of name,left,top,right,bottom")
     parser.add_argument(

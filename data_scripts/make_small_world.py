@@ -27,7 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
 
 from data_scripts.cal_bbox_by_seg import Box, tight_box
-from elite.console import OK, run
+from elite.console import OK, check_least, run, script_parser
 from elite.files import check_writable, write_atomically
 from elite.open_images import mask_boxes_path, save_mask_boxes
 from small_world.captions import CLASS_WORD
@@ -35,33 +35,14 @@ from small_world.objects import NUM_OBJECTS, name_of, object_rng, test_object
 from small_world.render import Pose, draw
 from small_world.world import SCENES, random_critter
 
-BOX_COLUMNS = [
-    "ImageID",
-    "Source",
-    "LabelName",
-    "Confidence",
-    "XMin",
-    "XMax",
-    "YMin",
-    "YMax",
-    "IsOccluded",
-    "IsTruncated",
-    "IsGroupOf",
-    "IsDepiction",
-    "IsInside",
-]
-MASK_COLUMNS = [
-    "MaskPath",
-    "ImageID",
-    "LabelName",
-    "BoxID",
-    "BoxXMin",
-    "BoxXMax",
-    "BoxYMin",
-    "BoxYMax",
-    "PredictedIoU",
-    "Clicks",
-]
+BOX_COLUMNS = (
+    *("ImageID", "Source", "LabelName", "Confidence", "XMin", "XMax", "YMin", "YMax"),
+    *("IsOccluded", "IsTruncated", "IsGroupOf", "IsDepiction", "IsInside"),
+)
+MASK_COLUMNS = (
+    *("MaskPath", "ImageID", "LabelName", "BoxID", "BoxXMin", "BoxXMax", "BoxYMin", "BoxYMax"),
+    *("PredictedIoU", "Clicks"),
+)
 JPEG_QUALITY = 95
 LABEL = f"/m/sw_{CLASS_WORD}"
 CHUNK = 50  # pictures handed to a process at a time
@@ -88,12 +69,19 @@ def write_picture(root: Path, seed: int, size: int, number: int) -> Record:
     rng = np.random.default_rng((seed, number))
     critter = random_critter(rng, "trained")
     image, mask = draw(critter, str(rng.choice(list(SCENES))), rng, size)
+    return write_pair(root, number, image, mask > 0)
+
+
+def write_pair(
+    root: Path, number: int, image: np.ndarray, mask: np.ndarray, quality: int = JPEG_QUALITY
+) -> Record:
+    """Writes a picture, uint8 (H, W, 3), and the mask of its one object, bool (H, W)."""
     box = tight_box(mask)
     assert box is not None
     record = Record(f"{number:016x}", box)
     path = root / "images" / "test" / f"{record.image_id}.jpg"
-    Image.fromarray(image).save(path, quality=JPEG_QUALITY)
-    Image.fromarray(mask > 0).save(root / "segs" / "test" / record.mask_name)
+    Image.fromarray(image).save(path, quality=quality)
+    Image.fromarray(mask).save(root / "segs" / "test" / record.mask_name)
     return record
 
 
@@ -105,30 +93,37 @@ def make_open_images(root: Path, count: int, seed: int, size: int, workers: int)
 
 
 def _fill_folder(count: int, seed: int, size: int, workers: int, root: Path) -> None:
-    for folder in ("images/test", "segs/test", "annotations"):
-        (root / folder).mkdir(parents=True)
+    make_folders(root)
     write = partial(write_picture, root, seed, size)
     with ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=cv2.setNumThreads, initargs=(1,)
     ) as pool:
         written = pool.map(write, range(count), chunksize=CHUNK)
         records = list(tqdm(written, "render", count, unit="picture"))
-    write_annotations(root / "annotations", records, size)
-    save_mask_boxes(mask_boxes_path(root), {r.mask_name: r.box for r in records})
+    write_annotations(root, records, size, size)
 
 
-def write_annotations(folder: Path, records: list[Record], size: int) -> None:
-    """The three CSV files of Open Images V6."""
-    boxes, masks = [], []
+def make_folders(root: Path) -> None:
+    """The folders of Open Images V6."""
+    for folder in ("images/test", "segs/test", "annotations"):
+        (root / folder).mkdir(parents=True)
+
+
+def write_annotations(root: Path, records: list[Record], width: int, height: int) -> None:
+    """The three CSV files of Open Images V6 and the index of mask boxes, of pictures of one
+    size."""
+    folder, boxes, masks = root / "annotations", [], []
     for r in records:
-        top, bottom, left, right = (round(side / size, 6) for side in r.box)
-        box = (left, right, top, bottom)
+        top, bottom, left, right = r.box
+        sides = left / width, right / width, top / height, bottom / height
+        box = tuple(round(side, 6) for side in sides)
         boxes.append((r.image_id, "xclick", LABEL, 1, *box, 0, 0, 0, 1, 0))
         masks.append((r.mask_name, r.image_id, LABEL, r.box_id, *box, 1, ""))
     classes = [(LABEL, CLASS_WORD.capitalize())]
     write_csv(folder / "oidv6-class-descriptions.csv", ("LabelName", "DisplayName"), classes)
     write_csv(folder / "test-annotations-bbox.csv", BOX_COLUMNS, boxes)
     write_csv(folder / "test-annotations-object-segmentation.csv", MASK_COLUMNS, masks)
+    save_mask_boxes(mask_boxes_path(root), {r.mask_name: r.box for r in records})
 
 
 def write_csv(path: Path, header: Iterable[str], rows: Iterable[tuple]) -> None:
@@ -150,9 +145,7 @@ def make_test_datasets(folder: Path, size: int) -> None:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("out_dir", type=Path, nargs="?", help="Open Images folder to make")
     parser.add_argument("--count", type=int, default=6000, help="pictures (default 6000)")
     parser.add_argument("--seed", type=int, default=1, help="of everything random (default 1)")
@@ -165,9 +158,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def check_args(args: argparse.Namespace) -> None:
     if args.out_dir is None and args.test_datasets is None:
         raise ValueError("nothing to make: expected OUT_DIR, --test_datasets DIR or both")
-    for name, least in (("count", 1), ("seed", 0), ("workers", 1), ("size", 32)):
-        if (value := getattr(args, name)) < least:
-            raise ValueError(f"--{name} {value}: expected {least} or more")
+    check_least(args, count=1, seed=0, workers=1, size=32)
     for folder in (args.out_dir, args.test_datasets):
         if folder is not None:
             check_writable(folder)

@@ -6,15 +6,14 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
 
 from elite import settings
-from elite.config import default_of
+from elite.config import LIMITS, default_of, describe
 from elite.console import OK, run
-from elite.files import write_text
+from elite.files import check_writable, write_text
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TARGET = REPOSITORY / "docs/flags.md"
@@ -59,23 +58,14 @@ def purpose(path: Path) -> str:
     return re.split(r"(?<!al\.)(?<=\.)\s", first)[0].rstrip(":.") + "."
 
 
-def kind_of(hint: Any) -> str:
-    """What a value is, in words."""
-    if isinstance(hint, UnionType):
-        return kind_of(get_args(hint)[0])
-    if get_origin(hint) is list:
-        return f"{kind_of(get_args(hint)[0])}, one or more"
-    return {bool: "on or off", int: "whole number", float: "number", str: "text"}[hint]
-
-
 def values_of(hint: Any, checks: Mapping[str, Any]) -> str:
     """What a flag takes: its choices, or its kind and range."""
     if "choices" in checks:
         several = ", one or more" if get_origin(hint) is list else ""
         return ", ".join(f"`{choice}`" for choice in checks["choices"]) + several
-    words = {"at_least": "at least", "above": "more than", "below": "less than"}
-    limits = [f"{words[key]} {checks[key]}" for key in words if key in checks]
-    return ", ".join([checks.get("expected", kind_of(hint)), *limits])
+    limits = [f"{words} {checks[key]}" for key, (words, _) in LIMITS.items() if key in checks]
+    kind = "on or off" if hint is bool else describe(hint)
+    return ", ".join([checks.get("expected", kind), *limits])
 
 
 def default_text(value: Any) -> str:
@@ -110,6 +100,7 @@ def page() -> str:
 
 
 def main() -> int:
+    check_writable(TARGET.parent)
     text = page()
     write_text(TARGET, text)
     print(f"{TARGET}: {len(scripts())} scripts")

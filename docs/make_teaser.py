@@ -57,8 +57,9 @@ def assemble(rows: list[list[Image.Image]], labels: list[str]) -> Image.Image:
 
 def main() -> int:
     quiet_libraries()
-    from elite.files import write_atomically
+    from elite.files import check_writable, write_atomically
 
+    check_writable(TARGET.parent)
     labels = ["one picture", "its object: S", *SCENES]
     sheet = assemble(draw_rows(), labels).quantize(COLOURS, dither=Image.Dither.NONE)
     write_atomically(TARGET, partial(sheet.save, optimize=True))

@@ -1,6 +1,7 @@
 """Model cards: the README.md beside saved weights, from which a stranger can use them."""
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,12 +81,12 @@ WHAT = {
 }
 
 
-class Carded(PushToHubMixin):
+class Carded(PushToHubMixin, ABC):
     """Saves and uploads a model card with the weights."""
 
+    @abstractmethod
     def card(self) -> str:
         """The text of the model card."""
-        raise NotImplementedError
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -97,7 +98,7 @@ class Carded(PushToHubMixin):
         return super()._upload_folder(working_dir, *args, **kwargs)
 
     def _save_card(self, folder: str | Path) -> None:
-        """Leaves a card alone that somebody has written."""
+        """Writes the card, unless somebody has written one there."""
         path = Path(folder) / CARD
         if not path.exists() or EMPTY_CARD in path.read_text(encoding="utf-8"):
             write_text(path, self.card())

@@ -58,7 +58,7 @@ def load_torch(path: Path | str) -> Any:
         ValueError: no such file, or it holds anything else.
     """
     if not is_file(path):
-        raise ValueError(f"{path}: no such file; expected one of torch.save")
+        raise ValueError(f"{path}: no such file; expected one that torch.save wrote")
     try:
         check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -128,7 +128,7 @@ def _check_files(folder: Path) -> None:
 
 
 def _check_config(config: dict) -> None:
-    """Raises ValueError where a mapper's config.json holds other than sizes that may be tried."""
+    """Raises ValueError where a mapper's config.json holds anything but sizes worth trying."""
     attention = config.get("attention") or {}
     layers = config["hidden_layers"]
     widths = [config.get(name) for name in ("input_dim", "output_dim", "hidden_dim")]

@@ -1,5 +1,5 @@
-"""A concept: what ELITE needs to know of one object, encoded once from its picture and mask, and
-the file of it."""
+"""A concept: what ELITE needs to know of one object, encoded once from its picture and mask; and
+its file."""
 
 import hashlib
 from collections.abc import Mapping
@@ -85,9 +85,7 @@ class Concept:
             origin: what it was encoded from, for `is_saved`.
         """
         metadata = {**(origin or {}), **HEADER, "fingerprint": self.fingerprint}
-        content = save(
-            self.tensors, metadata
-        )  # save_file would make a file that others cannot read
+        content = save(self.tensors, metadata)  # save_file lets nobody else read its file
         write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
     @classmethod

@@ -6,10 +6,11 @@ The dataclasses are in `elite/settings.py`. A script reads one and hands plain a
 
 import argparse
 import math
+import operator
 import re
 import sys
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
@@ -21,11 +22,20 @@ from elite.wording import brief, nearest, one_line
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
+# The limits of a setting: how they are called in messages, and what has to hold.
+LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "at_least": ("at least", operator.ge),
+    "at_most": ("at most", operator.le),
+    "above": ("more than", operator.gt),
+    "below": ("less than", operator.lt),
+}
+
 Config = TypeVar("Config")
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML with the scalars of YAML 1.2: `1e-6` is a number, `no` is a word."""
+    """Safe YAML in which `no` is a word, as in YAML 1.2. `1e-6` stays text until a setting makes it
+    a number."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -34,11 +44,6 @@ _Loader.yaml_implicit_resolvers = {
 }
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$"),
-    list("-+.0123456789"),
 )
 
 
@@ -102,11 +107,7 @@ def build_config(config_class: type[Config], *layers: Mapping[str, Any]) -> Conf
 
 def read_yaml(path: Path | str) -> dict[str, Any]:
     """The settings in a YAML file. Raises ValueError where it is no readable mapping."""
-    try:
-        text = read_text(path)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path}: {reason}; --config expects a YAML file") from None
+    text = read_text(path, "--config expects a YAML file")
     try:
         content = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -215,8 +216,8 @@ def _read(value: Any, hint: Any, checks: Mapping[str, Any]) -> Any:
     """A value from YAML or the command line in its field's type and range."""
     try:
         result = _convert(value, hint)
-    except (TypeError, ValueError):
-        raise ValueError(f"got {brief(value)}, expected {_describe(hint)}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"got {brief(value)}, expected {describe(hint)}") from None
     for part in result if isinstance(result, list) else [result]:
         expected = None if part is None else _violation(part, checks)
         if expected:
@@ -225,59 +226,40 @@ def _read(value: Any, hint: Any, checks: Mapping[str, Any]) -> Any:
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    """`value` as `hint`; TypeError or ValueError where it is none."""
+    """`value` as `hint`; TypeError, ValueError or OverflowError where it is none."""
     if get_origin(hint) is list:
-        return [_convert(part, get_args(hint)[0]) for part in _list(value)]
+        if not isinstance(value, list | tuple) or not value:
+            raise TypeError
+        return [_convert(part, get_args(hint)[0]) for part in value]
     if isinstance(hint, types.UnionType):
         return None if value in (None, "none", "None") else _convert(value, get_args(hint)[0])
     if isinstance(value, bool) != (hint is bool) or not isinstance(value, str | int | float):
         raise TypeError
-    if hint is int and isinstance(value, float):
+    if (hint is int and isinstance(value, float)) or "\0" in str(value):
         raise TypeError
+    str(value).encode()  # fails for half of a surrogate pair, which no file and no tokenizer takes
     result = hint(value)
-    if hint is str and ("\0" in result or not _is_unicode(result)):
-        raise ValueError
     if isinstance(result, float) and not math.isfinite(result):
         raise ValueError
     return result
 
 
-def _is_unicode(text: str) -> bool:
-    """False for half of a surrogate pair, which no file and no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _list(value: Any) -> Sequence[Any]:
-    if not isinstance(value, list | tuple) or not value:
-        raise TypeError
-    return value
-
-
-def _describe(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+def describe(hint: Any) -> str:
+    """What a field of this type takes, in words."""
     if isinstance(hint, types.UnionType):
-        return f"{_describe(get_args(hint)[0])} or none"
+        return f"{describe(get_args(hint)[0])} or none"
     if get_origin(hint) is list:
         return "a list of " + {int: "whole numbers", str: "texts"}[get_args(hint)[0]]
-    return names[hint]
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[hint]
 
 
 def _violation(value: Any, checks: Mapping[str, Any]) -> str | None:
     """What was expected, where `value` fails a check; None where it passes."""
     if "choices" in checks and value not in checks["choices"]:
         return f"one of {', '.join(checks['choices'])}"
-    if "at_least" in checks and value < checks["at_least"]:
-        return f"at least {checks['at_least']}"
-    if "at_most" in checks and value > checks["at_most"]:
-        return f"at most {checks['at_most']}"
-    if "above" in checks and value <= checks["above"]:
-        return f"more than {checks['above']}"
-    if "below" in checks and value >= checks["below"]:
-        return f"less than {checks['below']}"
+    for name, (words, holds) in LIMITS.items():
+        if name in checks and not holds(value, checks[name]):
+            return f"{words} {checks[name]}"
     if "pattern" in checks and not re.fullmatch(checks["pattern"], value):
         return str(checks["expected"])
     return None

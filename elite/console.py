@@ -1,6 +1,7 @@
 """What the scripts have in common at the command line: one clear line for a user's mistake, exit
 codes, signals, quiet libraries."""
 
+import argparse
 import os
 import shlex
 import signal
@@ -45,14 +46,31 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """A note as one line, above a progress bar if there is one."""
+    """A note as one line, above a progress bar if there is one; of what all processes of
+    `accelerate launch` note, the first alone shows it."""
     from tqdm import tqdm
 
+    if category is Note and os.environ.get("RANK", "0") != "0":
+        return
     if issubclass(category, Note):
         text = f"note: {one_line(message)}"
     else:
         text = warnings.formatwarning(message, category, filename, lineno).rstrip()
     tqdm.write(text, file=sys.stderr)
+
+
+def script_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A command line whose --help begins with the script's docstring as it stands."""
+    return argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def check_least(args: argparse.Namespace, **least: int) -> None:
+    """Raises ValueError where a flag of this name is given less than its least number."""
+    for name, number in least.items():
+        if (value := getattr(args, name)) is not None and value < number:
+            raise ValueError(f"--{name} {value}: expected {number} or more")
 
 
 def complain(message: object) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from elite.files import digest_files
 from elite.images import ENDINGS, FORMATS, doubt, fit_mask, read_image, read_mask
-from elite.wording import brief, note
+from elite.wording import ShareNote, brief, note
 
 PICTURES = {ending for name in FORMATS for ending in ENDINGS[name]}
 # Other pictures, which are named where they are left out.
@@ -45,7 +45,7 @@ class Pair:
             )
         mask = fit_mask(read_mask(self.mask_path), image, str(self.mask_path))
         if doubtful := doubt(mask):
-            note(f"{self.mask_path}: {doubtful}")
+            note(f"{self.mask_path}: {doubtful}", ShareNote)
         return image, mask
 
     @property

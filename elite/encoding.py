@@ -67,7 +67,7 @@ def read_entries(
     """The objects of a folder in order, each read once ahead of its use, `batch_size` together.
 
     Args:
-        failed: called with one line for each that cannot be read or is of other mappers.
+        failed: called with one line for each that cannot be read or was made by other mappers.
     """
     read: Callable[[int], Any]
     encode: Callable[[list[Any]], Iterable[Entry]]
@@ -156,7 +156,7 @@ def encode_folder(
 
 
 def progress_bar(what: str, unit: str, total: int, left: int) -> tqdm:
-    """Of the main process's share, what an earlier run has done counted; the others show none."""
+    """A bar of the main process's share, with what an earlier run has done; others show none."""
     done = total - left
     return tqdm(
         desc=what,
@@ -169,7 +169,7 @@ def progress_bar(what: str, unit: str, total: int, left: int) -> tqdm:
 
 
 def _write_sheet(pairs: PairFolder, path: Path) -> None:
-    """What was read of the first pairs; nothing is written where none could be."""
+    """The first pairs as they were read; no sheet where none could be."""
     rows = []
     for index in range(min(SHEET_ROWS, len(pairs))):
         try:

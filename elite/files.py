@@ -14,11 +14,12 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+OWNER_ALONE = 0o600  # permissions that safetensors gives its files
 LEFTOVER = re.compile(r"\..+\.\d+\.(tmp|old)(\.\w+)?")  # of a process that was killed
 
 
 def _hidden(path: Path, kind: str) -> Path:
-    """A name beside `path` that nobody looks at; the same ending, since writers go by it."""
+    """A hidden name beside `path`, of the same ending, by which writers choose the format."""
     return path.with_name(f".{path.stem}.{os.getpid()}.{kind}{path.suffix}")
 
 
@@ -55,7 +56,7 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
 
 
 def check_writable(folder: Path | str) -> None:
-    """Raises ValueError where a folder cannot be made or written into; makes nothing."""
+    """Raises ValueError where a folder cannot be made or written into; creates nothing."""
     folder = Path(folder).absolute()
     for path in (folder, *folder.parents):
         try:
@@ -74,10 +75,12 @@ def check_writable(folder: Path | str) -> None:
 
 
 def give_usual_rights(path: Path) -> None:
-    """Lets those read a safetensors file, or all in a folder, who may read any new file;
-    safetensors itself lets their owner alone."""
+    """Gives a safetensors file, or all those in a folder, the permissions of any other new file;
+    safetensors itself lets nobody but their owner read them."""
     files = [path] if path.suffix == ".safetensors" else [*path.rglob("*.safetensors")]
     for file in files:
+        if stat.S_IMODE(file.stat().st_mode) != OWNER_ALONE:
+            continue  # they are right already
         probe = _hidden(file, "tmp")
         probe.touch()
         os.chmod(file, stat.S_IMODE(probe.stat().st_mode))
@@ -123,8 +126,8 @@ def _is_disk_error(error: Exception) -> bool:
 
 
 def check_archive(path: Path | str) -> None:
-    """Raises ValueError where a file of torch.save would grow as it is read; torch never
-    compresses."""
+    """Raises ValueError where a file of torch.save is compressed, and so may grow without bound as
+    it is read; torch itself never compresses."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -137,24 +140,27 @@ def is_file(path: Path | str) -> bool:
     return os.path.isfile(path)
 
 
-def read_text(path: Path | str, most: int = 2**18) -> str:
+def read_text(path: Path | str, remedy: str, most: int = 2**18) -> str:
     """The UTF-8 text of a small file.
 
     Args:
+        remedy: how a message about the file ends, such as "expected captions".
         most: bytes; what is meant to be written by hand is never longer.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: more than `most` bytes, or no UTF-8; the message does not name the file.
+        ValueError: it cannot be read, has more than `most` bytes, or is no UTF-8.
     """
-    with open(path, "rb") as file:
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise ValueError(f"more than {most // 1024} kB; expected a short text")
     try:
-        return content.decode("utf-8-sig")
+        with open(path, "rb") as file:
+            content = file.read(most + 1)
+        if len(content) <= most:
+            return content.decode("utf-8-sig")
+        reason = f"more than {most // 1024} kB; expected a short text"
     except UnicodeDecodeError:
-        raise ValueError("not text; save it as UTF-8") from None
+        reason = "not text; save it as UTF-8"
+    except (OSError, ValueError) as error:  # a NUL in the path is a ValueError
+        reason = getattr(error, "strerror", None) or str(error)
+    raise ValueError(f"{path}: {reason}; {remedy}")
 
 
 def digest_files(*paths: Path) -> str:

@@ -35,40 +35,30 @@ with suppress(ImportError):
 Image.init()
 FORMATS = [name for name in ENDINGS if name in Image.OPEN]  # no other decoder is handed a file
 MAX_PIXELS = 64_000_000  # of a file that nobody bounds tighter; its arrays stay below 2 GB
-SAME_ASPECT = (
-    0.02  # relative difference of aspect ratios up to which a mask is resized to its image
-)
+# Relative difference of aspect ratios up to which a mask is resized to its image.
+SAME_ASPECT = 0.02
 
 
 def _open(path: Path | str, max_pixels: int | None = None) -> Image.Image:
     """The decoded picture, upright (EXIF rotation applied)."""
     if not is_file(path):  # a pipe would block, a device never end
         raise ValueError(f"{path}: no such file; expected an image")
+    most = max_pixels or MAX_PIXELS
     try:
         with Image.open(path, formats=FORMATS) as image:
-            _check_pixels(path, image, max_pixels or MAX_PIXELS)
-            image.load()
-            return ImageOps.exif_transpose(image)
-    except _TooManyPixels:
-        raise
+            if image.width * image.height <= most:
+                image.load()
+                return ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
         raise ValueError(f"{path}: not a readable image; save it again as PNG or JPEG") from None
     except Exception as error:  # decoders raise whatever they like
         raise ValueError(
             f"{path}: not a readable image ({error}); save it again as PNG or JPEG"
         ) from None
-
-
-class _TooManyPixels(ValueError):
-    """Says itself what is wrong."""
-
-
-def _check_pixels(path: Path | str, image: Image.Image, max_pixels: int) -> None:
-    if image.width * image.height > max_pixels:
-        raise _TooManyPixels(
-            f"{path}: {image.width} x {image.height} is more than {max_pixels / 1e6:g} million "
-            "pixels; make it smaller"
-        )
+    raise ValueError(
+        f"{path}: {image.width} x {image.height} is more than {most / 1e6:g} million pixels; "
+        "make it smaller"
+    )
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
@@ -154,9 +144,8 @@ def fit_mask(mask: np.ndarray, image: np.ndarray, name: str = "mask") -> np.ndar
                 f"{name}: mask is {mask_width} x {mask_height}, its image {width} x {height}; "
                 "draw the mask on the image itself"
             )
-        mask = (
-            cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST) > 0
-        )
+        pixels = mask.astype(np.uint8)
+        mask = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_NEAREST) > 0
     if not mask.any():
         raise ValueError(f"{name}: mask has no object pixel; paint the object in white on black")
     return mask

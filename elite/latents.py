@@ -43,7 +43,7 @@ SCRIPT = "python data_scripts/cache_latents.py"
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of the cache as it has to be now.
+    """A file of the cache, and what it has to hold.
 
     Args:
         path: where it lies, or is to lie.
@@ -130,7 +130,7 @@ def shards_of(boxes: OpenImagesBoxes, vae: AutoencoderKL, folder: Path | str) ->
 
 
 def vae_fingerprint(vae: AutoencoderKL) -> str:
-    """Of the weights that encode; other weights that decode leave latents as they are."""
+    """A fingerprint of the weights that encode; those that decode change no latent."""
     digest = hashlib.sha256()
     for key, value in sorted(vae.state_dict().items()):
         if not key.startswith(("decoder.", "post_quant_conv.")):

@@ -118,7 +118,7 @@ class Mapper(Carded, ModelMixin, ConfigMixin):
         hidden_dim: int = 1024,
         hidden_layers: Sequence[int] = HIDDEN_LAYERS,
     ) -> Self:
-        """A mapper with the widths and layers of these models, nothing of their weights.
+        """A mapper with the widths and layers of these models, but none of their weights.
 
         Raises:
             ValueError: the image encoder lacks one of the hidden layers.

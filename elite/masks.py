@@ -1,4 +1,4 @@
-"""Masks without other tools: GrabCut (Rother et al. 2004) from a box or from the middle of the
+"""Masks without a model: GrabCut (Rother et al. 2004) from a box or from the middle of the
 picture."""
 
 from collections.abc import Callable

@@ -1,5 +1,5 @@
-"""What one prompt is given for the words in it that stand for objects: which concepts, which of
-their words, how much of their details, and where."""
+"""What the placeholders of a prompt stand for: which concepts, which of their words, with what
+weight, and where."""
 
 from collections.abc import Mapping, Sequence
 from numbers import Integral
@@ -27,7 +27,7 @@ def concepts_by_name(
     concepts: Concepts | None,
     placeholder: str,
 ) -> Concepts:
-    """Concepts by their placeholders, of either way to give them."""
+    """Concepts by placeholder, whichever way they were given."""
     if concept is None:
         if not isinstance(concepts or {}, Mapping):
             raise ValueError(f'concepts are {brief(concepts)}; expected {{"S1": a, "S2": b}}')
@@ -74,7 +74,7 @@ def latent_regions(
 
 
 def row_per_prompt(concept: ConceptLike | Sequence[ConceptLike], count: int) -> Concept:
-    """`count` rows of one concept, or of one for each.
+    """`count` rows: all of one concept, or each of its own.
 
     Raises:
         ValueError: another number of concepts, no concepts, or of different mappers.

@@ -21,6 +21,7 @@ from elite.text import encode_text, tokenize
 WORD_PENALTY = 0.01  # stage 1, weight of mean |w|
 VALUE_PENALTY = 1e-4  # stage 2, weight of mean |V_l f|
 PREDICTIONS = ("epsilon", "v_prediction")
+NOISING = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
 POSTERIOR_STREAM, NOISE_STREAM, TIMESTEP_STREAM = 0, 1, 2  # independent draws of one sample seed
 
 Batch = Mapping[str, Any]  # tensors, and the list of captions
@@ -70,20 +71,8 @@ class DenoisingObjective(nn.Module, ABC):
         self.vae, self.text_encoder = parts["vae"], parts["text_encoder"]
         self.unet = parts["unet"]
         # The release trains on DDPM noise whatever the sampler.
-        self.scheduler = DDPMScheduler(
-            **{
-                key: value
-                for key, value in parts["scheduler"].config.items()
-                if key
-                in (
-                    "num_train_timesteps",
-                    "beta_start",
-                    "beta_end",
-                    "beta_schedule",
-                    "prediction_type",
-                )
-            }
-        )
+        known = parts["scheduler"].config
+        self.scheduler = DDPMScheduler(**{key: known[key] for key in NOISING if key in known})
 
     @property
     @abstractmethod
@@ -185,7 +174,7 @@ class EliteObjective(DenoisingObjective):
         return self.global_mapper if self.local_mapper is None else self.local_mapper
 
     def save_pretrained(self, folder: Path) -> None:
-        """The trained mapper, as a folder of its name that the pipeline loads."""
+        """Writes the trained mapper to a folder of its name, which the pipeline loads."""
         name = "global_mapper" if self.local_mapper is None else "local_mapper"
         write_atomically(folder / name, self.trained.save_pretrained)
 

@@ -19,14 +19,7 @@ from torch import Tensor
 from elite.augment import clip_view, object_view, scaled_target
 from elite.defaults import PLACEHOLDER
 from elite.files import write_atomically
-from elite.images import (
-    fit_mask,
-    read_image,
-    read_mask,
-    resize,
-    to_clip_pixels,
-    to_pixels,
-)
+from elite.images import fit_mask, read_image, read_mask, resize, to_clip_pixels, to_pixels
 from elite.wording import brief
 
 # The 27 captions of textual inversion's "small" ImageNet set, which come from CLIP's prompts.
@@ -276,7 +269,7 @@ def files_in(folder: Path, ending: str) -> list[Path]:
 
 
 def file_key(path: bytes) -> bytes:
-    """What stays of a path in a table, whatever folder its file has been unzipped to."""
+    """A path's file name in small letters, the same whatever folder the file was unzipped to."""
     return path.rpartition(b"/")[2].lower()
 
 
@@ -420,7 +413,7 @@ def mask_boxes_path(root: Path | str, set_name: str = "test") -> Path:
 
 
 def save_mask_boxes(path: Path, boxes: Mapping[str, tuple[int, int, int, int]]) -> None:
-    """Write the index: per mask file its box, so that `mask[hs:he, ws:we]` is the object.
+    """Writes the index: per mask file its box, so that `mask[hs:he, ws:we]` is the object.
 
     A structured array ordered by name, no pickle; the file appears whole or not at all.
 

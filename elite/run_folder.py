@@ -26,13 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from elite.config import save_config
-from elite.files import (
-    remove_leftovers,
-    remove_whole,
-    write_atomically,
-    write_json,
-    write_text,
-)
+from elite.files import remove_leftovers, remove_whole, write_atomically, write_json, write_text
 from elite.stream import Failure, Samples
 
 HASHES = "hashes.json"
@@ -121,21 +115,18 @@ class RunState:
         scaler: torch.amp.GradScaler | None,
         tally: Tally,
     ) -> None:
-        self.trained, self.optimizer, self.schedule, self.ema = trained, optimizer, schedule, ema
-        self.scaler, self.tally = scaler, tally
+        self.trained = trained
+        # What has a state of its own, by its name in the file.
+        parts = {"optimizer": optimizer, "schedule": schedule, "ema": ema, "scaler": scaler}
+        self.parts: dict[str, Any] = {**parts, "tally": tally}
 
     def save(self, folder: Path, step: int) -> None:
         weights = {name: p.detach().cpu().contiguous() for name, p in self.trained.items()}
         save_file(weights, folder / "weights.safetensors")
-        state = {
-            "step": step,
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
-            "scaler": None if self.scaler is None else self.scaler.state_dict(),
-            "tally": self.tally.state_dict(),
+        states = {
+            name: None if part is None else part.state_dict() for name, part in self.parts.items()
         }
-        torch.save(state, folder / "training_state.pt")
+        torch.save({"step": step, **states}, folder / "training_state.pt")
 
     def load(self, folder: Path) -> int:
         """Returns the step."""
@@ -150,15 +141,11 @@ class RunState:
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(weights[name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        if self.ema is not None:
-            if state["ema"] is None:
-                raise ValueError(f"{folder}: checkpoint without EMA; resume without --ema")
-            self.ema.load_state_dict(state["ema"])
-        if self.scaler is not None and state["scaler"] is not None:
-            self.scaler.load_state_dict(state["scaler"])
-        self.tally.load_state_dict(state["tally"])
+        if self.parts["ema"] is not None and state["ema"] is None:
+            raise ValueError(f"{folder}: checkpoint without EMA; resume without --ema")
+        for name, part in self.parts.items():
+            if part is not None and state[name] is not None:
+                part.load_state_dict(state[name])
         return state["step"]
 
 
@@ -194,7 +181,7 @@ class RunFolder:
         self._open.close()
 
     def at_end(self, call: Callable[[], object]) -> None:
-        """To be called when the run ends, well or not."""
+        """Calls this when the run ends, well or not."""
         self._open.callback(call)
 
     def say(self, line: str) -> None:
@@ -217,8 +204,7 @@ class RunFolder:
         if self.config:
             save_config(self.config, self.folder / "config.yaml")
         kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
-        text = "".join(line + "\n" for line in kept)
-        write_text(self.metrics_file, text)
+        write_text(self.metrics_file, "".join(line + "\n" for line in kept))
         self.board = SummaryWriter(str(self.logging_dir), purge_step=step + 1)
         self._open.callback(self.board.close)
         bar = tqdm(total=max_steps, initial=step, desc="train", unit="step")
@@ -312,8 +298,8 @@ class RunFolder:
             )
 
     def preview(self, step: int, preview: Callable[[], Image.Image]) -> None:
-        """A picture of what the model does now; the training stream does not notice, and a preview
-        that fails is only told of."""
+        """A picture of what the model draws now, outside the training stream; where it fails,
+        training goes on."""
         if not self.is_main:
             return
         try:
@@ -342,7 +328,7 @@ class RunFolder:
             prune(self.folder, checkpoint, limit, self.say)
 
     def sum_up(self, step: int) -> None:
-        """Says how the run has gone."""
+        """Says how the run went."""
         if summary := str(self.tally):
             self.say(f"by step {step} {summary}")
 
@@ -392,7 +378,7 @@ def find_checkpoint(output_dir: Path, resume: str, say: Callable[[str], object] 
 
     Args:
         resume: "latest" for the newest whole one of `output_dir`, or a checkpoint folder.
-        say: is told of each damaged one that is passed over.
+        say: called with a line for each damaged one that is passed over.
 
     Raises:
         ValueError: there is none, or the one named is damaged.

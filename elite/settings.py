@@ -39,6 +39,11 @@ def setting(default: Any, help: str, **checks: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+def word_setting(default: str, help: str) -> Any:
+    """A setting that is one word of a prompt."""
+    return setting(default, help, pattern=r"\S+", expected="one word")
+
+
 def required(help: str) -> Any:
     """A field that the YAML file or a flag has to give."""
     return field(metadata={"help": help})
@@ -46,7 +51,7 @@ def required(help: str) -> Any:
 
 @dataclass(kw_only=True)
 class ModelFilesConfig:
-    """Which files of a Stable Diffusion are read."""
+    """Which files of a Stable Diffusion model are read."""
 
     variant: str | None = setting(
         None, "Variant of the weights' files, as fp16 in model.fp16.safetensors."
@@ -64,7 +69,7 @@ class ModelFilesConfig:
 
 @dataclass(kw_only=True)
 class FitConfig(ModelFilesConfig):
-    """What everything that trains shares."""
+    """What all training scripts share."""
 
     default_steps: ClassVar[int]
 
@@ -93,7 +98,7 @@ class FitConfig(ModelFilesConfig):
     scale_lr: bool = setting(
         False, "Multiply the learning rate by accumulation x batch x processes."
     )
-    lr_scheduler: str = setting("constant", "Course of the learning rate.", choices=LR_SCHEDULERS)
+    lr_scheduler: str = setting("constant", "Schedule of the learning rate.", choices=LR_SCHEDULERS)
     lr_warmup_steps: int = setting(
         0, "Optimiser steps of warm-up, for the schedulers that have one.", at_least=0
     )
@@ -155,11 +160,8 @@ class TrainConfig(FitConfig):
         "CLIP vision tower; None means image_encoder/ in the model folder, "
         "else openai/clip-vit-large-patch14.",
     )
-    placeholder_token: str = setting(
-        PLACEHOLDER,
-        "The word that stands for the object in captions.",
-        pattern=r"\S+",
-        expected="one word",
+    placeholder_token: str = word_setting(
+        PLACEHOLDER, "The word that stands for the object in captions."
     )
     hidden_layers: list[int] = setting(
         [4, 8, 12, 16],
@@ -227,12 +229,7 @@ class TextualInversionConfig(FitConfig):
     output_dir: str = setting(
         "runs/textual_inversion", "Folder for embeddings, checkpoints, previews and logs."
     )
-    placeholder_token: str = setting(
-        "<concept>",
-        "The new word, none of the model's.",
-        pattern=r"\S+",
-        expected="one word",
-    )
+    placeholder_token: str = word_setting("<concept>", "The new word, none of the model's.")
     num_vectors: int = setting(1, "Embeddings the new word stands for.", at_least=1)
     initializer_token: str | None = setting(
         None, "Word or words to start from; None means random embeddings."
@@ -244,8 +241,7 @@ class TextualInversionConfig(FitConfig):
         "object", "What is learned; chooses the captions.", choices=PROPERTIES
     )
     template_file: str | None = setting(
-        None,
-        "Text file of captions with {}, one a line; None means the built-in ones.",
+        None, "Text file of captions with {}, one a line; None means the built-in ones."
     )
     center_crop: bool = setting(False, "Crop the middle of pictures, not a random square.")
     learning_rate: float = setting(5e-4, "Learning rate of AdamW.", above=0)
@@ -276,7 +272,7 @@ class ModelConfig(ModelFilesConfig):
 
 @dataclass(kw_only=True)
 class DrawConfig(ModelConfig):
-    """What everything that draws shares."""
+    """What all scripts that draw share."""
 
     output_dir: str = setting("outputs", "Folder that receives the pictures.")
     num_images: int = setting(
@@ -292,7 +288,7 @@ class DrawConfig(ModelConfig):
     negative_prompt: str | None = setting(
         None, "What pictures should not show; works by guidance, so with guidance_scale above 1."
     )
-    scheduler: str = setting(DEFAULT_SAMPLER, "Sampler; the release's is lms.", choices=SAMPLERS)
+    scheduler: str = setting(DEFAULT_SAMPLER, "Sampler; lms is the release's.", choices=SAMPLERS)
     resolution: int | None = setting(
         None,
         "Side of the pictures in pixels; None means what the model draws.",
@@ -306,7 +302,7 @@ class DrawConfig(ModelConfig):
 
 @dataclass(kw_only=True)
 class ConceptConfig(ModelConfig):
-    """What everything that turns pictures into concepts shares."""
+    """What all scripts that encode pictures share."""
 
     image_encoder_name_or_path: str | None = setting(
         None,
@@ -323,7 +319,7 @@ class ConceptConfig(ModelConfig):
 
 @dataclass(kw_only=True)
 class FolderConfig:
-    """How the objects of a folder are gone through."""
+    """How a folder of objects is worked through."""
 
     no_mask: bool = setting(
         False,
@@ -331,17 +327,15 @@ class FolderConfig:
         "its background then becomes part of the concept.",
     )
     skip_existing: bool = setting(
-        True, "Keep files of an earlier run that say they are of the same input and settings."
+        True, "Keep files of an earlier run that were made from the same input and settings."
     )
 
 
 @dataclass(kw_only=True)
 class EliteConfig(ConceptConfig, DrawConfig):
-    """What everything that draws with ELITE shares."""
+    """What all scripts that draw with ELITE share."""
 
-    placeholder_token: str = setting(
-        PLACEHOLDER, "The word that stands for the object.", pattern=r"\S+", expected="one word"
-    )
+    placeholder_token: str = word_setting(PLACEHOLDER, "The word that stands for the object.")
 
 
 @dataclass(kw_only=True)
@@ -509,9 +503,7 @@ class AppConfig(LocalMapperConfig, ConceptConfig):
     test_data_dir: str = setting(
         "test_datasets", "Folder of NAME.jpg and NAME_bg.png pairs, the examples.", shipped=True
     )
-    placeholder_token: str = setting(
-        PLACEHOLDER, "The word that stands for the object.", pattern=r"\S+", expected="one word"
-    )
+    placeholder_token: str = word_setting(PLACEHOLDER, "The word that stands for the object.")
     resolution: int | None = setting(
         None, "Side of the pictures in pixels; None means what the model draws.", at_least=8
     )

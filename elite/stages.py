@@ -17,12 +17,7 @@ from elite.config import print_config, to_dict
 from elite.console import Stopped, command_again
 from elite.data import PairFolder
 from elite.images import cut_out
-from elite.loading import (
-    DTYPES,
-    load_parts,
-    make_scheduler,
-    side_for_training,
-)
+from elite.loading import DTYPES, load_parts, make_scheduler, side_for_training
 from elite.mappers import Mapper
 from elite.named_concepts import Words
 from elite.objectives import DenoisingObjective, EliteObjective
@@ -140,7 +135,7 @@ def fit_as_configured(
 
 @contextmanager
 def _resume_command_told(accelerator: Accelerator) -> Iterator[None]:
-    """Tells the user of a run that a signal stops how to go on."""
+    """Prints how to go on where a signal stops the run."""
     try:
         yield
     except Stopped:

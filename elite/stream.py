@@ -139,8 +139,8 @@ def stream_loader(
 
 
 def read_batches(loader: DataLoader) -> Generator[dict[str, Any], None, None]:
-    """The loader's batches; what goes wrong in its processes is told as if it happened here. To be
-    closed: its processes ignore the signal with which Python would end them at exit.
+    """The loader's batches; errors of its processes are raised as if they happened here. Close it
+    when done: its processes ignore the signal with which Python would end them at exit.
 
     Raises:
         ValueError: the stream's own, or a loader process has ended.

@@ -103,8 +103,8 @@ def _is_inside_word(match: re.Match) -> bool:
 def read_prompt(
     prompt: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int | None = None
 ) -> str | list[str]:
-    """Prompts as a pipeline of diffusers shall tokenize them, in place of its own
-    `maybe_convert_prompt`: learned words spelled out, and what is too long is told.
+    """Prompts as a pipeline of diffusers should tokenize them, in place of its own
+    `maybe_convert_prompt`: with learned words spelled out, and a note where it is too long.
 
     Args:
         length: tokens that the text encoder reads; None means the tokenizer's own.
@@ -131,7 +131,7 @@ def _tell_cut(
     length: int,
     tell: Callable[[str], object],
 ) -> None:
-    """Tells what a text encoder of this length does not read, the tokens from `kept` on. Raises
+    """Reports what a text encoder of this length does not read, the tokens from `kept` on. Raises
     ValueError where learned words are among them."""
     for word, tokens in learned_words(tokenizer).items():
         if not set(ids[kept:]).isdisjoint(tokenizer.convert_tokens_to_ids(tokens)):
@@ -164,7 +164,7 @@ def tokenize(
         prompts: each with every placeholder in it once.
         placeholders: one word, or N of them.
         num_words: how many words will replace each; they must fit.
-        tell: told of the text that is cut off.
+        tell: called with a message about text that is cut off.
 
     Returns:
         Ids, and positions (B,) of one placeholder or (B, N) of N.

@@ -1,4 +1,4 @@
-"""What messages quote of a stranger's input: short, on one line, nothing that moves the cursor."""
+"""How messages quote a stranger's input: short, on one line, without control characters."""
 
 import difflib
 import reprlib
@@ -18,9 +18,13 @@ class Note(UserWarning):
     """Something that is done as asked, but may not be meant; scripts show it as one line."""
 
 
-def note(message: str) -> None:
-    """Tells the user, the same only once."""
-    warnings.warn(message, Note, stacklevel=2)
+class ShareNote(Note):
+    """A note about a file that perhaps one process of `accelerate launch` alone has read."""
+
+
+def note(message: str, kind: type[Note] = Note) -> None:
+    """Tells the user, once for each message."""
+    warnings.warn(message, kind, stacklevel=2)
 
 
 def brief(value: object) -> str:
@@ -29,7 +33,7 @@ def brief(value: object) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: which one may be meant, if any is like it."""
+    """The end of a message about an unknown name: the known one most like it, if any is."""
     match = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {match[0]}?" if match else ""
 

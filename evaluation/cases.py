@@ -17,6 +17,7 @@ from tqdm import tqdm
 from elite.concept import Concept
 from elite.defaults import PLACEHOLDER
 from elite.drawing import Drawing, is_drawn, png_info
+from elite.encoding import progress_bar
 from elite.files import write_atomically, write_json, write_text
 from elite.images import cut_out
 from elite.pipeline import ElitePipeline
@@ -74,7 +75,7 @@ class ClipScores:
 
     def __init__(self, clip: Clip, cropped: bool) -> None:
         self.clip = clip
-        self.references = lru_cache(partial(_embed_references, clip.images, cropped=cropped))
+        self.references = lru_cache(lambda subject: clip.images(subject.references(cropped)))
 
     def __call__(
         self, pictures: Sequence[Image.Image], cases: Sequence[Case]
@@ -92,7 +93,7 @@ class DinoScores:
 
     def __init__(self, dino: Dino, cropped: bool) -> None:
         self.dino = dino
-        self.references = lru_cache(partial(_embed_references, dino.images, cropped=cropped))
+        self.references = lru_cache(lambda subject: dino.images(subject.references(cropped)))
 
     def __call__(
         self, pictures: Sequence[Image.Image], cases: Sequence[Case]
@@ -105,12 +106,6 @@ def _mean_cosines(
 ) -> list[float | None]:
     pairs = zip(images, cases, strict=True)
     return [mean_cosine(image, references(case.subject)) for image, case in pairs]
-
-
-def _embed_references(
-    embed: Callable[[Sequence[Image.Image]], Tensor], subject: Subject, cropped: bool
-) -> Tensor:
-    return embed(subject.references(cropped))
 
 
 # --- drawing --------------------------------------------------------------------------------------
@@ -143,14 +138,7 @@ def draw_cases(
         return {**settings, "prompt": case.template, "source": case.subject.pair.digest}
 
     missing = [case for case in cases if not is_drawn(output_dir / case.path, metadata_of(case))]
-    progress = tqdm(
-        total=len(cases),
-        initial=len(cases) - len(missing),
-        desc="draw",
-        unit="picture",
-        disable=not PartialState().is_main_process,
-    )
-    with progress:
+    with progress_bar("draw", "picture", len(cases), len(missing)) as progress:
         for start in range(0, len(missing), batch_size):
             batch, concepts = [], []
             for case in missing[start : start + batch_size]:
@@ -222,15 +210,9 @@ def my_share(cases: Sequence[Case]) -> Sequence[Case]:
 def report(cases: Sequence[Case], rows: Sequence[dict], output_dir: Path, settings: Mapping) -> str:
     """Writes results.json, results.csv, results.md and contact sheets. Returns results.md."""
     summary, subjects = summarise(rows), len({row["subject"] for row in rows})
-    write_json(
-        output_dir / "results.json",
-        {
-            "settings": dict(settings),
-            "subjects": subjects,
-            "pictures": len(rows),
-            "scores": summary,
-        },
-    )
+    counts = {"subjects": subjects, "pictures": len(rows)}
+    scores = {"settings": dict(settings), **counts, "scores": summary}
+    write_json(output_dir / "results.json", scores)
     write_atomically(output_dir / "results.csv", partial(_write_csv, rows))
     text = markdown(summary, subjects)
     write_text(output_dir / "results.md", text + "\n")

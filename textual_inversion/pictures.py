@@ -51,11 +51,7 @@ def read_templates(path: Path | str) -> tuple[str, ...]:
     Raises:
         ValueError: no readable text, or a line without {}.
     """
-    try:
-        lines = read_text(path).splitlines()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path}: {reason}; expected captions, one a line") from None
+    lines = read_text(path, "expected captions, one a line").splitlines()
     templates = tuple(line.strip() for line in lines if line.strip())
     wrong = [template for template in templates if "{}" not in template]
     if wrong or not templates:

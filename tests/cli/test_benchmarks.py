@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import folder, generation, gpu, loader, table, training
+from benchmarks import encoding, folder, generation, gpu, loader, table, training
 from benchmarks.harness import Goal, Row, Table, alternate, default_output, spread, timed
 from elite.console import BAD_INPUT, run
 from elite.mappers import GlobalMapper
@@ -109,12 +109,6 @@ def test_the_stock_step_with_other_cross_attentions():
     step = Row("a", {"stock": [10.0, 20.0], "ELITE": [9.0, 30.0]})
     rounds = generation.stock_step_with(attention, step).rounds
     assert rounds == {"stock": [10.0, 20.0], "ELITE": [10.5, 21.0]}
-
-
-def test_own_times_are_grouped():
-    assert loader.group_of("~ <method 'decode' of 'ImagingDecoder' objects>") == "decode"
-    assert loader.group_of("~ <warpAffine>") == "augment"
-    assert loader.group_of("json loads") == "rest"
 
 
 def test_needless_gradients_end_with_their_block():
@@ -259,6 +253,15 @@ def test_folder_runs(tmp_path, monkeypatch):
     assert list(measured["rows"][0]["rounds"]) == ["batch 1", "batch 2"]
 
 
+def test_encoding_runs(tmp_path):
+    path = tmp_path / "encoding.json"
+    assert encoding.main(["--rounds", "1", "--device", "cpu", "--output", str(path)]) == 0
+    (measured,) = tables_of(path).values()
+    cases = ["two CLIP passes", "encode_concept", "views", "mappers", "Concept.load"]
+    assert list(measured["rows"][0]["rounds"]) == cases
+    assert json.loads(path.read_text())["bytes_of_a_concept"] > 0
+
+
 def test_loader_runs(tmp_path):
     path = tmp_path / "loader.json"
     assert loader.main(["--rounds", "1", "--count", "4", "--output", str(path)]) == 0
@@ -289,6 +292,7 @@ def test_every_training_case_steps():
         (generation.main, ["--rounds", "0"], "--rounds 0: expected 1 or more"),
         (generation.main, ["--steps", "1"], "--steps 1: expected 2 or more"),
         (loader.main, ["--count", "1"], "--count 1: expected 4 or more"),
+        (loader.main, ["--output", "/dev/null/x/y.json"], "/dev/null/x: cannot be written"),
         (table.main, ["--page", "nowhere.md"], "nowhere.md: no such file"),
     ],
     ids=lambda x: x.__module__ if callable(x) else str(x),
@@ -299,6 +303,25 @@ def test_a_mistake_is_one_line(main, arguments, message, capsys):
     assert exit.value.code == BAD_INPUT
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {message}")
+
+
+def test_gpu_measures_training_by_the_tables_of_training(tmp_path, monkeypatch):
+    """On a made-up GPU, whose steps all take a second."""
+    row = Row("stage 1, batch 4", {case: [1.0] for case in training.CASES})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
+    monkeypatch.setattr(gpu, "generation_tables", lambda args, device: [])
+    monkeypatch.setattr(training, "Trainer", lambda *settings: None)
+    monkeypatch.setattr(training, "step_row", lambda *settings: row)
+    monkeypatch.setattr(training, "memory_rows", lambda *settings: {"above": row, "total": row})
+    assert gpu.main(["--output", str(tmp_path / "gpu.json")]) == 0
+    titles = list(tables_of(tmp_path / "gpu.json"))
+    assert titles == [
+        "Time of a training step, stage 1",
+        "Time of a training step, stage 2",
+        "Peak memory of training above the loaded models",
+        "Peak memory of training, loaded models included",
+    ]
 
 
 def test_gpu_needs_a_gpu(monkeypatch, capsys):

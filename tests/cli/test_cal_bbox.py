@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from data_scripts.cal_bbox_by_seg import even_span, main, tight_box
+from elite.console import run
 from elite.open_images import OpenImagesMasks, load_mask_boxes, mask_boxes_path
 from tests.open_images import make_open_images
 
@@ -78,9 +80,10 @@ def test_unreadable_masks_are_listed_and_the_rest_is_written(masks, capsys):
     [([], "no masks (*.png)"), (["--workers", "0"], "--workers 0: expected 1 or more")],
 )
 def test_hopeless_calls_give_one_line_and_2(tmp_path, capsys, arguments, message):
-    assert main([str(tmp_path), *arguments]) == 2
+    with pytest.raises(SystemExit) as exit:
+        run(partial(main, [str(tmp_path), *arguments]))
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert exit.value.code == 2 and message in error and error.count("\n") == 1
 
 
 def test_scattered_object_has_one_box():

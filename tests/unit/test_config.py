@@ -141,6 +141,7 @@ def test_flag_types(flags: list[str], name: str, value: Any) -> None:
         ("placeholder_token: true-story", "placeholder_token", "true-story"),
         ("revision: 1.0.x", "revision", "1.0.x"),
         ("revision: 1.5", "revision", "1.5"),
+        ("revision: 1e5", "revision", "1e5"),
         ("", "seed", 42),
     ],
 )
@@ -202,6 +203,7 @@ def test_mistakes_on_the_command_line(capsys, argv: list[str], parts: list[str])
         ("hidden_layers: 4", ["hidden_layers: got 4", "a list of whole numbers"]),
         ("output_dir: [a]", ["output_dir: got ['a']", "text"]),
         ("save_steps: -1", ["preset.yaml: save_steps: got -1", "at least 0"]),
+        ("learning_rate: 1" + 400 * "0", ["learning_rate: got 1", "a number"]),
         ("learning_rate: null", ["learning_rate: got None", "a number"]),
         ("seed: [1", ["preset.yaml: not YAML"]),
         ("seed: 2000-13-45", ["preset.yaml: not YAML"]),
@@ -382,9 +384,8 @@ def test_every_preset_is_known_here() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset(name: str) -> None:
     path = CONFIGS / name
-    given = read_yaml(path)
+    given = yaml.safe_load(re.sub(r"(\d)e-", r"\1.0e-", path.read_text()))
     assert to_dict(parse_config(PRESETS[name], ["--config", str(path)])).items() >= given.items()
-    assert given == yaml.safe_load(re.sub(r"(\d)e-", r"\1.0e-", path.read_text()))
     header = path.read_text().split("\n\n")[0]
     assert "# Hardware" in header and "# Batch" in header
 

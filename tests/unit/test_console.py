@@ -2,10 +2,12 @@
 
 import io
 import sys
+import warnings
 
 import pytest
 
-from elite.console import run
+from elite.console import _show_warning, run
+from elite.wording import ShareNote, note
 
 
 def test_letters_that_the_terminal_lacks_end_no_run(monkeypatch):
@@ -23,3 +25,24 @@ def test_letters_that_the_terminal_lacks_end_no_run(monkeypatch):
     out, err = (stream.buffer for stream in streams if stream.flush() is None)
     assert out.getvalue().split() == [b"pictures", b"in", rb"\u51fa\u529b"]
     assert err.getvalue().split(b": ")[:2] == [b"error", rb"\u51fa\u529b"]
+
+
+@pytest.mark.parametrize(
+    ("rank", "shown"),
+    [
+        (None, ["note: prompt", "note: mask"]),
+        ("0", ["note: prompt", "note: mask"]),
+        ("1", ["note: mask"]),
+    ],
+)
+def test_what_all_processes_note_is_shown_once(monkeypatch, capsys, rank, shown):
+    """Each reads the prompt, but its own share of the masks."""
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = _show_warning
+        note("prompt")
+        note("mask", ShareNote)
+    assert capsys.readouterr().err.splitlines() == shown
