@@ -26,7 +26,7 @@ from elite.drawing import VERSIONS, Drawing, metadata_of_several, png_info
 from elite.encoding import batches
 from elite.files import write_atomically
 from elite.images import from_clip_pixels
-from elite.loading import make_scheduler
+from elite.loading import SCHEDULERS, make_scheduler
 from elite.named_concepts import Words
 from elite.pipeline import ElitePipeline
 from elite.sheets import tile_rows
@@ -245,7 +245,8 @@ class Studio:
         """
         pairs = list(itertools.product(order.prompts, order.seeds))
         calls = -(-len(pairs) // self.batch_size) * len(order.lambdas)
-        clock = Clock(calls * order.num_inference_steps, on_progress)
+        evaluations = getattr(SCHEDULERS.get(order.scheduler), "order", 1)  # of the UNet in a step
+        clock = Clock(calls * order.num_inference_steps * evaluations, on_progress)
         for lambda_ in order.lambdas:
             drawing = self._drawing(order, lambda_)
             for batch in batches(iter(pairs), self.batch_size):

@@ -25,7 +25,7 @@ from elite.encoding import batches, columns, progress_bar, read_entries, shown
 from elite.files import check_writable, write_atomically
 from elite.loading import side_in_pixels
 from elite.named_concepts import Words
-from elite.pipeline import ElitePipeline, initial_noise
+from elite.pipeline import ElitePipeline, initial_noise, make_generators
 from elite.sheets import SHEET_ROWS, tile_rows
 
 WRITES_WAITING = 64  # pictures kept in memory until they are written
@@ -266,9 +266,11 @@ def draw_prompts(
         resolution: side in pixels; None means what the model draws.
     """
     side = resolution or side_in_pixels(pipe.unet, pipe.vae)
+    generators = make_generators(seeds)
     return pipe(
         list(prompts),
-        latents=initial_noise(pipe, seeds, side, side),
+        generator=generators,
+        latents=initial_noise(pipe, generators, side, side),
         height=side,
         width=side,
         num_inference_steps=num_inference_steps,

@@ -267,8 +267,8 @@ class ElitePipeline(DiffusersPipeline):
             num_inference_steps: denoising steps of the pipeline's scheduler.
             guidance_scale: of classifier-free guidance; 1 or less means none.
             seed: one per picture (prompts x num_images_per_prompt), or the first of each prompt's,
-                from which they count up. The initial noise comes from a CPU generator in float32,
-                so seeds travel between devices, dtypes and batch sizes. None uses `generator`.
+                from which they count up. All noise comes from a CPU generator in float32, so seeds
+                travel between devices, dtypes and batch sizes. None uses `generator`.
             args, kwargs: as for StableDiffusionPipeline.
 
         Returns:
@@ -292,7 +292,7 @@ class ElitePipeline(DiffusersPipeline):
                 kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(prompts)
             prompt = None
         if seed is not None:
-            kwargs["latents"] = self._initial_noise(seed, prompt, kwargs)
+            kwargs["generator"], kwargs["latents"] = self._initial_noise(seed, prompt, kwargs)
         context: list[Tensor] = []
         if not callback_may_change_context(kwargs):
             context = self._encode_text(prompt, guidance_scale, kwargs)
@@ -309,8 +309,9 @@ class ElitePipeline(DiffusersPipeline):
 
     def _initial_noise(
         self, seed: int | Sequence[int], prompt: str | Sequence[str] | None, kwargs: dict
-    ) -> Tensor:
-        """Standard normal latents, each from its own CPU generator."""
+    ) -> tuple[list[torch.Generator], Tensor]:
+        """A CPU generator per picture, for samplers that go on drawing from it, and the standard
+        normal latents of each."""
         for other in ("generator", "latents"):
             if kwargs.get(other) is not None:
                 raise ValueError(f"seed and {other} are both given; leave one of them out")
@@ -333,7 +334,8 @@ class ElitePipeline(DiffusersPipeline):
                 f"{len(seeds)} seeds for {prompts * each} pictures; pass one, or one per picture"
             )
         height, width = (kwargs.get(side) or self.resolution for side in ("height", "width"))
-        return initial_noise(self, seeds, height, width)
+        generators = make_generators(seeds)
+        return generators, initial_noise(self, generators, height, width)
 
     # --- condition --------------------------------------------------------------------------------
 
@@ -512,13 +514,20 @@ class _Conditioning:
     kept: dict[str, KeysValues] = field(default_factory=dict)  # of all steps
 
 
-def initial_noise(pipe: DiffusionPipeline, seeds: Sequence[int], height: int, width: int) -> Tensor:
-    """Standard normal latents of pictures of these sizes in pixels, each from a CPU generator of
-    its own in float32."""
+def make_generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One per picture, on the CPU whatever the pipeline's device."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def initial_noise(
+    pipe: DiffusionPipeline, generators: Sequence[torch.Generator], height: int, width: int
+) -> Tensor:
+    """Standard normal latents of pictures of these sizes in pixels, each from its own generator in
+    float32."""
     factor = pixels_per_latent(pipe.vae)
     shape = (pipe.unet.config.in_channels, height // factor, width // factor)
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(noise).to(pipe._execution_device, pipe.unet.dtype)
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    return noise.to(pipe._execution_device, pipe.unet.dtype)
 
 
 def _fingerprint(*mappers: Mapper | None) -> str:

@@ -13,7 +13,10 @@ PRECISIONS = ("no", "fp16", "bf16")
 METRICS = ("clip", "dino", "attributes")
 EMBEDDING_FORMATS = ("diffusers", "a1111", "sdxl")
 PROPERTIES = ("object", "style", "face")
-SAMPLERS = ("lms", "dpm++", "unipc", "euler", "ddim", "pndm")
+SAMPLERS = (
+    *("lms", "dpm++", "dpm++_karras", "unipc", "euler", "heun", "ddim", "pndm"),
+    *("lcm", "tcd"),  # for models and LoRAs distilled to few steps
+)
 # Every name of diffusers.optimization but piecewise_constant, which needs rules of its own.
 LR_SCHEDULERS = (
     "constant",
