@@ -7,6 +7,7 @@ In reading order: construct, encode, call, condition. What diffusers alone asks 
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -39,12 +40,13 @@ from elite.compat import (
     CALL_OPTIONS,
     CONDITION_OPTIONS,
     DiffusersPipeline,
+    between_steps,
     callback_may_change_context,
     check_names,
-    cleared_after_last_step,
     text_options,
 )
 from elite.concept import Concept
+from elite.deep_features import deep_features_reused
 from elite.defaults import DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
 from elite.images import ImageLike, as_image, as_mask, doubt, fit_mask, object_views
 from elite.loading import inside, load_parts, pixels_per_latent, side_in_pixels
@@ -60,6 +62,7 @@ from elite.named_concepts import (
     row_per_prompt,
     weights_by_name,
 )
+from elite.speed import Speed, speed_of
 from elite.text import check_texts, injected, spell_out, tokenize, word_positions
 from elite.wording import brief, note
 
@@ -250,6 +253,9 @@ class ElitePipeline(DiffusersPipeline):
         num_inference_steps: int = DEFAULT_STEPS,
         guidance_scale: float = GUIDANCE_SCALE,
         seed: int | Sequence[int] | None = None,
+        speed: str | Speed = "exact",
+        guidance_stop: float | None = None,
+        deep_every: int | None = None,
         **kwargs: Any,
     ) -> StableDiffusionPipelineOutput:
         """Draws a prompt with a concept in place of its placeholder, or with several.
@@ -269,6 +275,8 @@ class ElitePipeline(DiffusersPipeline):
             seed: one per picture (prompts x num_images_per_prompt), or the first of each prompt's,
                 from which they count up. All noise comes from a CPU generator in float32, so seeds
                 travel between devices, dtypes and batch sizes. None uses `generator`.
+            speed: "exact", "balanced" or "fast": how much exactness is given up for time.
+            guidance_stop, deep_every: knobs of `Speed`; None leaves them as the speed has them.
             args, kwargs: as for StableDiffusionPipeline.
 
         Returns:
@@ -281,6 +289,7 @@ class ElitePipeline(DiffusersPipeline):
         if "ip_adapter_image" in kwargs:
             raise ValueError("ip_adapter_image: not taken; pass what encode_concept makes of it")
         check_names(kwargs, CALL_OPTIONS, self.__call__)
+        speed = speed_of(speed, guidance_stop, deep_every)
         local = kwargs.pop("ip_adapter_image_embeds", None) or []
         concepts = concepts_by_name(concept, concepts, placeholder_token)
         if concepts and prompt is not None:
@@ -298,14 +307,16 @@ class ElitePipeline(DiffusersPipeline):
             context = self._encode_text(prompt, guidance_scale, kwargs)
             prompt = None
         conditioning = _Conditioning(context, local)
-        return super().__call__(
-            prompt,
-            *args,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            ip_adapter_image=conditioning,
-            **{**kwargs, **cleared_after_last_step(conditioning.kept, kwargs)},
-        )
+        is_whole = speed.deep_every == 1
+        with nullcontext() if is_whole else deep_features_reused(self.unet, speed.deep_every):
+            return super().__call__(
+                prompt,
+                *args,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                ip_adapter_image=conditioning,
+                **{**kwargs, **between_steps(conditioning.kept, kwargs, speed)},
+            )
 
     def _initial_noise(
         self, seed: int | Sequence[int], prompt: str | Sequence[str] | None, kwargs: dict
