@@ -30,6 +30,7 @@ from elite.loading import SCHEDULERS, make_scheduler
 from elite.named_concepts import Words
 from elite.pipeline import ElitePipeline
 from elite.sheets import tile_rows
+from elite.speed import speed_of
 from elite.text import tokenize
 from elite.wording import note
 
@@ -69,6 +70,7 @@ class Order:
     guidance_scale: float = GUIDANCE_SCALE
     negative_prompt: str = ""
     scheduler: str = DEFAULT_SAMPLER
+    speed: str = "exact"
 
     def __post_init__(self) -> None:
         _check("number of pictures", self.count, 1, MAX_PICTURES)
@@ -261,6 +263,7 @@ class Studio:
             num_inference_steps=order.num_inference_steps,
             guidance_scale=order.guidance_scale,
             negative_prompt=order.negative_prompt,
+            speed=speed_of(order.speed),
         )
 
     def _draw_batch(

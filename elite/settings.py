@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from elite.defaults import DEFAULT_SAMPLER, DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
+from elite.speed import RUNGS
 
 PRECISIONS = ("no", "fp16", "bf16")
 METRICS = ("clip", "dino", "attributes")
@@ -344,6 +345,21 @@ class EliteConfig(ConceptConfig, DrawConfig):
 
     placeholder_token: str = setting(
         PLACEHOLDER, "The word that stands for the object.", pattern=r"\S+", expected="one word"
+    )
+    speed: str = setting(
+        "exact", "How much exactness is given up for time: a rung of knobs.", choices=tuple(RUNGS)
+    )
+    guidance_stop: float | None = setting(
+        None,
+        "Share of the steps that have guidance, the first ones; None means that of speed.",
+        above=0,
+        at_most=1,
+    )
+    deep_every: int | None = setting(
+        None,
+        "The UNet's inner blocks run at every so many steps, its outermost layer at each; "
+        "None means that of speed.",
+        at_least=1,
     )
 
 
