@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import folder, generation, gpu, loader, table, training
+from benchmarks import folder, generation, gpu, ladder, loader, table, training
 from benchmarks.harness import Goal, Row, Table, alternate, default_output, spread, timed
 from elite.console import BAD_INPUT, run
 from elite.mappers import GlobalMapper
+from elite.speed import RUNGS
 
 CPU = torch.device("cpu")
 
@@ -193,7 +194,7 @@ def test_table_script(tmp_path):
 
 def test_the_repositorys_page_has_a_place_for_every_benchmark():
     names = {match["name"] for match in table.SECTION.finditer(table.PAGE.read_text())}
-    assert names >= {"generation", "encoding", "training", "loader", "folder", "gpu"}
+    assert names >= {"generation", "ladder", "encoding", "training", "loader", "folder", "gpu"}
 
 
 def test_tiny_figures_stay_out_of_the_page():
@@ -213,6 +214,22 @@ def tables_of(path: Path) -> dict[str, dict]:
         figures = [figure for rounds in row["rounds"].values() for figure in rounds]
         assert all(math.isfinite(figure) and figure >= 0 for figure in figures), row
     return tables
+
+
+def test_ladder_runs(tmp_path):
+    path = tmp_path / "ladder.json"
+    arguments = ["--rounds", "1", "--steps", "5", "--device", "cpu", "--output", str(path)]
+    assert ladder.main(arguments) == 0
+    tables = tables_of(path)
+    assert len(tables) == 5
+    assert [tables[f"Time of a whole picture, {rung}"]["goal"]["limit"] for rung in RUNGS] == [
+        *(1.02, 0.5, 0.3)
+    ]
+    work = tables["Work of a whole picture"]["rows"][0]["medians"]
+    assert list(work) == [ladder.STOCK, *ladder.CASES]
+    assert work["fast"] < work["balanced"] < work["exact"]
+    assert all(work[rung] < work[case] for case in ladder.single_knobs() for rung in ("fast",))
+    assert work[ladder.STOCK] < work["exact"] < work[ladder.STOCK_DEFAULT]
 
 
 def test_generation_runs(tmp_path):
