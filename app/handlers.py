@@ -255,6 +255,7 @@ class AppHandlers:
             guidance_scale=values["guidance"],
             negative_prompt=(values["negative"] or "").strip(),
             scheduler=values["scheduler"],
+            speed=values["speed"],
         )
 
     def _work(self, values: Values, folder: Path, tell: Tell, sweep: bool) -> Iterator[Values]:

@@ -13,6 +13,7 @@ from app.handlers import AppHandlers, Stop, Values, example_pictures
 from app.studio import MAX_GUIDANCE, MAX_LAMBDA, MAX_STEPS
 from elite.defaults import DEFAULT_SAMPLER, DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA
 from elite.settings import SAMPLERS
+from elite.speed import RUNGS
 
 T = TypeVar("T", gr.Image, gr.File)
 ASSETS = Path(__file__).with_name("assets")
@@ -27,7 +28,7 @@ OBJECT = ("picture", "squaring", "position", "method", "marks", "mask", "concept
 SECOND = ("second_file", "second_lambda", "where")
 DRAWING = (
     *("prompts", "lambda_", "count", "guidance", "negative"),
-    *("steps", "scheduler", "seed", "words"),
+    *("steps", "scheduler", "speed", "seed", "words"),
     *SECOND,
 )
 LOOKED = ("marks", "views", "object_message", "square", "mask_part")
@@ -230,6 +231,12 @@ def _prompt_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
             value=DEFAULT_SAMPLER,
             label="Sampler: how noise becomes a picture",
             info=f"{DEFAULT_SAMPLER} needs the fewest steps; lms with 100 is what the paper used.",
+        )
+        controls["speed"] = gr.Radio(
+            list(RUNGS),
+            value="exact",
+            label="Speed: how much exactness is given up for time",
+            info="Other than exact: less work in each step, and pictures that differ.",
         )
         controls["seed"] = gr.Number(
             -1,

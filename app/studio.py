@@ -20,10 +20,11 @@ from elite.drawing import VERSIONS, Drawing, metadata_of_several, png_info
 from elite.encoding import batches
 from elite.files import write_atomically
 from elite.images import from_clip_pixels
-from elite.loading import make_scheduler
+from elite.loading import SCHEDULERS, make_scheduler
 from elite.named_concepts import Words
 from elite.pipeline import ElitePipeline
 from elite.sheets import tile_rows
+from elite.speed import speed_of
 from elite.text import tokenize
 from elite.wording import note
 
@@ -61,6 +62,7 @@ class Order:
     guidance_scale: float = GUIDANCE_SCALE
     negative_prompt: str = ""
     scheduler: str = DEFAULT_SAMPLER
+    speed: str = "exact"
 
     def __post_init__(self) -> None:
         _check("number of pictures", self.count, 1, MAX_PICTURES)
@@ -237,7 +239,8 @@ class Studio:
         """
         pairs = list(itertools.product(order.prompts, order.seeds))
         calls = -(-len(pairs) // self.batch_size) * len(order.lambdas)
-        clock = Clock(calls * order.num_inference_steps, on_progress)
+        evaluations = getattr(SCHEDULERS.get(order.scheduler), "order", 1)  # of the UNet in a step
+        clock = Clock(calls * order.num_inference_steps * evaluations, on_progress)
         for lambda_ in order.lambdas:
             drawing = self._drawing(order, lambda_)
             for batch in batches(iter(pairs), self.batch_size):
@@ -252,6 +255,7 @@ class Studio:
             num_inference_steps=order.num_inference_steps,
             guidance_scale=order.guidance_scale,
             negative_prompt=order.negative_prompt,
+            speed=speed_of(order.speed),
         )
 
     def _draw_batch(

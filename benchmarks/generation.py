@@ -52,7 +52,7 @@ from elite.defaults import DEFAULT_SAMPLER, GUIDANCE_SCALE
 from elite.inference import pick_device
 from elite.loading import SCHEDULERS, side_in_pixels
 from elite.mappers import cross_attention_layers
-from elite.pipeline import initial_noise
+from elite.pipeline import initial_noise, make_generators
 
 STOCK, ELITE, EACH_STEP = "stock", "ELITE", "K and V at each step"
 CASES = (STOCK, ELITE, EACH_STEP)
@@ -97,7 +97,7 @@ class Pipelines:
 
 
 def _draw_stock(pipe: Any, resolution: int, batch_size: int, **options: Any) -> None:
-    latents = initial_noise(pipe, range(batch_size), resolution, resolution)
+    latents = initial_noise(pipe, make_generators(range(batch_size)), resolution, resolution)
     pipe([PROMPT] * batch_size, latents=latents, **_common(resolution, options))
 
 

@@ -7,14 +7,16 @@ if TYPE_CHECKING:
     from elite.concept import Concept
     from elite.mappers import GlobalMapper, LocalMapper
     from elite.pipeline import ElitePipeline
+    from elite.speed import Speed
 
-__all__ = ["Concept", "ElitePipeline", "GlobalMapper", "LocalMapper"]
+__all__ = ["Concept", "ElitePipeline", "GlobalMapper", "LocalMapper", "Speed"]
 
 _HOMES = {
     "Concept": "elite.concept",
     "ElitePipeline": "elite.pipeline",
     "GlobalMapper": "elite.mappers",
     "LocalMapper": "elite.mappers",
+    "Speed": "elite.speed",
 }
 
 

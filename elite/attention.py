@@ -232,6 +232,14 @@ def keys_values(
     }
 
 
+def conditional_rows(of_layers: dict[str, KeysValues]) -> dict[str, KeysValues]:
+    """The same for the second half of a guided batch alone; what is local has no other rows."""
+    return {
+        layer: read._replace(K=read.K.chunk(2)[1], V=read.V.chunk(2)[1])
+        for layer, read in of_layers.items()
+    }
+
+
 class LocalInputs(nn.Module):
     """Hands `image_embeds` to the attention processors as they are."""
 

@@ -11,9 +11,10 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from elite.attention import is_installed
+from elite.attention import KeysValues, conditional_rows, is_installed
 from elite.cards import Carded, pipeline_card
 from elite.loading import side_in_pixels
+from elite.speed import Speed
 from elite.text import read_prompt
 from elite.wording import nearest
 
@@ -128,21 +129,36 @@ def callback_may_change_context(kwargs: dict) -> bool:
     return any("prompt_embeds" in name for name in _callback_inputs(kwargs))
 
 
-def cleared_after_last_step(kept: dict, kwargs: dict) -> dict[str, Any]:
-    """The arguments of a call with which `kept` is empty before the VAE decodes, which takes more
-    memory than the steps."""
+def between_steps(kept: dict, kwargs: dict, speed: Speed) -> dict[str, Any]:
+    """The arguments of a call with which guidance ends where the speed says so, and `kept` is empty
+    before the VAE decodes, which takes more memory than the steps."""
     callback = kwargs.get("callback_on_step_end")
+    asked = _callback_inputs(kwargs)
 
     def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
-        answer = tensors if callback is None else callback(pipe, step, timestep, tensors)
-        if step == pipe.num_timesteps - 1:
+        given = {name: tensors[name] for name in asked}
+        answer = given if callback is None else callback(pipe, step, timestep, given)
+        is_last = step == pipe.num_timesteps - 1
+        stops = step + 1 == speed.guided_steps(pipe.num_timesteps) and not is_last
+        if stops and pipe.do_classifier_free_guidance:
+            answer = _without_guidance(pipe, kept, {**tensors, **answer})
+        if is_last:
             kept.clear()
         return answer
 
+    needed = [] if speed.guidance_stop == 1 or "prompt_embeds" in asked else ["prompt_embeds"]
     return {
         "callback_on_step_end": on_step_end,
-        "callback_on_step_end_tensor_inputs": _callback_inputs(kwargs),
+        "callback_on_step_end_tensor_inputs": [*asked, *needed],
     }
+
+
+def _without_guidance(pipe: Any, kept: dict[str, KeysValues], tensors: dict) -> dict:
+    """The tensors of a step with which the next ones have the conditional rows alone; a callback of
+    diffusers, SDCFGCutoffCallback, does the same for a single prompt."""
+    pipe._guidance_scale = 1.0
+    kept.update(conditional_rows(kept))
+    return {**tensors, "prompt_embeds": tensors["prompt_embeds"].chunk(2)[1]}
 
 
 def _callback_inputs(kwargs: dict) -> list[str]:

@@ -25,10 +25,12 @@ from elite.encoding import batches, columns, progress_bar, read_entries, shown
 from elite.files import check_writable, write_atomically
 from elite.loading import side_in_pixels
 from elite.named_concepts import Words
-from elite.pipeline import ElitePipeline, initial_noise
+from elite.pipeline import ElitePipeline, initial_noise, make_generators
 from elite.sheets import SHEET_ROWS, tile_rows
+from elite.speed import EXACT, Speed
 
 WRITES_WAITING = 64  # pictures kept in memory until they are written
+OPTIONAL = ("negative_prompt", "speed")  # metadata of some pictures, which others must not have
 PNG_END = bytes.fromhex("00000000 49454E44 AE426082")
 VERSIONS = {name: version(name) for name in ("diffusers", "transformers", "torch")}
 
@@ -44,6 +46,7 @@ class Drawing:
     num_inference_steps: int = DEFAULT_STEPS
     guidance_scale: float = GUIDANCE_SCALE
     negative_prompt: str | None = None  # of every picture; None means an empty one
+    speed: Speed = EXACT
 
     @property
     def options(self) -> dict[str, Any]:
@@ -55,6 +58,7 @@ class Drawing:
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
             "negative_prompt": self.negative_prompt,
+            "speed": self.speed,
         }
 
     def __call__(
@@ -121,6 +125,7 @@ class Drawing:
             "guidance_scale": str(self.guidance_scale),
             "dtype": str(pipe.unet.dtype),
             **({"negative_prompt": self.negative_prompt} if self.negative_prompt else {}),
+            **({"speed": str(self.speed)} if self.speed != EXACT else {}),
         }
 
 
@@ -169,7 +174,7 @@ def is_drawn(path: Path, metadata: Mapping[str, str]) -> bool:
         with Image.open(path) as picture:
             picture.verify()
             is_whole = path.read_bytes().endswith(PNG_END)  # `verify` stops a little before
-            same = picture.info.get("negative_prompt") == metadata.get("negative_prompt")
+            same = all(picture.info.get(key) == metadata.get(key) for key in OPTIONAL)
             return is_whole and same and metadata.items() <= picture.info.items()
     except (OSError, SyntaxError, ValueError):
         return False
@@ -266,9 +271,11 @@ def draw_prompts(
         resolution: side in pixels; None means what the model draws.
     """
     side = resolution or side_in_pixels(pipe.unet, pipe.vae)
+    generators = make_generators(seeds)
     return pipe(
         list(prompts),
-        latents=initial_noise(pipe, seeds, side, side),
+        generator=generators,
+        latents=initial_noise(pipe, generators, side, side),
         height=side,
         width=side,
         num_inference_steps=num_inference_steps,

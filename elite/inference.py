@@ -34,6 +34,7 @@ from elite.settings import (
     InferenceConfig,
     ModelConfig,
 )
+from elite.speed import speed_of
 
 NO_MASK_COST = (
     "note: with --no_mask a picture's background becomes part of its concept and is drawn with it "
@@ -127,6 +128,7 @@ def drawing_of(config: EliteConfig, words: Words, lambda_: float) -> Drawing:
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
         negative_prompt=config.negative_prompt,
+        speed=speed_of(config.speed, config.guidance_stop, config.deep_every),
     )
 
 

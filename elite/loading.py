@@ -11,10 +11,13 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    TCDScheduler,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
@@ -36,11 +39,16 @@ HUB_IMAGE_ENCODER = "openai/clip-vit-large-patch14"
 SCHEDULERS = {
     "lms": LMSDiscreteScheduler,
     "dpm++": DPMSolverMultistepScheduler,
+    "dpm++_karras": DPMSolverMultistepScheduler,
     "unipc": UniPCMultistepScheduler,
     "euler": EulerDiscreteScheduler,
+    "heun": HeunDiscreteScheduler,
     "ddim": DDIMScheduler,
     "pndm": PNDMScheduler,
+    "lcm": LCMScheduler,
+    "tcd": TCDScheduler,
 }
+SPACED_FROM_0 = ("ddim", "pndm", "lcm", "tcd")  # timesteps; of the others evenly over all
 # By the names of --mixed_precision.
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Stable Diffusion's noise schedule, for model folders that carry none.
@@ -69,10 +77,13 @@ def make_scheduler(name: str, config: dict | None = None) -> KarrasDiffusionSche
     schedule = {key: (config or {}).get(key, value) for key, value in NOISE_SCHEDULE.items()}
     if prediction_type := (config or {}).get("prediction_type"):
         schedule["prediction_type"] = prediction_type
-    spacing = "linspace" if name in ("lms", "dpm++", "unipc", "euler") else "leading"
-    extra = {
+    spacing = "leading" if name in SPACED_FROM_0 else "linspace"
+    extra: dict[str, dict[str, bool]] = {
         "ddim": {"clip_sample": False, "set_alpha_to_one": False},
         "pndm": {"skip_prk_steps": True},
+        "dpm++_karras": {"use_karras_sigmas": True},
+        "lcm": {"set_alpha_to_one": False},
+        "tcd": {"set_alpha_to_one": False},
     }
     return SCHEDULERS[name](
         **schedule, timestep_spacing=spacing, steps_offset=1, **extra.get(name, {})

@@ -7,6 +7,7 @@ In reading order: construct, encode, call, condition. What diffusers alone asks 
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -39,12 +40,13 @@ from elite.compat import (
     CALL_OPTIONS,
     CONDITION_OPTIONS,
     DiffusersPipeline,
+    between_steps,
     callback_may_change_context,
     check_names,
-    cleared_after_last_step,
     text_options,
 )
 from elite.concept import Concept
+from elite.deep_features import deep_features_reused
 from elite.defaults import DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
 from elite.images import ImageLike, as_image, as_mask, doubt, fit_mask, object_views
 from elite.loading import inside, load_parts, pixels_per_latent, side_in_pixels
@@ -60,6 +62,7 @@ from elite.named_concepts import (
     row_per_prompt,
     weights_by_name,
 )
+from elite.speed import Speed, speed_of
 from elite.text import check_texts, injected, spell_out, tokenize, word_positions
 from elite.wording import brief, note
 
@@ -250,6 +253,9 @@ class ElitePipeline(DiffusersPipeline):
         num_inference_steps: int = DEFAULT_STEPS,
         guidance_scale: float = GUIDANCE_SCALE,
         seed: int | Sequence[int] | None = None,
+        speed: str | Speed = "exact",
+        guidance_stop: float | None = None,
+        deep_every: int | None = None,
         **kwargs: Any,
     ) -> StableDiffusionPipelineOutput:
         """Draws a prompt with a concept in place of its placeholder, or with several.
@@ -267,8 +273,10 @@ class ElitePipeline(DiffusersPipeline):
             num_inference_steps: denoising steps of the pipeline's scheduler.
             guidance_scale: of classifier-free guidance; 1 or less means none.
             seed: one per picture (prompts x num_images_per_prompt), or the first of each prompt's,
-                from which they count up. The initial noise comes from a CPU generator in float32,
-                so seeds travel between devices, dtypes and batch sizes. None uses `generator`.
+                from which they count up. All noise comes from a CPU generator in float32, so seeds
+                travel between devices, dtypes and batch sizes. None uses `generator`.
+            speed: "exact", "balanced" or "fast": how much exactness is given up for time.
+            guidance_stop, deep_every: knobs of `Speed`; None leaves them as the speed has them.
             args, kwargs: as for StableDiffusionPipeline.
 
         Returns:
@@ -281,6 +289,7 @@ class ElitePipeline(DiffusersPipeline):
         if "ip_adapter_image" in kwargs:
             raise ValueError("ip_adapter_image: not taken; pass what encode_concept makes of it")
         check_names(kwargs, CALL_OPTIONS, self.__call__)
+        speed = speed_of(speed, guidance_stop, deep_every)
         local = kwargs.pop("ip_adapter_image_embeds", None) or []
         concepts = concepts_by_name(concept, concepts, placeholder_token)
         if concepts and prompt is not None:
@@ -292,25 +301,28 @@ class ElitePipeline(DiffusersPipeline):
                 kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(prompts)
             prompt = None
         if seed is not None:
-            kwargs["latents"] = self._initial_noise(seed, prompt, kwargs)
+            kwargs["generator"], kwargs["latents"] = self._initial_noise(seed, prompt, kwargs)
         context: list[Tensor] = []
         if not callback_may_change_context(kwargs):
             context = self._encode_text(prompt, guidance_scale, kwargs)
             prompt = None
         conditioning = _Conditioning(context, local)
-        return super().__call__(
-            prompt,
-            *args,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            ip_adapter_image=conditioning,
-            **{**kwargs, **cleared_after_last_step(conditioning.kept, kwargs)},
-        )
+        is_whole = speed.deep_every == 1
+        with nullcontext() if is_whole else deep_features_reused(self.unet, speed.deep_every):
+            return super().__call__(
+                prompt,
+                *args,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                ip_adapter_image=conditioning,
+                **{**kwargs, **between_steps(conditioning.kept, kwargs, speed)},
+            )
 
     def _initial_noise(
         self, seed: int | Sequence[int], prompt: str | Sequence[str] | None, kwargs: dict
-    ) -> Tensor:
-        """Standard normal latents, each from its own CPU generator."""
+    ) -> tuple[list[torch.Generator], Tensor]:
+        """A CPU generator per picture, for samplers that go on drawing from it, and the standard
+        normal latents of each."""
         for other in ("generator", "latents"):
             if kwargs.get(other) is not None:
                 raise ValueError(f"seed and {other} are both given; leave one of them out")
@@ -333,7 +345,8 @@ class ElitePipeline(DiffusersPipeline):
                 f"{len(seeds)} seeds for {prompts * each} pictures; pass one, or one per picture"
             )
         height, width = (kwargs.get(side) or self.resolution for side in ("height", "width"))
-        return initial_noise(self, seeds, height, width)
+        generators = make_generators(seeds)
+        return generators, initial_noise(self, generators, height, width)
 
     # --- condition --------------------------------------------------------------------------------
 
@@ -512,13 +525,20 @@ class _Conditioning:
     kept: dict[str, KeysValues] = field(default_factory=dict)  # of all steps
 
 
-def initial_noise(pipe: DiffusionPipeline, seeds: Sequence[int], height: int, width: int) -> Tensor:
-    """Standard normal latents of pictures of these sizes in pixels, each from a CPU generator of
-    its own in float32."""
+def make_generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One per picture, on the CPU whatever the pipeline's device."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def initial_noise(
+    pipe: DiffusionPipeline, generators: Sequence[torch.Generator], height: int, width: int
+) -> Tensor:
+    """Standard normal latents of pictures of these sizes in pixels, each from its own generator in
+    float32."""
     factor = pixels_per_latent(pipe.vae)
     shape = (pipe.unet.config.in_channels, height // factor, width // factor)
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(noise).to(pipe._execution_device, pipe.unet.dtype)
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    return noise.to(pipe._execution_device, pipe.unet.dtype)
 
 
 def _fingerprint(*mappers: Mapper | None) -> str:

@@ -8,12 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from elite.defaults import DEFAULT_SAMPLER, DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
+from elite.speed import RUNGS
 
 PRECISIONS = ("no", "fp16", "bf16")
 METRICS = ("clip", "dino", "attributes")
 EMBEDDING_FORMATS = ("diffusers", "a1111", "sdxl")
 PROPERTIES = ("object", "style", "face")
-SAMPLERS = ("lms", "dpm++", "unipc", "euler", "ddim", "pndm")
+SAMPLERS = (
+    *("lms", "dpm++", "dpm++_karras", "unipc", "euler", "heun", "ddim", "pndm"),
+    *("lcm", "tcd"),  # for models and LoRAs distilled to few steps
+)
 # Every name of diffusers.optimization but piecewise_constant, which needs rules of its own.
 LR_SCHEDULERS = (
     "constant",
@@ -336,6 +340,21 @@ class EliteConfig(ConceptConfig, DrawConfig):
     """What all scripts that draw with ELITE share."""
 
     placeholder_token: str = word_setting(PLACEHOLDER, "The word that stands for the object.")
+    speed: str = setting(
+        "exact", "How much exactness is given up for time: a rung of knobs.", choices=tuple(RUNGS)
+    )
+    guidance_stop: float | None = setting(
+        None,
+        "Share of the steps that have guidance, the first ones; None means that of speed.",
+        above=0,
+        at_most=1,
+    )
+    deep_every: int | None = setting(
+        None,
+        "The UNet's inner blocks run at every so many steps, its outermost layer at each; "
+        "None means that of speed.",
+        at_least=1,
+    )
 
 
 @dataclass(kw_only=True)

@@ -40,6 +40,7 @@ DEFAULTS = {
     "negative": "",
     "steps": 2,
     "scheduler": "ddim",
+    "speed": "exact",
     "seed": 3,
     "words": "0",
     "second_file": None,

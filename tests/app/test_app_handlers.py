@@ -201,6 +201,7 @@ def test_stop_ends_the_drawing_and_keeps_what_is_there(handlers, values, tmp_pat
         ({"lambda_": None}, "lambda None"),
         ({"guidance": 1e9}, "guidance"),
         ({"scheduler": "magic"}, "unknown scheduler"),
+        ({"speed": "magic"}, "choose one of exact, balanced, fast"),
         ({"method": "brush"}, "nothing is marked"),
         ({"squaring": "squash", "picture": "oblong"}, "expected crop or pad"),
     ],

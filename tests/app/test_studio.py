@@ -11,6 +11,7 @@ from app.studio import MAX_PICTURES, MAX_PROMPTS, UNREAD, Order, Studio, save_st
 from elite.concept import Concept
 from elite.images import to_clip_pixels
 from elite.loading import make_scheduler
+from elite.speed import RUNGS
 from tests import tiny
 from tests.app.conftest import in_parallel
 
@@ -82,6 +83,27 @@ def test_pictures_are_the_pipelines(studio, concepts):
     expected = pipe("a S", concept=concepts[0], lambda_=1.2, seed=4, num_inference_steps=2)
     assert np.array_equal(np.asarray(drawn[5].picture), np.asarray(expected.images[0]))
     assert not np.array_equal(*pixels([drawn[1], drawn[5]]))  # lambda matters
+
+
+def test_speed_reaches_the_pipeline_and_the_metadata(studio, concepts):
+    speed = RUNGS["fast"]
+    (fast,), (exact,) = (
+        draw(studio, concepts[0], replace(ORDER, num_inference_steps=4, speed=name))
+        for name in ("fast", "exact")
+    )
+    expected = studio.pipe(
+        "a photo of a S", concept=concepts[0], seed=3, num_inference_steps=4, speed=speed
+    )
+    assert np.array_equal(np.asarray(fast.picture), np.asarray(expected.images[0]))
+    assert not np.array_equal(*pixels([fast, exact]))
+    assert fast.metadata == {**exact.metadata, "speed": str(speed)}
+
+
+def test_heun_takes_two_evaluations_a_step(studio, concepts):
+    told = []
+    order = replace(ORDER, scheduler="heun", num_inference_steps=3)
+    draw(studio, concepts[0], order, lambda done, total, _: told.append((done, total)))
+    assert told == [(done, 6) for done in range(1, 6)]  # the last step takes one
 
 
 def test_a_second_object_has_its_own_likeness_and_half(studio, concepts):

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from benchmarks import encoding, folder, generation, gpu, loader, table, training
+from benchmarks import encoding, folder, generation, gpu, ladder, loader, table, training
 from benchmarks.harness import Goal, Row, Table, alternate, default_output, spread, timed
 from elite.console import BAD_INPUT, run
 from elite.mappers import GlobalMapper
+from elite.speed import RUNGS
 
 CPU = torch.device("cpu")
 
@@ -111,6 +113,21 @@ def test_the_stock_step_with_other_cross_attentions():
     assert rounds == {"stock": [10.0, 20.0], "ELITE": [10.5, 21.0]}
 
 
+def test_the_fused_attention_of_cpus_is_counted():
+    """Twice, for Q K^T and for the product with V, a multiplication and an addition."""
+    Q, heads, tokens, width = torch.randn(1, 3, 16, 8), 3, 16, 8
+    counted = ladder.counted_flops(lambda: F.scaled_dot_product_attention(Q, Q, Q))
+    assert counted == 2 * 2 * heads * tokens * tokens * width
+
+
+def test_each_knob_of_the_rungs_is_measured_alone():
+    alone = ladder.single_knobs()
+    assert {name: str(speed) for name, speed in alone.items()} == {name: name for name in alone}
+    assert all(len(name.split(", ")) == 1 for name in alone)
+    knobs = {part for rung in RUNGS.values() for part in str(rung).split(", ") if part}
+    assert alone.keys() == knobs
+
+
 def test_needless_gradients_end_with_their_block():
     mapper = GlobalMapper(4, 4, 4, hidden_layers=[]).requires_grad_(False)
     levels = [torch.randn(1, 3, 4)]
@@ -187,7 +204,7 @@ def test_table_script(tmp_path):
 
 def test_the_repositorys_page_has_a_place_for_every_benchmark():
     names = {match["name"] for match in table.SECTION.finditer(table.PAGE.read_text())}
-    assert names >= {"generation", "encoding", "training", "loader", "folder", "gpu"}
+    assert names >= {"generation", "ladder", "encoding", "training", "loader", "folder", "gpu"}
 
 
 def test_tiny_figures_stay_out_of_the_page():
@@ -207,6 +224,22 @@ def tables_of(path: Path) -> dict[str, dict]:
         figures = [figure for rounds in row["rounds"].values() for figure in rounds]
         assert all(math.isfinite(figure) and figure >= 0 for figure in figures), row
     return tables
+
+
+def test_ladder_runs(tmp_path):
+    path = tmp_path / "ladder.json"
+    arguments = ["--rounds", "1", "--steps", "5", "--device", "cpu", "--output", str(path)]
+    assert ladder.main(arguments) == 0
+    tables = tables_of(path)
+    assert len(tables) == 5
+    assert [tables[f"Time of a whole picture, {rung}"]["goal"]["limit"] for rung in RUNGS] == [
+        *(1.02, 0.5, 0.3)
+    ]
+    work = tables["Work of a whole picture"]["rows"][0]["medians"]
+    assert list(work) == [ladder.STOCK, *ladder.CASES]
+    assert work["fast"] < work["balanced"] < work["exact"]
+    assert all(work[rung] < work[case] for case in ladder.single_knobs() for rung in ("fast",))
+    assert work[ladder.STOCK] < work["exact"] < work[ladder.STOCK_DEFAULT]
 
 
 def test_generation_runs(tmp_path):

@@ -127,6 +127,24 @@ def test_negative_prompt_is_drawn_and_kept_apart(script, tmp_path, whole_model, 
     assert not np.array_equal(drawn[1][0], drawn[0][0])
 
 
+@pytest.mark.parametrize("name", ["inference_local.py", "inference_global.py"])
+def test_speed_is_drawn_and_kept_apart(script, tmp_path, name):
+    """Another speed is drawn anew, whichever was there; a knob wins over it."""
+    place = "object_l0p8" if "local" in name else "object_token0"
+    path, steps = tmp_path / "out" / place / "00000_00042.png", ("--num_inference_steps", "4")
+    drawn = []
+    fast = ("--speed", "fast")
+    for options in ((), fast, (*fast, "--deep_every", "1"), ()):
+        assert script(*steps, *options, name=name) == 0
+        with Image.open(path) as picture:
+            drawn.append((np.asarray(picture), picture.text.get("speed")))
+    both, stop = "guidance_stop 0.5, deep_every 5", "guidance_stop 0.5"
+    assert [text for _, text in drawn] == [None, both, stop, None]
+    exact, fastest, without, again = (pixels for pixels, _ in drawn)
+    assert np.array_equal(exact, again)
+    assert not any(np.array_equal(a, b) for a, b in ((exact, fastest), (exact, without)))
+
+
 def test_contact_sheet_shows_input_object_and_pictures(script, tmp_path, pairs):
     assert script("--num_images", "2") == 0
     sheet = pixels(tmp_path / "out" / "object_l0p8" / "grid.png")

@@ -241,7 +241,10 @@ def test_stage_2_needs_a_global_mapper(capsys) -> None:
         (["--num_images", "0"], "at least 1"),
         (["--num_inference_steps", "0"], "at least 1"),
         (["--selected_data", "-2"], "at least -1"),
-        (["--scheduler", "heun"], "lms, dpm++, unipc, euler, ddim, pndm"),
+        (["--scheduler", "huen"], "lms, dpm++, dpm++_karras, unipc, euler, heun, ddim, pndm"),
+        (["--speed", "fats"], "one of exact, balanced, fast"),
+        (["--guidance_stop", "0"], "more than 0"),
+        (["--deep_every", "0"], "at least 1"),
         (["--llambda", "-1"], "at least 0"),
         (["--token_index", "0"], "unknown flag"),  # of the other script
     ],

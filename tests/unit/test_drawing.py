@@ -14,6 +14,7 @@ from elite.concept import Concept, ConceptFolder
 from elite.data import PairFolder
 from elite.drawing import Drawing, draw_folder
 from elite.encoding import ahead
+from elite.speed import RUNGS, Speed
 from tests import tiny
 
 QUICK = Drawing(num_inference_steps=2)
@@ -106,6 +107,14 @@ def test_metadata_names_all_that_a_picture_depends_on(pipe, tmp_path):
     expected |= {"num_inference_steps": "2", "guidance_scale": "5.0", "resolution": "32"}
     assert expected.items() <= text.items()
     assert text["fingerprint"] == pipe.fingerprint and text["torch"] == torch.__version__
+    assert "speed" not in text  # as in pictures of versions that knew none
+
+
+def test_metadata_says_what_a_speed_does(pipe):
+    """Not its name: what that means may change."""
+    exact = QUICK.metadata(pipe)
+    fast = replace(QUICK, speed=Speed(0.5, 3)).metadata(pipe)
+    assert fast == {**exact, "speed": "guidance_stop 0.5, deep_every 3"}
 
 
 # --- a run that goes on ---------------------------------------------------------------------------
@@ -167,6 +176,10 @@ OTHER_SETTINGS = [
     {"drawing": replace(QUICK, guidance_scale=4.0)},
     {"drawing": replace(QUICK, words="all")},
     {"drawing": replace(QUICK, resolution=40)},
+    {"drawing": QUICK},
+    {"drawing": replace(QUICK, speed=RUNGS["fast"])},
+    {"drawing": replace(QUICK, speed=RUNGS["balanced"])},
+    {"drawing": QUICK},
     {"prompt": "S a"},
     {"prompt": "S a", "drawing": replace(QUICK, placeholder_token="a")},
 ]

@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # A module of elite/ imports only from lines above its own.
 LAYERS = (
     ("defaults", "files", "wording"),
-    ("cards", "text"),
+    ("cards", "deep_features", "speed", "text"),
     (
         "augment",
         "console",

@@ -1,0 +1,95 @@
+"""Deep features reused over steps (DeepCache, Ma et al. 2023, arXiv 2312.00858).
+
+In a UNet of skips the last layer of the last up block reads two things: the features that come up
+from below, which change slowly over the steps, and the skip of the first convolution, which holds
+the noise. So at most steps only that layer runs, with the features of the last step at which all of
+it ran.
+
+The authors' package `DeepCache` is no dependency; this is written anew. One tensor is kept, the
+batch may lose its unconditional rows in between, and the UNet is given back as it was.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+
+@contextmanager
+def deep_features_reused(unet: UNet2DConditionModel, every: int) -> Iterator[None]:
+    """Within it, the inner modules of this UNet (and of no other) run at its first call and at
+    every `every`-th from there, its outermost layer at each; so calls are the steps of one
+    generation. Afterwards the UNet is as it was.
+
+    A call may have fewer rows than the one before: they are taken to be its last ones.
+    """
+    reuse = _Reuse(every)
+    inner = inner_modules(unet)
+    before = {module: vars(module).get("forward") for module in inner}
+    hook = unet.register_forward_pre_hook(reuse.call_begins)
+    try:
+        for module in inner:
+            vars(module)["forward"] = reuse.forward_of(module, is_read=module is inner[-1])
+        yield
+    finally:
+        hook.remove()
+        for module, forward in before.items():
+            if forward is None:
+                vars(module).pop("forward", None)
+            else:  # of an offloading hook
+                vars(module)["forward"] = forward
+
+
+def inner_modules(unet: UNet2DConditionModel) -> list[nn.Module]:
+    """What need not run at each step, in their order; of the last one the outermost layer reads."""
+    last = unet.up_blocks[-1]
+    layers = zip(last.resnets, getattr(last, "attentions", [None] * len(last.resnets)), strict=True)
+    parts = [part for layer in list(layers)[:-1] for part in layer if part is not None]
+    middle = [] if unet.mid_block is None else [unet.mid_block]
+    return [*unet.down_blocks, *middle, *unet.up_blocks[:-1], *parts]
+
+
+class _Reuse:
+    """At which calls everything runs, and what stands in for the inner modules at the others."""
+
+    def __init__(self, every: int) -> None:
+        self.every, self.calls = every, 0
+        self.outputs: dict[nn.Module, Any] = {}  # of the last call at which they ran
+
+    def call_begins(self, unet: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Hook before each call of the UNet; args begin with the latents, (B, C, h, w)."""
+        self.runs_all = self.calls % self.every == 0
+        self.calls += 1
+        self.rows, self.device = len(args[0]), args[0].device
+
+    def forward_of(self, module: nn.Module, is_read: bool) -> Callable[..., Any]:
+        """The module's forward; at most calls it answers with what it gave before, or where nobody
+        reads that, with zeros of the same shape."""
+        forward = module.forward
+
+        def run_or_reuse(*args: Any, **kwargs: Any) -> Any:
+            if not self.runs_all:
+                return tree_map_only(Tensor, self._again, self.outputs[module])
+            output = forward(*args, **kwargs)
+            self.outputs[module] = tree_map_only(Tensor, _kept if is_read else _shape, output)
+            return output
+
+        return run_or_reuse
+
+    def _again(self, x: Tensor) -> Tensor:
+        if x.is_meta:
+            return torch.zeros(self.rows, *x.shape[1:], dtype=x.dtype, device=self.device)
+        return _kept(x[-self.rows :])
+
+
+def _kept(x: Tensor) -> Tensor:
+    return x.clone()  # FreeU writes into what it reads
+
+
+def _shape(x: Tensor) -> Tensor:
+    """Shape and number type without memory."""
+    return x.to("meta")
