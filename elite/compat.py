@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from elite.attention import KeysValues, conditional_rows, is_installed
 from elite.cards import Carded, pipeline_card
 from elite.loading import side_in_pixels
-from elite.speed import EXACT, Speed
+from elite.speed import Speed
 from elite.text import read_prompt
 from elite.wording import nearest
 
@@ -129,7 +129,7 @@ def callback_may_change_context(kwargs: dict) -> bool:
     return any("prompt_embeds" in name for name in _callback_inputs(kwargs))
 
 
-def between_steps(kept: dict, kwargs: dict, speed: Speed = EXACT) -> dict[str, Any]:
+def between_steps(kept: dict, kwargs: dict, speed: Speed) -> dict[str, Any]:
     """The arguments of a call with which guidance ends where the speed says so, and `kept` is empty
     before the VAE decodes, which takes more memory than the steps."""
     callback = kwargs.get("callback_on_step_end")

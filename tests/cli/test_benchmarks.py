@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import folder, generation, gpu, ladder, loader, table, training
@@ -116,6 +117,21 @@ def test_own_times_are_grouped():
     assert loader.group_of("~ <method 'decode' of 'ImagingDecoder' objects>") == "decode"
     assert loader.group_of("~ <warpAffine>") == "augment"
     assert loader.group_of("json loads") == "rest"
+
+
+def test_the_fused_attention_of_cpus_is_counted():
+    """Twice, for Q K^T and for the product with V, a multiplication and an addition."""
+    Q, heads, tokens, width = torch.randn(1, 3, 16, 8), 3, 16, 8
+    counted = ladder.counted_flops(lambda: F.scaled_dot_product_attention(Q, Q, Q))
+    assert counted == 2 * 2 * heads * tokens * tokens * width
+
+
+def test_each_knob_of_the_rungs_is_measured_alone():
+    alone = ladder.single_knobs()
+    assert {name: str(speed) for name, speed in alone.items()} == {name: name for name in alone}
+    assert all(len(name.split(", ")) == 1 for name in alone)
+    knobs = {part for rung in RUNGS.values() for part in str(rung).split(", ") if part}
+    assert alone.keys() == knobs
 
 
 def test_needless_gradients_end_with_their_block():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from elite.images import read_image
+from elite.speed import RUNGS, Speed
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/*.md"))]
@@ -118,6 +119,14 @@ def test_every_module_named_is_there() -> None:
 def test_the_page_of_flags_is_current() -> None:
     """`python docs/make_flags.py` brings it up to date."""
     assert make_flags["page"]() == (REPOSITORY / "docs/flags.md").read_text(encoding="utf-8")
+
+
+def test_the_page_says_what_the_speeds_stand_for() -> None:
+    page = (REPOSITORY / "docs/BENCHMARKS.md").read_text(encoding="utf-8")
+    for knob in fields(Speed):
+        (row,) = re.findall(rf"^\| `{knob.name}` \|.*$", page, re.MULTILINE)
+        values = [f"{getattr(speed, knob.name):g}" for speed in RUNGS.values()]
+        assert [cell.strip() for cell in row.split("|")[3:-1]] == values
 
 
 def test_each_symbol_lives_where_the_page_says() -> None:

@@ -329,6 +329,17 @@ def test_every_sampler_draws(pipe, concept, name):
     assert torch.isfinite(draw(pipe, concept=concept)).all()
 
 
+def test_karras_sigmas_are_crowded_at_little_noise():
+    sigmas = []
+    for name in ("dpm++", "dpm++_karras"):
+        scheduler = make_scheduler(name)
+        scheduler.set_timesteps(10)
+        sigmas.append(scheduler.sigmas)
+    even, crowded = sigmas
+    torch.testing.assert_close(crowded[0], even[0])  # from all of the noise
+    assert (crowded < 1).sum() > (even < 1).sum()
+
+
 def test_sampler_keeps_the_models_noise_schedule():
     config = DDIMScheduler(
         beta_start=0.001, beta_end=0.02, beta_schedule="linear", prediction_type="v_prediction"

@@ -11,10 +11,11 @@ from diffusers.callbacks import SDCFGCutoffCallback
 from torch import Tensor
 
 from elite import Concept
-from elite.attention import local_inputs
+from elite.attention import local_inputs, visibility
 from elite.deep_features import deep_features_reused, inner_modules
 from elite.defaults import DEFAULT_SAMPLER
 from elite.loading import make_scheduler
+from elite.named_concepts import latent_regions
 from elite.speed import EXACT, RUNGS, Speed, speed_of
 from elite.text import encode_text, tokenize
 from tests import tiny
@@ -23,6 +24,7 @@ from tests.tiny import draw, relative
 STEPS = 6  # so that each rung reuses features, and in guided steps as well as in others
 # Batched matrix products add in another order than single ones.
 CLOSE = 1e-4
+LEFT = np.arange(32) < np.full((32, 1), 16)
 LESS = [name for name in RUNGS if name != "exact"]
 SPEEDS = [
     Speed(guidance_stop=0.5),
@@ -46,7 +48,7 @@ def test_the_default_does_nothing():
 
 
 @pytest.mark.parametrize(
-    ("share", "steps", "guided"), [(0.5, 20, 10), (0.55, 20, 11), (0.6, 5, 3), (0.01, 20, 1)]
+    ("share", "steps", "guided"), [(0.5, 20, 10), (0.55, 20, 11), (0.29, 100, 29), (0.01, 20, 1)]
 )
 def test_share_of_the_steps(share, steps, guided):
     assert Speed(guidance_stop=share).guided_steps(steps) == guided
@@ -138,12 +140,15 @@ def predicted(
 @torch.no_grad()
 @pytest.mark.parametrize("speed", SPEEDS, ids=str)
 def test_sampling_written_out(pipe, concept, speed):
-    """Row by row: the unconditional ones end, and inner blocks run where the step says so."""
+    """Row by row: the unconditional ones end, and inner blocks run where the step says so. The
+    object may appear on the left alone."""
     encoder, scheduler = pipe.text_encoder, make_scheduler(DEFAULT_SAMPLER)
     ids, index = tokenize(pipe.tokenizer, ["a S, far away"], "S")
     condition = encode_text(encoder, ids, concept.words[:, :1], index)
     nothing = encode_text(encoder, tokenize(pipe.tokenizer, [""], [])[0])
     local = local_inputs(concept.feature_tokens, index, 0.7, tiny.TEXT_LENGTH)
+    shares = latent_regions({"S": LEFT}, ["S"], 16, 16)
+    local.append(visibility(shares, index[:, None], 1, tiny.TEXT_LENGTH))
     scheduler.set_timesteps(STEPS)
     latents = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(7))
     deep: dict[str, Tensor | None] = {}
@@ -157,6 +162,7 @@ def test_sampling_written_out(pipe, concept, speed):
             noise = uncond + 5.0 * (noise - uncond)
         latents = scheduler.step(noise, t, latents).prev_sample
     options = {"concept": concept, "lambda_": 0.7, "num_inference_steps": STEPS}
+    options["regions"] = {"S": LEFT}
     drawn = draw(pipe, "a S, far away", speed=speed, **options)
     assert relative(drawn, latents) < CLOSE
     assert relative(drawn, draw(pipe, "a S, far away", **options)) > 10 * CLOSE
@@ -208,17 +214,15 @@ def test_several_pictures_per_prompt(pipe, concept, speed):
 
 @pytest.mark.parametrize("speed", LESS)
 def test_several_concepts_in_regions(pipe, concept, other, speed):
-    """In a batch, too; region and concept still matter once the conditional rows are alone."""
-    left = np.zeros((32, 32), dtype=bool)
-    left[:, :16] = True
+    """In a batch, too."""
     prompts = ["a S1 next to a S2", "a S2 and a S1"]
-    given = {"concepts": {"S1": concept, "S2": other}, "regions": {"S1": left, "S2": ~left}}
+    given = {"concepts": {"S1": concept, "S2": other}, "regions": {"S1": LEFT, "S2": ~LEFT}}
     options = {"speed": speed, "num_inference_steps": STEPS}
     together = draw(pipe, prompts, seed=[3, 5], **given, **options)
     for row, seed in enumerate((3, 5)):
         single = draw(pipe, prompts[row], seed=seed, **given, **options)
         assert relative(together[row : row + 1], single) < CLOSE
-    swapped = {**given, "regions": {"S1": ~left, "S2": left}}
+    swapped = {**given, "regions": {"S1": ~LEFT, "S2": LEFT}}
     assert relative(draw(pipe, prompts, seed=[3, 5], **swapped, **options), together) > 10 * CLOSE
 
 
