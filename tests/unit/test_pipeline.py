@@ -483,7 +483,7 @@ def test_wrong_prompts_and_counts_are_refused(pipe, concept, concepts):
     ("name", "message"),
     [
         ("lamda_", "lamda_: unknown argument; did you mean lambda_?"),
-        ("guidance", "guidance: unknown argument; did you mean guidance_scale?"),
+        ("guidance_scal", "guidance_scal: unknown argument; did you mean guidance_scale?"),
         ("callbacks", "callbacks: unknown argument; did you mean callback?"),
         ("xyzzy", "xyzzy: unknown argument"),
         ("kwargs", "kwargs: unknown argument"),
