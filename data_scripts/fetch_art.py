@@ -78,7 +78,7 @@ def download(command: list[str], folder: Path, package: str) -> Path:
     """
     if shutil.which(command[0]) is None:
         raise ValueError(f"{package}: needs {command[0]}; install it or leave this source out")
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", check=False)
     files = sorted(folder.iterdir())
     if done.returncode or len(files) != 1:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -93,7 +93,7 @@ def members(archive: Path, folders: tuple[str, ...]) -> Iterator[tuple[str, byte
         stream = io.BytesIO(subprocess.run(command, capture_output=True, check=True).stdout)
     else:
         stream = io.BytesIO(archive.read_bytes())
-    with tarfile.open(fileobj=stream) as tar:
+    with tarfile.open(fileobj=stream, encoding="utf-8") as tar:
         for member in tar:
             if member.isfile() and member.name.startswith(folders):
                 file = tar.extractfile(member)

@@ -128,21 +128,6 @@ def test_each_knob_of_the_rungs_is_measured_alone():
     assert alone.keys() == knobs
 
 
-def test_the_fused_attention_of_cpus_is_counted():
-    """Twice, for Q K^T and for the product with V, a multiplication and an addition."""
-    Q, heads, tokens, width = torch.randn(1, 3, 16, 8), 3, 16, 8
-    counted = ladder.counted_flops(lambda: F.scaled_dot_product_attention(Q, Q, Q))
-    assert counted == 2 * 2 * heads * tokens * tokens * width
-
-
-def test_each_knob_of_the_rungs_is_measured_alone():
-    alone = ladder.single_knobs()
-    assert {name: str(speed) for name, speed in alone.items()} == {name: name for name in alone}
-    assert all(len(name.split(", ")) == 1 for name in alone)
-    knobs = {part for rung in RUNGS.values() for part in str(rung).split(", ") if part}
-    assert alone.keys() == knobs
-
-
 def test_needless_gradients_end_with_their_block():
     mapper = GlobalMapper(4, 4, 4, hidden_layers=[]).requires_grad_(False)
     levels = [torch.randn(1, 3, 4)]
