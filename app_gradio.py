@@ -22,6 +22,7 @@ def main() -> int:
     from app.studio import Studio
     from elite.data import PairFolder
     from elite.inference import load_pipeline
+    from elite.sam import Sam
 
     auth = read_auth(config.auth)
     check_exposure(config.host, config.share, auth)  # before the model is loaded
@@ -33,7 +34,8 @@ def main() -> int:
         model=config.pretrained_model_name_or_path,
     )
     examples = PairFolder(config.test_data_dir)
-    handlers = AppHandlers(studio, examples, round(config.max_megapixels * 1e6))
+    find = None if config.sam_name_or_path is None else Sam(config.sam_name_or_path)
+    handlers = AppHandlers(studio, examples, round(config.max_megapixels * 1e6), find)
     with private_files():
         serve(
             build_page(handlers),

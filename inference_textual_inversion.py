@@ -17,20 +17,23 @@ def main() -> int:
     config = parse_config(TextualInversionInferenceConfig)
     quiet_libraries()
     from elite.drawing import draw_prompts
-    from elite.inference import draw_grid, place
+    from elite.inference import draw_grid, model_name, place
     from elite.loading import load_stable_diffusion, make_scheduler, stock_pipeline
+    from elite.text import contains_word
     from textual_inversion.files import load_into, merge_embeddings
 
     # The words.
     embeddings = merge_embeddings(config.embeddings)
     words = list(embeddings["text_encoder"])
-    if not any(word in prompt for word in words for prompt in config.prompt):
+    texts = [*config.prompt, config.negative_prompt or ""]
+    if not any(contains_word(text, word) for word in words for text in texts):
         raise ValueError(
-            f"--prompt: none of the learned words {', '.join(words)} is in it; write one there"
+            f"--prompt: none of the learned words {', '.join(words)} is in it, nor in "
+            "--negative_prompt; write one there"
         )
 
     # A stock pipeline that knows them.
-    parts = load_stable_diffusion(config.pretrained_model_name_or_path)
+    parts = load_stable_diffusion(config.pretrained_model_name_or_path, **config.model_files)
     parts["scheduler"] = make_scheduler(config.scheduler, parts["scheduler"].config)
     pipe = stock_pipeline(parts)
     load_into(pipe, embeddings)
@@ -42,11 +45,12 @@ def main() -> int:
         "resolution": config.resolution,
         "num_inference_steps": config.num_inference_steps,
         "guidance_scale": config.guidance_scale,
+        "negative_prompt": config.negative_prompt or None,
     }
     metadata = {
         **options,
         "scheduler": config.scheduler,
-        "model": config.pretrained_model_name_or_path,
+        "model": model_name(config),
     }
     draw = partial(draw_prompts, pipe, **options)
     return draw_grid(config, draw, config.prompt, Path(config.output_dir), metadata)

@@ -1,9 +1,12 @@
-"""Puts several learned words into one folder, and turns concepts of ELITE into learned words.
+"""Puts several learned words into one folder, turns concepts of ELITE into learned words, and
+writes what other programs read.
 
     python merge_embeddings.py --embeddings runs/cat runs/mug --output_dir runs/both
     python merge_embeddings.py --embeddings runs/cat1 runs/cat2 --output_dir runs/both \\
         --rename "<cat>=<cat2>"
     python merge_embeddings.py --embeddings corgi.safetensors --output_dir runs/corgi
+    python merge_embeddings.py --embeddings runs/cat --output_dir embeddings --format a1111 \\
+        --rename "<cat>=mycat"
 
 Of placeholders that clash the first keeps its name; each --rename OLD=NEW names the next one. A
 concept gives its primary word w0, named after its file; without ELITE's own K and V, which no such
@@ -20,11 +23,13 @@ def main() -> int:
     quiet_libraries()
     from pathlib import Path
 
-    from textual_inversion.files import EMBEDDING_FILES, merge_embeddings, save_embeddings
+    from textual_inversion.files import files_of, merge_embeddings, save_embeddings
 
     renames = [(old, new) for old, _, new in (text.partition("=") for text in config.rename)]
-    for encoder, embeddings in merge_embeddings(config.embeddings, renames).items():
-        save_embeddings(Path(config.output_dir) / EMBEDDING_FILES[encoder], embeddings)
+    merged = merge_embeddings(config.embeddings, renames)
+    for name, content in files_of(merged, config.format).items():
+        save_embeddings(Path(config.output_dir) / name, content)
+    for encoder, embeddings in merged.items():
         words = ", ".join(f"{name} ({len(rows)})" for name, rows in embeddings.items())
         print(f"{encoder}: {words}")
     return OK

@@ -26,7 +26,9 @@ def main() -> int:
         templates = read_templates(config.template_file)
 
     # Frozen: all of Stable Diffusion.
-    parts = load_stable_diffusion(config.pretrained_model_name_or_path, revision=config.revision)
+    parts = load_stable_diffusion(
+        config.pretrained_model_name_or_path, revision=config.revision, **config.model_files
+    )
 
     # The data: squares of the concept's pictures, with captions that hold the new word.
     dataset = PictureFolder(
@@ -47,7 +49,7 @@ def main() -> int:
     )
     objective = TextualInversionObjective(parts, config.placeholder_token, rows)
 
-    preview = PromptPreview(config, parts, objective.words)
+    preview = PromptPreview(config, parts)
     every = config.infer_interval if config.infer_during_train else 0
     fit_as_configured(config, objective, dataset, parts, preview, every)
     return OK

@@ -21,7 +21,10 @@ from app.marking import Shown, read_marks
 from app.studio import MAX_PICTURES, Drawn, OnProgress, Order, Studio, save_strip
 from elite.concept import Concept
 from elite.data import PairFolder
+from elite.images import doubt
+from elite.masks import Find, find_object
 from elite.named_concepts import Words
+from elite.wording import note
 
 Values = dict[str, Any]
 Tell = Callable[..., Any]  # gr.Progress: (steps done, steps in all), desc=, unit=
@@ -97,12 +100,19 @@ class AppHandlers:
     Args:
         examples: pairs to pick from; None offers none.
         max_pixels: of uploaded pictures; None means any number.
+        find: what finds the object in the middle or in a box; None means GrabCut, others take a
+            click, too.
     """
 
     def __init__(
-        self, studio: Studio, examples: PairFolder | None = None, max_pixels: int | None = None
+        self,
+        studio: Studio,
+        examples: PairFolder | None = None,
+        max_pixels: int | None = None,
+        find: Find | None = None,
     ) -> None:
         self.studio, self.examples, self.max_pixels = studio, examples, max_pixels
+        self.find, self.takes_clicks = find or find_object, find is not None
 
     # --- the object -------------------------------------------------------------------------------
 
@@ -119,6 +129,8 @@ class AppHandlers:
                 mask = shown.read_mask(picture)
                 marked = data_url(dimmed(square, mask))
                 views = list(zip(self.studio.look(square, mask), VIEWS, strict=True))
+                doubtful = doubt(mask) if method == "file" else ""
+                said = message(f"mask: {doubtful}") if doubtful else ""
         except Exception as error:
             said = problem(error)
         return {
@@ -154,6 +166,7 @@ class AppHandlers:
             marks=read_marks(values["marks"]),
             mask=values["mask"],
             max_pixels=self.max_pixels,
+            find=self.find,
         )
 
     def new_second(self, values: Values) -> Values:
@@ -195,11 +208,12 @@ class AppHandlers:
 
     def check(self, values: Values) -> Values:
         """Says what is wrong with the prompts, as they are typed."""
+        told: list[str] = []
         try:
-            self._prompts(values)
+            self._prompts(values, told.append)
         except Exception as error:
             return {"prompt_message": problem(error)}
-        return {"prompt_message": ""}
+        return {"prompt_message": message("; ".join(told)) if told else ""}
 
     def draw(self, values: Values, folder: Path, tell: Tell) -> Iterator[Values]:
         """The pictures, as they come; the page is told of every step.
@@ -218,10 +232,10 @@ class AppHandlers:
         word, lambda_ = self.studio.second_token, values["second_lambda"]
         return {word: lambda_} if values["second_file"] else {}
 
-    def _prompts(self, values: Values) -> tuple[str, ...]:
+    def _prompts(self, values: Values, tell: Callable[[str], object] = note) -> tuple[str, ...]:
         """Raises ValueError."""
         text, words = values["prompts"] or "", words_of(values["words"])
-        return self.studio.check_prompts(text, words, list(self._others(values)))
+        return self.studio.check_prompts(text, words, list(self._others(values)), tell)
 
     def _order(self, values: Values, sweep: bool) -> Order:
         others = self._others(values)
@@ -239,6 +253,7 @@ class AppHandlers:
             words=words_of(values["words"]),
             num_inference_steps=whole("steps", values["steps"]),
             guidance_scale=values["guidance"],
+            negative_prompt=(values["negative"] or "").strip(),
             scheduler=values["scheduler"],
         )
 

@@ -1,5 +1,5 @@
-"""What a person shows of an object by hand: a picture made square, and a mask from GrabCut, a box,
-brush strokes or a file."""
+"""What a person shows of an object by hand: a picture made square, and a mask from the middle, a
+box, brush strokes or a file."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from elite.images import fit_mask, read_image, read_mask
-from elite.masks import Box, centred_prior, grab_cut, prior_of_box
+from elite.masks import Box, Find, find_object
 
 Squaring = Literal["crop", "pad"]
 Method = Literal["centre", "box", "brush", "file", "whole"]
@@ -34,7 +34,7 @@ class Stroke:
 @dataclass(frozen=True)
 class Marks:
     """What was drawn on a square picture: a box (left, top, right, bottom) in shares of its side,
-    and strokes."""
+    where left = right and top = bottom is a click, and strokes."""
 
     box: tuple[float, float, float, float] | None = None
     strokes: tuple[Stroke, ...] = ()
@@ -51,6 +51,7 @@ class Shown:
         method: what the mask starts from; strokes paint and erase on top of that.
         mask: file of a mask of the picture before squaring, for the method "file".
         max_pixels: limit for both files; None means none.
+        find: what finds the object in the middle or in a box.
     """
 
     picture: Path | str | None
@@ -60,6 +61,7 @@ class Shown:
     marks: Marks = field(default_factory=Marks)
     mask: Path | str | None = None
     max_pixels: int | None = None
+    find: Find = find_object
 
     def read_picture(self) -> np.ndarray:
         """The picture, uint8 (H, W, 3), not yet square.
@@ -83,7 +85,7 @@ class Shown:
             ValueError: nothing is marked, nothing is found, or the mask file does not fit.
         """
         start: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-            "centre": lambda square: grab_cut(square, centred_prior(*square.shape[:2])),
+            "centre": lambda square: self.find(square, None),
             "box": self._cut_box,
             "brush": lambda square: np.zeros(square.shape[:2], dtype=bool),
             "file": lambda square: self.square(self._read_file(picture)),
@@ -99,9 +101,11 @@ class Shown:
     def _cut_box(self, square: np.ndarray) -> np.ndarray:
         if self.marks.box is None:
             raise ValueError("no box yet; draw one around the object")
-        side = len(square)
-        left, top, right, bottom = (round(share * side) for share in self.marks.box)
-        return grab_cut(square, prior_of_box(side, side, Box(left, top, right, bottom)))
+        box = Box(*(round(share * len(square)) for share in self.marks.box))
+        if box.is_click:  # the last pixel ends where the picture does
+            x, y = min(box.left, len(square) - 1), min(box.top, len(square) - 1)
+            box = Box(x, y, x, y)
+        return self.find(square, box)
 
     def _read_file(self, picture: np.ndarray) -> np.ndarray:
         if not self.mask:

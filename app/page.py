@@ -26,7 +26,8 @@ INTRODUCTION = (
 OBJECT = ("picture", "squaring", "position", "method", "marks", "mask", "concept_file")
 SECOND = ("second_file", "second_lambda", "where")
 DRAWING = (
-    *("prompts", "lambda_", "count", "guidance", "steps", "scheduler", "seed", "words"),
+    *("prompts", "lambda_", "count", "guidance", "negative"),
+    *("steps", "scheduler", "seed", "words"),
     *SECOND,
 )
 LOOKED = ("marks", "views", "object_message", "square", "mask_part")
@@ -138,10 +139,14 @@ def _object_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
             step=0.05,
             label="Which part is kept, or where the picture lies: left or top 0, right or bottom 1",
         )
+    finder, box = "found by GrabCut", "In a box (refined by GrabCut)"
+    if handlers.takes_clicks:
+        finder = "found by Segment Anything"
+        box = f"In a box, or where I click ({finder})"
     controls["method"] = gr.Radio(
         [
-            ("In the middle (found by GrabCut)", "centre"),
-            ("In a box (refined by GrabCut)", "box"),
+            (f"In the middle ({finder})", "centre"),
+            (box, "box"),
             ("Where I paint", "brush"),
             ("White in a mask file", "file"),
             ("The whole picture", "whole"),
@@ -160,6 +165,7 @@ def _object_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
         js_on_load=(ASSETS / "marker.js").read_text(encoding="utf-8"),
         picture="",
         method="centre",
+        clicks=handlers.takes_clicks,
     )
     controls["object_message"] = gr.HTML()
     controls["views"] = gallery(
@@ -211,6 +217,11 @@ def _prompt_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
             step=0.5,
             label="How closely pictures follow the prompt (guidance)",
             info="1 or less: loosely. Very high: harsh colours.",
+        )
+        controls["negative"] = gr.Textbox(
+            label="What the pictures should not show (negative prompt)",
+            info="Works by guidance, so with a value above 1.",
+            max_lines=4,
         )
         controls["steps"] = gr.Slider(
             1, MAX_STEPS, DEFAULT_STEPS, step=1, label="Steps: more take longer and draw cleaner"

@@ -31,6 +31,7 @@ from elite.named_concepts import Words
 from elite.pipeline import ElitePipeline
 from elite.sheets import tile_rows
 from elite.text import tokenize
+from elite.wording import note
 
 MAX_PROMPTS, MAX_PICTURES, MAX_STEPS, MAX_LAMBDA, MAX_GUIDANCE = 8, 32, 150, 1.5, 20.0
 MAX_SEED = 2**31 - 1
@@ -66,6 +67,7 @@ class Order:
     words: Words = 0
     num_inference_steps: int = DEFAULT_STEPS
     guidance_scale: float = GUIDANCE_SCALE
+    negative_prompt: str = ""
     scheduler: str = DEFAULT_SAMPLER
 
     def __post_init__(self) -> None:
@@ -181,12 +183,17 @@ class Studio:
         return [picture, cut_out, np.where(read[..., None], cut_out, UNREAD)]
 
     def check_prompts(
-        self, text: str, words: Words = 0, others: Sequence[str] = ()
+        self,
+        text: str,
+        words: Words = 0,
+        others: Sequence[str] = (),
+        tell: Callable[[str], object] = note,
     ) -> tuple[str, ...]:
         """The prompts of a text, one a line.
 
         Args:
             others: what stands for further objects, in each prompt too.
+            tell: told of text that is too long to be read.
 
         Raises:
             ValueError: none or too many, or one in which the words have no place.
@@ -197,13 +204,14 @@ class Studio:
             raise ValueError(f"{len(prompts)} prompts; write 1 to {MAX_PROMPTS}, one a line")
         num_words = self.num_words if words == "all" else 1
         with self._tokenizer_lock:
-            tokenize(self._tokenizer, prompts, [self.placeholder_token, *others], num_words)
+            names = [self.placeholder_token, *others]
+            tokenize(self._tokenizer, prompts, names, num_words, tell)
         return prompts
 
     def encode(self, image: np.ndarray, mask: np.ndarray) -> Concept:
         """Arguments and errors as `ElitePipeline.encode_concept`."""
         with self._lock:
-            return self.pipe.encode_concept(image, mask)
+            return self.pipe.encode_views(**self.pipe.concept_views(image, mask))
 
     def load_concept(self, path: Path | str) -> Concept:
         """One object of a file of `Concept.save`.
@@ -251,6 +259,7 @@ class Studio:
             resolution=self.resolution,
             num_inference_steps=order.num_inference_steps,
             guidance_scale=order.guidance_scale,
+            negative_prompt=order.negative_prompt,
         )
 
     def _draw_batch(

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
 
 from elite.console import OK, PARTLY_FAILED, quiet_libraries, run
+from elite.files import check_writable
 from elite.wording import one_line
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -30,9 +31,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--pretrained_model_name_or_path",
         required=True,
-        help="Stable Diffusion whose VAE encodes: a diffusers folder or a hub name",
+        help="Stable Diffusion whose VAE encodes: a diffusers folder, hub name or single file",
     )
     parser.add_argument("--revision", help="of a hub model (default: its main branch)")
+    parser.add_argument("--variant", help="of the weights' files, as fp16 (default: none)")
+    parser.add_argument(
+        "--single_file_config", help="folder with the configs of a single file (default: the hub's)"
+    )
     parser.add_argument(
         "--resolution", type=int, help="side of the targets in pixels (default: what is drawn)"
     )
@@ -59,20 +64,27 @@ def check_args(args: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
     check_args(args)
+    check_writable(args.out_dir)
     quiet_libraries()
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
+    from elite.files import is_file
     from elite.inference import pick_device
     from elite.latents import cache_latents
-    from elite.loading import load_part, side_for_training
+    from elite.loading import load_part, load_stable_diffusion, side_for_training
     from elite.open_images import OpenImagesBoxes
 
     model, hub = args.pretrained_model_name_or_path, {}
     if args.revision:
         hub["revision"] = args.revision
-    vae = load_part(AutoencoderKL, model, "vae", **hub)
-    unet_config = load_part(UNet2DConditionModel, model, "unet", loader="load_config", **hub)
+    if is_file(model):
+        parts = load_stable_diffusion(model, single_file_config=args.single_file_config)
+        vae, unet_config = parts["vae"], parts["unet"].config
+    else:
+        weights = {**hub, "variant": args.variant} if args.variant else hub
+        vae = load_part(AutoencoderKL, model, "vae", **weights)
+        unet_config = load_part(UNet2DConditionModel, model, "unet", loader="load_config", **hub)
     resolution = side_for_training(args.resolution, unet_config, vae)
     boxes = OpenImagesBoxes(args.train_data_dir, resolution=resolution)
     failures = cache_latents(

@@ -2,10 +2,10 @@
 
     python data_scripts/cal_bbox_by_seg.py OPEN_IMAGES_ROOT [--workers 16]
 
-The folder may also be `segs/` or `segs/test/` itself. Writes `segs/test_bbox_dict.npy`: per mask
-file the tight box of all its object pixels, with even sides where the image allows. Masks under 2
-px are skipped. Exit code 2: nothing could be done; 3: some masks could not be read (they are
-listed, the rest is written).
+The folder may also be `segs/` or `segs/test/` itself; masks may lie in subfolders, as their
+archives unzip. Writes `segs/test_bbox_dict.npy`: per mask file the tight box of all its object
+pixels, with even sides where the image allows. Masks under 2 px are skipped. Exit code 2: nothing
+could be done; 3: some masks could not be read (they are listed, the rest is written).
 """
 
 import argparse
@@ -22,8 +22,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
 
 from elite.console import complain
+from elite.files import check_writable
 from elite.images import read_mask
-from elite.open_images import save_mask_boxes
+from elite.open_images import files_in, save_mask_boxes
 from elite.wording import one_line
 
 Box = tuple[int, int, int, int]  # hs, he, ws, we: mask[hs:he, ws:we] is the object
@@ -50,15 +51,17 @@ def tight_box(mask: np.ndarray) -> Box | None:
     return (*spans[0], *spans[1])
 
 
-def box_of_file(path: Path) -> tuple[str, Box | None, str | None]:
-    """Name of a mask file, its box, and what was wrong with it."""
+def box_of_file(path: Path) -> tuple[Path, Box | None, str | None]:
+    """A mask file, its box, and what was wrong with it."""
     try:
-        return path.name, tight_box(read_mask(path)), None
+        return path, tight_box(read_mask(path)), None
     except ValueError as error:
-        return path.name, None, str(error)
+        return path, None, str(error)
 
 
-def boxes_of_files(paths: list[Path], workers: int) -> Iterator[tuple[str, Box | None, str | None]]:
+def boxes_of_files(
+    paths: list[Path], workers: int
+) -> Iterator[tuple[Path, Box | None, str | None]]:
     """`box_of_file` of all, in parallel, with a progress bar."""
     progress = tqdm(total=len(paths), unit="mask", desc="boxes")
     with progress, ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
@@ -68,24 +71,23 @@ def boxes_of_files(paths: list[Path], workers: int) -> Iterator[tuple[str, Box |
 
 
 def collect(
-    results: Iterable[tuple[str, Box | None, str | None]],
+    results: Iterable[tuple[Path, Box | None, str | None]], folder: Path
 ) -> tuple[dict[str, Box], list[str]]:
-    """Boxes by name, and the messages of masks that could not be read."""
+    """Boxes by file name, from the folder on, and the messages of masks that could not be read."""
     boxes, failures = {}, []
-    for name, box, failure in results:
+    for path, box, failure in results:
         if box is not None:
-            boxes[name] = box
+            boxes[path.relative_to(folder).as_posix()] = box
         if failure is not None:
             failures.append(failure)
     return boxes, failures
 
 
 def find_masks(folder: Path, set_name: str) -> tuple[list[Path], Path]:
-    """The mask files, and the index to write, of a root, its `segs/` or its `segs/test/`."""
+    """The mask files of a root, its `segs/` or its `segs/test/`, and the folder they are in."""
     for place in (folder / "segs" / set_name, folder / set_name, folder):
-        masks = sorted(place.glob("*.png"))
-        if masks:
-            return masks, place.parent / f"{place.name}_bbox_dict.npy"
+        if masks := files_in(place, ".png"):
+            return masks, place
     raise ValueError(
         f"{folder}: no masks (*.png); expected an Open Images folder with segs/{set_name}/"
     )
@@ -110,8 +112,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.workers < 1:
             raise ValueError(f"--workers {args.workers}: expected 1 or more")
-        masks, index_path = find_masks(args.folder.resolve(), args.set_name)
-        boxes, failures = collect(boxes_of_files(masks, args.workers))
+        masks, place = find_masks(args.folder.resolve(), args.set_name)
+        index_path = place.with_name(f"{place.name}_bbox_dict.npy")
+        check_writable(index_path.parent)
+        boxes, failures = collect(boxes_of_files(masks, args.workers), place)
         save_mask_boxes(index_path, boxes)
     except ValueError as error:
         complain(error)

@@ -1,13 +1,16 @@
-"""Make the masks NAME_bg.png of a folder of pictures, by GrabCut (Rother et al. 2004).
+"""Make the masks NAME_bg.png of a folder of pictures, by GrabCut (Rother et al. 2004) or Segment
+Anything (Kirillov et al. 2023).
 
     python data_scripts/make_masks.py PICTURES                       object in the middle
     python data_scripts/make_masks.py PICTURES --boxes boxes.csv     object in a box
+        [--method sam --sam_name_or_path facebook/sam-vit-base]
         [--overwrite] [--sheet outputs/masks.png]
 
 Look at the sheet before you use the masks: name, picture, outline of the mask, what is cut out.
 For those that are wrong write boxes.csv, with the columns name,left,top,right,bottom in pixels of
 the upright picture (right and bottom are the first ones outside), and call again with `--boxes
-boxes.csv --overwrite`: pictures without a row keep their mask.
+boxes.csv --overwrite`: pictures without a row keep their mask. For `--method sam` a box with
+right = left and bottom = top is a click on that pixel.
 
 Masks that are there stay as they are without --overwrite. Folders of more than 48 pictures get
 several sheets. Exit code 2: nothing could be done; 3: some masks could not be made (they are
@@ -28,11 +31,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
 
-from elite.console import BAD_INPUT, OK, PARTLY_FAILED, complain, run
+from elite.console import BAD_INPUT, OK, PARTLY_FAILED, complain, quiet_libraries, run
 from elite.data import Pair, PairFolder
-from elite.files import write_atomically
+from elite.files import check_writable, write_atomically
 from elite.images import cut_out, read_image
-from elite.masks import Box, centred_prior, grab_cut, prior_of_box
+from elite.masks import Box, Find, find_object
 from elite.sheets import SHEET_ROWS, TILE, fit_tile, label_tile, tile_rows
 from elite.wording import brief
 
@@ -100,13 +103,12 @@ class Result:
     failure: str = ""  # one line where it has no mask
 
 
-def make_mask(pair: Pair, box: Box | None) -> None:
+def make_mask(pair: Pair, box: Box | None, find: Find) -> None:
     """Writes the mask of a picture. Raises ValueError where it cannot be made; the message names
     the picture."""
     image = read_image(pair.image_path)
     try:
-        size = image.shape[:2]
-        mask = grab_cut(image, centred_prior(*size) if box is None else prior_of_box(*size, box))
+        mask = find(image, box)
     except ValueError as error:
         raise ValueError(f"{pair.image_path}: {error}") from None
     write_atomically(pair.mask_path, Image.fromarray(mask).save)
@@ -129,19 +131,20 @@ def is_wanted(pair: Pair, boxes: Mapping[str, Box] | None, overwrite: bool) -> b
 
 
 def make_masks(
-    pairs: Iterable[Pair], boxes: Mapping[str, Box] | None, overwrite: bool
+    pairs: Iterable[Pair], boxes: Mapping[str, Box] | None, overwrite: bool, find: Find
 ) -> Iterator[Result]:
     """Makes the masks that are wanted, one after the other.
 
     Args:
         boxes: by name; None takes the middle of each picture.
         overwrite: make those that are there, too.
+        find: the mask of an image and its box.
     """
     for pair in pairs:
         try:
             wanted = is_wanted(pair, boxes, overwrite)
             if wanted:
-                make_mask(pair, None if boxes is None else boxes[pair.name])
+                make_mask(pair, None if boxes is None else boxes[pair.name], find)
             yield Result(made=wanted, row=sheet_row(pair, wanted))
         except ValueError as error:
             yield Result(failure=str(error))
@@ -186,8 +189,18 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="pictures (jpg, jpeg, png, webp)")
+    parser.add_argument("folder", type=Path, help="pictures (jpg, png, webp, ...)")
     parser.add_argument("--boxes", type=Path, help="CSV file of name,left,top,right,bottom")
+    parser.add_argument(
+        "--method",
+        choices=("grabcut", "sam"),
+        default="grabcut",
+        help="grabcut (default) needs no model; sam is Segment Anything",
+    )
+    parser.add_argument(
+        "--sam_name_or_path",
+        help="folder or hub name of a Segment Anything model, as facebook/sam-vit-base",
+    )
     parser.add_argument(
         "--overwrite", action="store_true", help="make masks anew that are there already"
     )
@@ -200,12 +213,29 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def finder(method: str, sam_name_or_path: str | None) -> Find:
+    """Raises ValueError where the method and its model do not go together or cannot be loaded."""
+    if (method == "sam") != (sam_name_or_path is not None):
+        raise ValueError(
+            "--method sam and --sam_name_or_path need each other; the latter is a folder or hub "
+            "name, as facebook/sam-vit-base"
+        )
+    if sam_name_or_path is None:
+        return find_object
+    quiet_libraries()
+    from elite.sam import Sam
+
+    return Sam(sam_name_or_path)
+
+
 def check_sheet(path: Path, folder: Path) -> None:
     """Raises ValueError where the sheet is no PNG, or would be taken for one of the pictures."""
     if path.suffix.lower() != ".png":
         raise ValueError(f"--sheet {path}: expected a file name that ends in .png")
     if path.resolve().parent == folder.resolve():
         raise ValueError(f"--sheet {path}: lies among the pictures; choose another folder")
+    for written in (path.parent, folder):
+        check_writable(written)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -215,8 +245,9 @@ def main(arguments: list[str] | None = None) -> int:
     check_sheet(args.sheet, args.folder)
     names = {pair.name for pair in pairs.pairs}
     boxes = None if args.boxes is None else read_boxes(args.boxes, names)
+    find = finder(args.method, args.sam_name_or_path)
     bar = tqdm(pairs.pairs, desc="masks", unit="picture")
-    results = list(make_masks(bar, boxes, args.overwrite))
+    results = list(make_masks(bar, boxes, args.overwrite, find))
     failures = [result.failure for result in results if result.failure]
     made = sum(result.made for result in results)
     sheets = write_sheets([result.row for result in results if result.row], args.sheet)

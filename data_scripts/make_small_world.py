@@ -4,8 +4,8 @@
     python data_scripts/make_small_world.py --test_datasets test_datasets
 
 The first writes what Open Images V6 has on disk (images/test, segs/test with its index of boxes,
-annotations), with critters that may be trained on alone. The folder appears whole or not at all; it
-depends on count, seed and size, not on workers. The second writes sixteen critters that nothing was
+annotations), with things that may be trained on alone. The folder appears whole or not at all; it
+depends on count, seed and size, not on workers. The second writes a dozen objects that nothing was
 trained on, NAME.jpg with NAME_bg.png. Exit code 2: nothing was written.
 """
 
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -28,12 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any w
 
 from data_scripts.cal_bbox_by_seg import Box, tight_box
 from elite.console import OK, run
-from elite.files import write_atomically
+from elite.files import check_writable, write_atomically
 from elite.open_images import mask_boxes_path, save_mask_boxes
-from small_world.captions import CLASS_WORD
-from small_world.objects import NUM_OBJECTS, name_of, object_rng, test_object
 from small_world.render import Pose, draw
-from small_world.world import SCENES, random_critter
+from small_world.world import SCENES, SHAPES, Thing, random_thing, things
 
 BOX_COLUMNS = [
     "ImageID",
@@ -63,8 +61,22 @@ MASK_COLUMNS = [
     "Clicks",
 ]
 JPEG_QUALITY = 95
-LABEL = f"/m/sw_{CLASS_WORD}"
 CHUNK = 50  # pictures handed to a process at a time
+
+TEST_OBJECTS = (  # held out, each with the scene of its picture
+    (Thing("mug", "striped", "yellow", "blue"), "bricks"),
+    (Thing("mug", "dotted", "blue", "white"), "grass"),
+    (Thing("star", "solid", "orange"), "night"),
+    (Thing("star", "dotted", "purple", "yellow"), "snow"),
+    (Thing("fish", "striped", "blue", "orange"), "table"),
+    (Thing("fish", "dotted", "pink", "green"), "water"),
+    (Thing("house", "solid", "green"), "road"),
+    (Thing("house", "dotted", "white", "red"), "grass"),
+    (Thing("car", "striped", "red", "white"), "beach"),
+    (Thing("heart", "solid", "purple"), "table"),
+    (Thing("umbrella", "striped", "yellow", "purple"), "beach"),
+    (Thing("tree", "striped", "green", "pink"), "snow"),
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,12 @@ class Record:
     """A picture that was written: what its annotations say."""
 
     image_id: str
+    shape: str
     box: Box  # rows hs..he, columns ws..we of the mask
+
+    @property
+    def label(self) -> str:
+        return f"/m/sw_{self.shape}"
 
     @property
     def box_id(self) -> str:
@@ -80,17 +97,22 @@ class Record:
 
     @property
     def mask_name(self) -> str:
-        return f"{self.image_id}_{LABEL.strip('/').replace('/', '')}_{self.box_id}.png"
+        return f"{self.image_id}_{self.label.strip('/').replace('/', '')}_{self.box_id}.png"
+
+
+@cache
+def trainable() -> list[Thing]:
+    return things(held_out_only=False)
 
 
 def write_picture(root: Path, seed: int, size: int, number: int) -> Record:
     """Draws picture `number` of the seed and writes it with its mask, 1 bit as in Open Images."""
     rng = np.random.default_rng((seed, number))
-    critter = random_critter(rng, "trained")
-    image, mask = draw(critter, str(rng.choice(list(SCENES))), rng, size)
+    thing = random_thing(rng, trainable())
+    image, mask = draw(thing, str(rng.choice(list(SCENES))), rng, size)
     box = tight_box(mask)
     assert box is not None
-    record = Record(f"{number:016x}", box)
+    record = Record(f"{number:016x}", thing.shape, box)
     path = root / "images" / "test" / f"{record.image_id}.jpg"
     Image.fromarray(image).save(path, quality=JPEG_QUALITY)
     Image.fromarray(mask > 0).save(root / "segs" / "test" / record.mask_name)
@@ -123,9 +145,9 @@ def write_annotations(folder: Path, records: list[Record], size: int) -> None:
     for r in records:
         top, bottom, left, right = (round(side / size, 6) for side in r.box)
         box = (left, right, top, bottom)
-        boxes.append((r.image_id, "xclick", LABEL, 1, *box, 0, 0, 0, 1, 0))
-        masks.append((r.mask_name, r.image_id, LABEL, r.box_id, *box, 1, ""))
-    classes = [(LABEL, CLASS_WORD.capitalize())]
+        boxes.append((r.image_id, "xclick", r.label, 1, *box, 0, 0, 0, 1, 0))
+        masks.append((r.mask_name, r.image_id, r.label, r.box_id, *box, 1, ""))
+    classes = [(f"/m/sw_{shape}", shape.capitalize()) for shape in SHAPES]
     write_csv(folder / "oidv6-class-descriptions.csv", ("LabelName", "DisplayName"), classes)
     write_csv(folder / "test-annotations-bbox.csv", BOX_COLUMNS, boxes)
     write_csv(folder / "test-annotations-object-segmentation.csv", MASK_COLUMNS, masks)
@@ -136,17 +158,23 @@ def write_csv(path: Path, header: Iterable[str], rows: Iterable[tuple]) -> None:
         csv.writer(file).writerows([header, *rows])
 
 
+def name_of(thing: Thing) -> str:
+    """'striped_mug_yellow_blue', 'solid_star_orange'."""
+    words = (thing.pattern, thing.shape, thing.colour, thing.second)
+    return "_".join(word for word in words if word)
+
+
 def make_test_datasets(folder: Path, size: int) -> None:
     """The test objects, centred and nearly upright, as NAME.jpg and NAME_bg.png."""
-    for number in range(NUM_OBJECTS):
-        critter, scene = test_object(number)
-        rng = object_rng(NUM_OBJECTS + number)
-        pose = Pose(0.5, 0.5, rng.uniform(0.4, 0.46), rng.uniform(-6, 6), bool(rng.integers(2)))
-        image, mask = draw(critter, scene, rng, size, pose)
+    for number, (thing, scene) in enumerate(TEST_OBJECTS):
+        rng = np.random.default_rng((0, number))
+        pose = Pose(0.5, 0.5, rng.uniform(0.36, 0.42), rng.uniform(-6, 6), bool(rng.integers(2)))
+        image, mask = draw(thing, scene, rng, size, pose)
         picture, cut = Image.fromarray(image), Image.fromarray(mask)
-        path = folder / f"{name_of(number)}.jpg"
-        write_atomically(path, partial(picture.save, quality=JPEG_QUALITY))
-        write_atomically(folder / f"{name_of(number)}_bg.png", cut.save)
+        write_atomically(
+            folder / f"{name_of(thing)}.jpg", partial(picture.save, quality=JPEG_QUALITY)
+        )
+        write_atomically(folder / f"{name_of(thing)}_bg.png", cut.save)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -168,6 +196,9 @@ def check_args(args: argparse.Namespace) -> None:
     for name, least in (("count", 1), ("seed", 0), ("workers", 1), ("size", 32)):
         if (value := getattr(args, name)) < least:
             raise ValueError(f"--{name} {value}: expected {least} or more")
+    for folder in (args.out_dir, args.test_datasets):
+        if folder is not None:
+            check_writable(folder)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -175,7 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
     check_args(args)
     if args.test_datasets is not None:
         make_test_datasets(args.test_datasets, args.size)
-        print(f"{args.test_datasets}: {NUM_OBJECTS} held-out objects with masks")
+        print(f"{args.test_datasets}: {len(TEST_OBJECTS)} held-out objects with masks")
     if args.out_dir is not None:
         make_open_images(args.out_dir, args.count, args.seed, args.size, args.workers)
         print(f"{args.out_dir}: {args.count} pictures in Open Images layout")

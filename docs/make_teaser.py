@@ -1,7 +1,7 @@
-"""Make the README's first picture with the small world: python docs/make_teaser.py
+"""Make the README's teaser with the small world: python docs/make_teaser.py
 
-No choice is made by hand: the first eight objects of test_datasets/ by number, one seed, one
-lambda, each object in the same scenes.
+No choice is made by hand: of the objects of test_datasets/ the first by name of each silhouette,
+one seed, one lambda, each object in the same scenes.
 """
 
 import sys
@@ -16,10 +16,18 @@ from elite.console import OK, quiet_libraries, run
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCENES = ("a S on the beach", "a S at night", "a S in the snow")
-OBJECTS, SEED, LAMBDA = 8, 42, 0.6
+SEED, LAMBDA = 42, 0.6
 TILE, LABEL, GAP = 128, 168, 6  # pixels; the model's 32 are enlarged four times
 COLOURS = 256  # a smaller file
 TARGET = REPOSITORY / "docs/teaser.png"
+
+
+def first_of_each_silhouette(names: list[str]) -> list[int]:
+    """Indices of PATTERN_SILHOUETTE_COLOURS names."""
+    seen: dict[str, int] = {}
+    for index, name in enumerate(names):
+        seen.setdefault(name.split("_")[1], index)
+    return list(seen.values())
 
 
 def draw_rows(scenes: tuple[str, ...] = SCENES, steps: int = 20) -> list[list[Image.Image]]:
@@ -32,7 +40,8 @@ def draw_rows(scenes: tuple[str, ...] = SCENES, steps: int = 20) -> list[list[Im
     pipe = ElitePipeline.from_stable_diffusion(REPOSITORY / "checkpoints/small_world")
     pipe.set_progress_bar_config(disable=True)
     folder = PairFolder(REPOSITORY / "test_datasets")
-    pairs = [folder.read(index) for index in range(OBJECTS)]
+    chosen = first_of_each_silhouette([pair.name for pair in folder.pairs])
+    pairs = [folder.read(index) for index in chosen]
     concepts = [pipe.encode_concept(image, mask) for image, mask in pairs]
     drawing, seeds = Drawing(lambda_=LAMBDA, num_inference_steps=steps), [SEED] * len(concepts)
     return [

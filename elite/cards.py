@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers.utils import PushToHubMixin
 
-from elite.files import write_text
+from elite.files import give_usual_rights, write_text
 
 CARD = "README.md"
 EMPTY_CARD = "This model card has been automatically generated"  # in those of diffusers
@@ -89,6 +89,7 @@ class Carded(PushToHubMixin):
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, *args, **kwargs)
+        give_usual_rights(Path(save_directory))
         self._save_card(save_directory)
 
     def _upload_folder(self, working_dir: str | Path, *args: Any, **kwargs: Any) -> Any:

@@ -1,10 +1,9 @@
 """Mapper weights in our format (safetensors + config.json) and in the release's (`.pt` state
 dicts)."""
 
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -12,11 +11,12 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import CLIPVisionModel
 
-from elite.files import is_file
+from elite.files import check_archive, is_file
 from elite.mappers import HIDDEN_LAYERS, Mapper
 
 M = TypeVar("M", bound=Mapper)
 MOST_KEYS_SHOWN = 6
+TORCH_FILES = (".pt", ".pth", ".bin")  # endings of what torch.save writes
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST, MOST_LAYERS = 16_384, 1024  # of a mapper that is worth building
 
@@ -33,7 +33,7 @@ def load_mapper(
     Raises:
         ValueError: no such file, or its tensors do not fit these models; one message lists them.
     """
-    if Path(path).suffix in (".pt", ".pth", ".bin"):
+    if Path(path).suffix.lower() in TORCH_FILES:
         return mapper_from_state_dict(cls, load_official(path), unet, image_encoder, name=str(path))
     try:
         _check_config(cls.load_config(path))
@@ -50,18 +50,28 @@ def load_mapper(
     return mapper
 
 
-def load_official(path: Path | str) -> dict[str, Tensor]:
-    """The plain state dict of a `.pt` file; nothing else in it is ever executed."""
+def load_torch(path: Path | str) -> Any:
+    """What a file of `torch.save` holds, if that is tensors in plain containers; nothing else in it
+    is ever executed.
+
+    Raises:
+        ValueError: no such file, or it holds anything else.
+    """
     if not is_file(path):
-        raise ValueError(f"{path}: no such file; expected a mapper checkpoint")
+        raise ValueError(f"{path}: no such file; expected one of torch.save")
     try:
-        _check_archive(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        check_archive(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(
-            f"{path}: not a plain state dict of tensors ({_first_line(error)}); it is refused, "
-            "since loading anything else could run code"
+            f"{path}: not plain tensors ({_first_line(error)}); it is refused, since loading "
+            "anything else could run code; save it as safetensors where it comes from"
         ) from None
+
+
+def load_official(path: Path | str) -> dict[str, Tensor]:
+    """The plain state dict of a `.pt` file, read as `load_torch` does."""
+    state = load_torch(path)
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):
@@ -106,15 +116,6 @@ def _reference(
         hidden_dim, hidden_layers = config["hidden_dim"], config["hidden_layers"]
     with torch.device("meta"):
         return cls.shaped_for(unet, image_encoder, hidden_dim, hidden_layers)
-
-
-def _check_archive(path: Path | str) -> None:
-    """Raises ValueError where a `.pt` file would grow as it is read; torch never compresses."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise ValueError("its entries are compressed")
 
 
 def _check_files(folder: Path) -> None:

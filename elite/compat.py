@@ -1,17 +1,21 @@
 """What a pipeline owes to diffusers and the method does not need: the hub, saving, exchanges of
 attention processors, clip_skip, callbacks."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import snapshot_download
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from elite.attention import is_installed
 from elite.cards import Carded, pipeline_card
 from elite.loading import side_in_pixels
+from elite.text import read_prompt
+from elite.wording import nearest
 
 
 class DiffusersPipeline(Carded, StableDiffusionPipeline):
@@ -75,6 +79,11 @@ class DiffusersPipeline(Carded, StableDiffusionPipeline):
         with self._plain_unet():
             super().unfuse_qkv_projections(*args, **kwargs)
 
+    def maybe_convert_prompt(
+        self, prompt: str | list[str], tokenizer: PreTrainedTokenizerBase
+    ) -> str | list[str]:
+        return read_prompt(prompt, tokenizer)
+
     def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As diffusers', whose clip_skip looks for the `text_model` that transformers 5 has
         dissolved."""
@@ -89,6 +98,23 @@ class DiffusersPipeline(Carded, StableDiffusionPipeline):
 
 
 # --- the arguments of a call ----------------------------------------------------------------------
+
+# Of `__call__`, where diffusers takes the first two by **kwargs, and of `condition`.
+CALL_OPTIONS = {
+    "callback",
+    "callback_steps",
+    *signature(StableDiffusionPipeline.__call__).parameters,
+}
+CONDITION_OPTIONS = {"clip_skip", "cross_attention_kwargs", "height", "width"}
+
+
+def check_names(given: Iterable[str], options: Set[str], function: Callable) -> None:
+    """Raises ValueError where a keyword is neither among the options nor a parameter of the
+    function, whose **kwargs have taken it."""
+    known = (options | signature(function).parameters.keys()) - {"args", "kwargs", "self"}
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{name}: unknown argument{nearest(name, known)}")
 
 
 def text_options(kwargs: dict) -> dict[str, Any]:

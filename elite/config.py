@@ -5,7 +5,6 @@ The dataclasses are in `elite/settings.py`. A script reads one and hands plain a
 """
 
 import argparse
-import difflib
 import math
 import re
 import sys
@@ -17,8 +16,8 @@ from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
-from elite.files import read_text, write_text
-from elite.wording import brief, one_line
+from elite.files import check_writable, read_text, write_text
+from elite.wording import brief, nearest, one_line
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -61,7 +60,10 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) 
         flags = _parse_flags(parser, argv)
         path = flags.pop("config", None)
         preset = _read_layer(config_class, read_yaml(path), f"{path}: ") if path else {}
-        return build_config(config_class, preset, _read_layer(config_class, flags, "--"))
+        config = build_config(config_class, preset, _read_layer(config_class, flags, "--"))
+        if hasattr(config, "output_dir"):
+            check_writable(config.output_dir)
+        return config
     except ValueError as error:
         print(f"{parser.prog}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
@@ -186,8 +188,7 @@ def default_of(item: Field[Any]) -> Any:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {match[0]}?" if match else "; --help lists what there is"
+    return nearest(name, known) or "; --help lists what there is"
 
 
 def _read_layer(

@@ -8,10 +8,11 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from io import TextIOWrapper
 from types import FrameType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
-from elite.wording import one_line
+from elite.wording import Note, one_line
 
 OK, INTERRUPTED, BAD_INPUT, PARTLY_FAILED = 0, 130, 2, 3
 
@@ -29,9 +30,29 @@ def quiet_libraries() -> None:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging
 
+    warnings.simplefilter("default", Note)
+    warnings.showwarning = _show_warning
     for library in (logging, diffusers_logging):
         library.set_verbosity_error()
-    logging.disable_progress_bar()
+        library.disable_progress_bar()
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A note as one line, above a progress bar if there is one."""
+    from tqdm import tqdm
+
+    if issubclass(category, Note):
+        text = f"note: {one_line(message)}"
+    else:
+        text = warnings.formatwarning(message, category, filename, lineno).rstrip()
+    tqdm.write(text, file=sys.stderr)
 
 
 def complain(message: object) -> None:
@@ -42,6 +63,9 @@ def complain(message: object) -> None:
 def run(main: Callable[[], int]) -> None:
     """Runs a script and exits: with its status, 2 and one line on stderr for a ValueError, a file
     that cannot be reached or a lost process of `accelerate launch`, 130 for Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # letters that the terminal does not have as \u51fa
+            stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
     except ValueError as error:

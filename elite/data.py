@@ -7,9 +7,14 @@ from pathlib import Path
 import numpy as np
 
 from elite.files import digest_files
-from elite.images import fit_mask, read_image, read_mask
+from elite.images import ENDINGS, FORMATS, doubt, fit_mask, read_image, read_mask
+from elite.wording import brief, note
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+PICTURES = {ending for name in FORMATS for ending in ENDINGS[name]}
+# Other pictures, which are named where they are left out.
+OTHERS = {ending for endings in ENDINGS.values() for ending in endings} | set(
+    [".arw", ".cr2", ".cr3", ".dng", ".ico", ".jp2", ".jxl", ".nef", ".psd", ".svg", ".tga"]
+)
 
 
 @dataclass(frozen=True)
@@ -32,10 +37,16 @@ class Pair:
         if self.whole:
             return image, np.ones(image.shape[:2], dtype=bool)
         if not self.mask_path.exists():
+            others = [self.mask_path.with_suffix(ending) for ending in sorted(OTHERS)]
+            there = [f" as PNG, not {path.name}" for path in others if path.exists()][:1]
             raise ValueError(
                 f"{self.mask_path}: no such file; expected the mask of {self.image_path.name}"
+                + "".join(there)
             )
-        return image, fit_mask(read_mask(self.mask_path), image, str(self.mask_path))
+        mask = fit_mask(read_mask(self.mask_path), image, str(self.mask_path))
+        if doubtful := doubt(mask):
+            note(f"{self.mask_path}: {doubtful}")
+        return image, mask
 
     @property
     def digest(self) -> str:
@@ -46,11 +57,31 @@ class Pair:
 def pair_of(image_path: Path, whole: bool = False) -> Pair:
     """The pair that a picture makes with the file of its mask, NAME_bg.png."""
     name = image_path.stem
-    return Pair(name, image_path, image_path.with_name(f"{name}_bg.png"), whole)
+    endings = ("_bg.png", "_bg.PNG", "_BG.png", "_BG.PNG")
+    masks = [image_path.with_name(f"{name}{ending}") for ending in endings]
+    mask_path = next((path for path in masks if path.exists()), masks[0])
+    return Pair(name, image_path, mask_path, whole)
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures of a folder by name. A note names what looks like one and is left out."""
+    pictures, left_out = [], []
+    for path in sorted(folder.iterdir()):
+        ending = path.suffix.lower()
+        if is_picture(path):
+            pictures.append(path)
+        elif ending in OTHERS and not path.name.startswith(".") and path.is_file():
+            left_out += [] if ending == ".png" else [path.name]  # masks
+    if left_out:
+        note(
+            f"{folder}: left out {brief(left_out)}; expected {' '.join(sorted(PICTURES))}, masks "
+            "as NAME_bg.png (HEIC needs pip install pillow-heif)"
+        )
+    return pictures
 
 
 class PairFolder:
-    """The pairs NAME.jpg (jpeg, png, webp) and NAME_bg.png of a folder, by name.
+    """The pairs NAME.jpg (or png, webp, ...) and NAME_bg.png of a folder, by name.
 
     Args:
         whole: the whole picture is the object; no mask is read.
@@ -65,8 +96,7 @@ class PairFolder:
             raise ValueError(f"{folder}: no such folder; expected NAME.jpg with NAME_bg.png in it")
         self.pairs = [
             pair_of(path, whole)
-            for path in sorted(folder.iterdir(), key=lambda path: (path.stem, path.suffix))
-            if is_picture(path)
+            for path in sorted(pictures_in(folder), key=lambda path: (path.stem, path.suffix))
         ]
         if not self.pairs:
             raise ValueError(
@@ -94,7 +124,6 @@ class PairFolder:
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a file is a picture by its name, and no mask NAME_bg.png."""
-    suffix = path.suffix.lower()
-    is_mask = suffix == ".png" and path.stem.endswith("_bg")
-    return suffix in PICTURES and not is_mask and not path.name.startswith(".") and path.is_file()
+    """Whether a file is a picture by its name, and no mask NAME_bg."""
+    is_taken = path.suffix.lower() in PICTURES and not path.stem.lower().endswith("_bg")
+    return is_taken and not path.name.startswith(".") and path.is_file()

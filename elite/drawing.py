@@ -22,7 +22,7 @@ from elite.concept import Concept, ConceptFolder
 from elite.data import PairFolder
 from elite.defaults import DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
 from elite.encoding import batches, columns, progress_bar, read_entries, shown
-from elite.files import write_atomically
+from elite.files import check_writable, write_atomically
 from elite.loading import side_in_pixels
 from elite.named_concepts import Words
 from elite.pipeline import ElitePipeline, initial_noise
@@ -43,6 +43,7 @@ class Drawing:
     resolution: int | None = None  # side in pixels; None means what the model draws
     num_inference_steps: int = DEFAULT_STEPS
     guidance_scale: float = GUIDANCE_SCALE
+    negative_prompt: str | None = None  # of every picture; None means an empty one
 
     @property
     def options(self) -> dict[str, Any]:
@@ -53,6 +54,7 @@ class Drawing:
             "width": self.resolution,
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
+            "negative_prompt": self.negative_prompt,
         }
 
     def __call__(
@@ -118,6 +120,7 @@ class Drawing:
             "num_inference_steps": str(self.num_inference_steps),
             "guidance_scale": str(self.guidance_scale),
             "dtype": str(pipe.unet.dtype),
+            **({"negative_prompt": self.negative_prompt} if self.negative_prompt else {}),
         }
 
 
@@ -166,7 +169,8 @@ def is_drawn(path: Path, metadata: Mapping[str, str]) -> bool:
         with Image.open(path) as picture:
             picture.verify()
             is_whole = path.read_bytes().endswith(PNG_END)  # `verify` stops a little before
-            return is_whole and metadata.items() <= picture.info.items()
+            same = picture.info.get("negative_prompt") == metadata.get("negative_prompt")
+            return is_whole and same and metadata.items() <= picture.info.items()
     except (OSError, SyntaxError, ValueError):
         return False
 
@@ -204,6 +208,7 @@ def draw_folder(
     Raises:
         ValueError: the prompt does not fit, or the disk is full.
     """
+    check_writable(output_dir)
     state = PartialState()
     indices = range(len(folder)) if indices is None else indices
     share = indices[state.process_index :: state.num_processes]
@@ -253,6 +258,7 @@ def draw_prompts(
     resolution: int | None = None,
     num_inference_steps: int = DEFAULT_STEPS,
     guidance_scale: float = GUIDANCE_SCALE,
+    negative_prompt: str | None = None,
 ) -> list[Image.Image]:
     """A stock pipeline's pictures, one seed per prompt.
 
@@ -267,6 +273,7 @@ def draw_prompts(
         width=side,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
+        negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
     ).images
 
 
@@ -287,6 +294,7 @@ def draw_prompt_grid(
     """
     settings = {key: str(value) for key, value in metadata.items() if value is not None}
     settings |= VERSIONS
+    check_writable(output_dir)
     rows: list[list[Image.Image]] = []
     with tqdm(total=len(prompts) * len(seeds), desc="draw", unit="picture") as progress:
         for number, prompt in enumerate(prompts):

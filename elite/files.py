@@ -6,7 +6,9 @@ import json
 import os
 import re
 import shutil
+import stat
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +34,7 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
+        give_usual_rights(temporary)
         _flush(temporary)
         if path.is_dir() and temporary.is_dir():
             remove_whole(path)
@@ -49,6 +52,36 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
         elif temporary.exists():
             temporary.unlink()
+
+
+def check_writable(folder: Path | str) -> None:
+    """Raises ValueError where a folder cannot be made or written into; makes nothing."""
+    folder = Path(folder).absolute()
+    for path in (folder, *folder.parents):
+        try:
+            reason = "" if stat.S_ISDIR(os.stat(path).st_mode) else "Not a directory"
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            reason = str(error.strerror)
+        if not reason and not os.access(path, os.W_OK | os.X_OK):
+            reason = "Permission denied"
+        if reason:
+            raise ValueError(
+                f"{folder}: cannot be written ({path}: {reason}); choose another folder"
+            )
+        return
+
+
+def give_usual_rights(path: Path) -> None:
+    """Lets those read a safetensors file, or all in a folder, who may read any new file;
+    safetensors itself lets their owner alone."""
+    files = [path] if path.suffix == ".safetensors" else [*path.rglob("*.safetensors")]
+    for file in files:
+        probe = _hidden(file, "tmp")
+        probe.touch()
+        os.chmod(file, stat.S_IMODE(probe.stat().st_mode))
+        probe.unlink()
 
 
 def _flush(path: Path) -> None:
@@ -87,6 +120,16 @@ def _is_disk_error(error: Exception) -> bool:
     told = ("inline_container", "PytorchStreamWriter", "iostream error")
     in_torch = isinstance(error, RuntimeError) and any(words in str(error) for words in told)
     return in_torch or isinstance(error, OSError | SafetensorError)
+
+
+def check_archive(path: Path | str) -> None:
+    """Raises ValueError where a file of torch.save would grow as it is read; torch never
+    compresses."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("its entries are compressed")
 
 
 def is_file(path: Path | str) -> bool:

@@ -4,6 +4,7 @@ path of ELITE.
 Scripts, app, training data and previews all go through here.
 """
 
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
@@ -14,10 +15,25 @@ from torch import Tensor
 
 from elite.files import is_file
 
-ImageLike = Image.Image | np.ndarray
+ImageLike = Image.Image | np.ndarray | Path | str
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-FORMATS = ("PNG", "JPEG", "WEBP")  # no other decoder of Pillow is handed a file
+ENDINGS = {
+    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "AVIF": (".avif",),
+    "HEIF": (".heic", ".heif"),  # with pillow-heif
+}
+with suppress(ImportError):
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+Image.init()
+FORMATS = [name for name in ENDINGS if name in Image.OPEN]  # no other decoder is handed a file
 MAX_PIXELS = 64_000_000  # of a file that nobody bounds tighter; its arrays stay below 2 GB
 SAME_ASPECT = (
     0.02  # relative difference of aspect ratios up to which a mask is resized to its image
@@ -70,10 +86,13 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 
 def to_mask(image: Image.Image) -> np.ndarray:
     """Any PIL mode to bool (H, W): every pixel that is neither black nor fully transparent is
-    object."""
-    if image.mode in ("P", "RGBA", "LA", "PA"):
+    object; of a cut-out, whose alpha varies, every pixel that is not fully transparent."""
+    if image.mode == "P" or image.has_transparency_data:
         rgba = np.asarray(image.convert("RGBA"))
-        return np.any(rgba[..., :3] > 0, axis=2) & (rgba[..., 3] > 0)
+        alpha = rgba[..., 3]
+        if alpha.min(initial=255) < alpha.max(initial=0):
+            return alpha > 0
+        return np.any(rgba[..., :3] > 0, axis=2) & (alpha > 0)
     values = np.asarray(image)
     return np.any(values > 0, axis=2) if values.ndim == 3 else values > 0
 
@@ -87,6 +106,39 @@ def read_image(path: Path | str, max_pixels: int | None = None) -> np.ndarray:
 def read_mask(path: Path | str, max_pixels: int | None = None) -> np.ndarray:
     """Object mask, bool (H, W), upright. Raises ValueError as `read_image`."""
     return to_mask(_open(path, max_pixels))
+
+
+def as_image(image: ImageLike) -> np.ndarray:
+    """A file, a PIL image or such an array to uint8 (H, W, 3). Raises ValueError where it is
+    none."""
+    if isinstance(image, str | Path):
+        return read_image(image)
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    pixels = np.asarray(image)
+    if pixels.dtype != np.uint8 or pixels.shape[2:] != (3,) or not pixels.size:
+        raise ValueError(
+            f"image is {pixels.dtype} of shape {pixels.shape}; expected a path, a PIL image, or "
+            "uint8 of shape (H, W, 3) in RGB"
+        )
+    return pixels
+
+
+def as_mask(mask: ImageLike, name: str = "mask") -> np.ndarray:
+    """A file, a PIL image or an array, (H, W) or (H, W, 3), to bool (H, W): all that is not zero is
+    object. Raises ValueError, which begins with `name`, where it is none."""
+    if isinstance(mask, str | Path):
+        return read_mask(mask)
+    if isinstance(mask, Image.Image):
+        return to_mask(mask)
+    values = np.asarray(mask)
+    is_shaped = values.ndim > 1 and values.shape[2:] in ((), (1,), (3,)) and values.size
+    if values.dtype.kind not in "biuf" or not is_shaped:
+        raise ValueError(
+            f"{name} is {values.dtype} of shape {values.shape}; expected a path, a PIL image, or "
+            "numbers of shape (H, W)"
+        )
+    return np.any((values > 0).reshape(*values.shape[:2], -1), axis=2)
 
 
 def fit_mask(mask: np.ndarray, image: np.ndarray, name: str = "mask") -> np.ndarray:
@@ -108,6 +160,16 @@ def fit_mask(mask: np.ndarray, image: np.ndarray, name: str = "mask") -> np.ndar
     if not mask.any():
         raise ValueError(f"{name}: mask has no object pixel; paint the object in white on black")
     return mask
+
+
+def doubt(mask: np.ndarray) -> str:
+    """What looks wrong with a mask, bool (H, W), that a person has made; else nothing."""
+    if mask.all():
+        return "every pixel is object; paint what is not object black"
+    border = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
+    if border.mean() > 0.9:
+        return "the object is all around the picture's border; if the mask is inverted, swap it"
+    return ""
 
 
 def normalise(image: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

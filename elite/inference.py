@@ -61,10 +61,16 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
+def model_name(config: ModelConfig) -> str:
+    """What a file calls the Stable Diffusion that made it."""
+    variant = f", variant {config.variant}" if config.variant else ""
+    return config.pretrained_model_name_or_path + variant
+
+
 def model_metadata(config: ConceptConfig) -> dict[str, str]:
     """What a file says of the models that made it; mappers are known by their fingerprint."""
     encoder = config.image_encoder_name_or_path
-    return {"model": config.pretrained_model_name_or_path, "image_encoder": str(encoder)}
+    return {"model": model_name(config), "image_encoder": str(encoder)}
 
 
 def place(pipe: DiffusionPipeline, config: ModelConfig) -> None:
@@ -91,6 +97,7 @@ def load_pipeline(
         global_mapper=config.global_mapper_path,
         local_mapper=local_mapper,
         image_encoder=encoder if encodes else image_encoder_sizes(model, encoder),
+        **config.model_files,
     )
     if not encodes:
         pipe.register_modules(image_encoder=None)
@@ -119,6 +126,7 @@ def drawing_of(config: EliteConfig, words: Words, lambda_: float) -> Drawing:
         resolution=config.resolution,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
+        negative_prompt=config.negative_prompt,
     )
 
 

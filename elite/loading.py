@@ -1,5 +1,6 @@
-"""Stable Diffusion's parts from a folder or the hub, and samplers by name."""
+"""Stable Diffusion's parts from a folder, the hub or a single file, and samplers by name."""
 
+import os.path
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.schedulers import KarrasDiffusionSchedulers
+from safetensors import safe_open
 from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -27,6 +29,8 @@ from transformers import (
 )
 
 from elite.defaults import DEFAULT_SAMPLER
+from elite.files import check_archive, is_file
+from elite.text import read_prompt
 
 HUB_IMAGE_ENCODER = "openai/clip-vit-large-patch14"
 SCHEDULERS = {
@@ -80,24 +84,32 @@ def load_parts(
     image_encoder: str | Path | CLIPVisionModel | None = None,
     tokenizer: str | Path | None = None,
     revision: str | None = None,
+    variant: str | None = None,
+    single_file_config: str | Path | None = None,
 ) -> dict:
     """Everything of ELITE but the mappers, in float32: the parts of `load_stable_diffusion`, and
     image_encoder.
 
     Args:
-        model: folder in diffusers layout, or a hub name.
+        model: folder in diffusers layout, hub name, or a checkpoint in a single file.
         image_encoder: None takes `image_encoder/` of the model folder, else CLIP ViT-L/14 from the
             hub.
         tokenizer: None takes the model's own.
         revision: of the model on the hub.
+        variant: of the weights' files, as fp16 in `model.fp16.safetensors`.
+        single_file_config: folder in diffusers layout, or hub name, with the configs and tokenizer
+            of a single file; None lets diffusers choose one of the hub by the file's tensors.
 
     Raises:
         ValueError: a part is missing or unreadable; the message names it.
     """
-    parts = load_stable_diffusion(model, tokenizer, revision)
+    parts = load_stable_diffusion(model, tokenizer, revision, variant, single_file_config)
     if not isinstance(image_encoder, CLIPVisionModel):
-        source = image_encoder or inside(model, "image_encoder") or HUB_IMAGE_ENCODER
-        image_encoder = load_part(CLIPVisionModel, source)
+        own = None if image_encoder else inside(model, "image_encoder")
+        options = {"variant": variant} if own and variant in _variants(own) else {}
+        image_encoder = load_part(
+            CLIPVisionModel, image_encoder or own or HUB_IMAGE_ENCODER, **options
+        )
     return {**parts, "image_encoder": image_encoder}
 
 
@@ -115,7 +127,11 @@ def image_encoder_sizes(
 
 
 def load_stable_diffusion(
-    model: str | Path, tokenizer: str | Path | None = None, revision: str | None = None
+    model: str | Path,
+    tokenizer: str | Path | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    single_file_config: str | Path | None = None,
 ) -> dict:
     """vae, text_encoder, tokenizer, unet and scheduler of a Stable Diffusion, in float32; of SDXL
     text_encoder_2 and tokenizer_2 too.
@@ -123,23 +139,54 @@ def load_stable_diffusion(
     Args, Raises: as `load_parts`.
     """
     hub = {"revision": revision} if revision else {}
-    parts = {
-        name: load_part(cls, model, name, **hub)
-        for name, cls in (
-            ("text_encoder", CLIPTextModel),
-            ("vae", AutoencoderKL),
-            ("unet", UNet2DConditionModel),
-        )
-    }
-    if tokenizer is None:
-        parts["tokenizer"] = _load_tokenizer(parts["text_encoder"], model, "tokenizer", **hub)
+    if is_file(model):
+        parts = _load_single_file(model, single_file_config)
     else:
-        parts["tokenizer"] = _load_tokenizer(parts["text_encoder"], tokenizer)
-    if is_xl(parts["unet"]):
-        second = load_part(CLIPTextModelWithProjection, model, "text_encoder_2", **hub)
-        parts["text_encoder_2"] = second
-        parts["tokenizer_2"] = _load_tokenizer(second, model, "tokenizer_2", **hub)
-    return {**parts, "scheduler": _load_scheduler(model, hub)}
+        weights = {**hub, **({"variant": variant} if variant else {})}
+        names = {"text_encoder": CLIPTextModel, "vae": AutoencoderKL, "unet": UNet2DConditionModel}
+        parts = {name: load_part(cls, model, name, **weights) for name, cls in names.items()}
+        if is_xl(parts["unet"]):
+            parts["text_encoder_2"] = load_part(
+                CLIPTextModelWithProjection, model, "text_encoder_2", **weights
+            )
+            parts["tokenizer_2"] = load_part(CLIPTokenizer, model, "tokenizer_2", **hub)
+        if tokenizer is None:
+            parts["tokenizer"] = load_part(CLIPTokenizer, model, "tokenizer", **hub)
+        parts["scheduler"] = _load_scheduler(model, hub)
+    if tokenizer is not None:
+        parts["tokenizer"] = load_part(CLIPTokenizer, tokenizer)
+    for name in parts.keys() & {"tokenizer", "tokenizer_2"}:  # no more tokens than are read
+        limit = parts[name.replace("tokenizer", "text_encoder")].config.max_position_embeddings
+        parts[name].model_max_length = min(parts[name].model_max_length, limit)
+    return parts
+
+
+def _load_single_file(path: str | Path, config: str | Path | None) -> dict:
+    """The same parts of a checkpoint in a single file, whose tensors have other names."""
+    try:
+        kind = StableDiffusionPipeline
+        if Path(path).suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                if any(key.startswith("conditioner.") for key in file.keys()):  # noqa: SIM118
+                    kind = StableDiffusionXLPipeline
+        else:
+            check_archive(path)
+        options = {} if config is None else {"config": str(config)}
+        pipe = kind.from_single_file(str(path), **options)
+    except Exception as error:  # whatever a stranger's file provokes
+        raise ValueError(
+            f"{path}: cannot load this single file ({_first_line(error)}); expected a whole "
+            "checkpoint of Stable Diffusion as .safetensors or plain .ckpt, and with "
+            "--single_file_config a folder in diffusers layout that has its configs and tokenizer"
+        ) from None
+    _check_noise_schedule(dict(pipe.scheduler.config), path)
+    names = ["text_encoder", "vae", "unet", "tokenizer"]
+    names += [name for name in ("text_encoder_2", "tokenizer_2") if name in pipe.components]
+    parts = {name: pipe.components[name] for name in names}
+    for part in parts.values():
+        if isinstance(part, torch.nn.Module):
+            part.float().eval()
+    return {**parts, "scheduler": make_scheduler(DEFAULT_SAMPLER, pipe.scheduler.config)}
 
 
 def is_xl(unet: UNet2DConditionModel) -> bool:
@@ -148,25 +195,17 @@ def is_xl(unet: UNet2DConditionModel) -> bool:
 
 
 def stock_pipeline(parts: dict) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
-    """The plain text-to-image pipeline of diffusers over these parts."""
+    """The plain text-to-image pipeline of diffusers over these parts; prompts are read by
+    `text.read_prompt`."""
+    pipe: StableDiffusionPipeline | StableDiffusionXLPipeline
     if "text_encoder_2" in parts:
-        return StableDiffusionXLPipeline(**parts, add_watermarker=False)
-    return StableDiffusionPipeline(
-        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    )
-
-
-def _load_tokenizer(
-    text_encoder: CLIPTextModel | CLIPTextModelWithProjection,
-    source: str | Path,
-    subfolder: str = "",
-    **hub: str,
-) -> CLIPTokenizer:
-    """A tokenizer that gives no more tokens than its text encoder reads."""
-    tokenizer = load_part(CLIPTokenizer, source, subfolder, **hub)
-    limit = text_encoder.config.max_position_embeddings
-    tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
-    return tokenizer
+        pipe = StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    else:
+        pipe = StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    pipe.maybe_convert_prompt = read_prompt
+    return pipe
 
 
 def _load_scheduler(model: str | Path, hub: dict) -> KarrasDiffusionSchedulers:
@@ -205,7 +244,8 @@ def load_part(
     source: str | Path,
     subfolder: str = "",
     loader: str = "from_pretrained",
-    **options: str,
+    remedy: str = "expected a folder in diffusers layout, a hub name or a single-file checkpoint",
+    **options: Any,
 ) -> Any:
     """One part; models in float32 whatever they are stored in."""
     if subfolder:
@@ -213,10 +253,14 @@ def load_part(
     try:
         part = getattr(cls, loader)(source, **options)
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        variants = _variants(Path(source) / subfolder)
         raise ValueError(
-            f"{source}: cannot load {subfolder or cls.__name__} ({reason}); expected a folder in "
-            "diffusers layout or a hub name"
+            f"{source}: cannot load {subfolder or cls.__name__} ({_first_line(error)}); "
+            + (
+                f"its weights are of a variant, choose --variant {' or '.join(sorted(variants))}"
+                if variants
+                else remedy
+            )
         ) from None
     if cls is CLIPTokenizer and len(part) == len(set(part.all_special_ids)):
         # Without its files, transformers gives a tokenizer that knows no word.
@@ -224,6 +268,17 @@ def load_part(
             f"{source}: no {subfolder or 'tokenizer'}; expected vocab.json and merges.txt in it"
         )
     return part.float().eval() if isinstance(part, torch.nn.Module) else part
+
+
+def _variants(folder: Path) -> set[str]:
+    """The variants of the weights in a folder: fp16 of `model.fp16.safetensors`."""
+    if not os.path.isdir(folder):
+        return set()
+    return {path.name.split(".")[1].partition("-")[0] for path in folder.glob("*.*.safetensors")}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def inside(model: str | Path, part: str) -> Path | None:

@@ -2,27 +2,35 @@
 their words, how much of their details, and where."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from numbers import Integral
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from elite.concept import Concept
-from elite.images import ImageLike, to_mask
+from elite.images import ImageLike, as_mask
+from elite.wording import brief
 
 Words = int | Literal["all"]
-Concepts = Mapping[str, Concept | Sequence[Concept]]  # by placeholder: one, or one per prompt
+ConceptLike = Concept | Path | str  # or the file of one
+# By placeholder: one, or one per prompt.
+Concepts = Mapping[str, ConceptLike | Sequence[ConceptLike]]
 Weights = float | Sequence[float]  # one, or one per prompt
 
 
 def concepts_by_name(
-    concept: Concept | Sequence[Concept] | None, concepts: Concepts | None, placeholder: str
+    concept: ConceptLike | Sequence[ConceptLike] | None,
+    concepts: Concepts | None,
+    placeholder: str,
 ) -> Concepts:
     """Concepts by their placeholders, of either way to give them."""
     if concept is None:
+        if not isinstance(concepts or {}, Mapping):
+            raise ValueError(f'concepts are {brief(concepts)}; expected {{"S1": a, "S2": b}}')
         return concepts or {}
     if concepts is not None:
         raise ValueError("concept and concepts are both given; put all into concepts")
@@ -57,24 +65,23 @@ def latent_regions(
         return None
     shares = torch.ones(len(names), height, width)
     for name, region in regions.items():
-        mask = to_mask(region) if isinstance(region, Image.Image) else np.asarray(region) > 0
-        if mask.ndim != 2 or not mask.any():
-            raise ValueError(
-                f"region of {name}: shape {mask.shape} with {int(mask.sum())} pixels set; expected "
-                "a mask (H, W) that is not empty"
-            )
+        mask = as_mask(region, f"region of {name}")
+        if not mask.any():
+            raise ValueError(f"region of {name} is empty; paint white where it may appear")
         pixels = torch.from_numpy(mask.astype(np.float32))[None, None]
         shares[names.index(name)] = F.adaptive_avg_pool2d(pixels, (height, width))[0, 0]
     return shares
 
 
-def row_per_prompt(concept: Concept | Sequence[Concept], count: int) -> Concept:
+def row_per_prompt(concept: ConceptLike | Sequence[ConceptLike], count: int) -> Concept:
     """`count` rows of one concept, or of one for each.
 
     Raises:
-        ValueError: another number of concepts, or they are of different mappers.
+        ValueError: another number of concepts, no concepts, or of different mappers.
     """
-    stacked = Concept.stack([concept] if isinstance(concept, Concept) else list(concept))
+    is_one = isinstance(concept, str) or not isinstance(concept, Sequence)
+    several: Sequence[Any] = [concept] if is_one else concept  # type: ignore[assignment]
+    stacked = Concept.stack([_as_concept(one) for one in several])
     if len(stacked) not in (1, count):
         raise ValueError(
             f"{len(stacked)} concepts for {count} prompts; pass one, or one per prompt"
@@ -82,10 +89,18 @@ def row_per_prompt(concept: Concept | Sequence[Concept], count: int) -> Concept:
     return stacked if len(stacked) == count else stacked.expand(count)
 
 
+def _as_concept(concept: ConceptLike) -> Concept:
+    if isinstance(concept, str | Path):
+        return Concept.load(concept)
+    if not isinstance(concept, Concept):
+        raise ValueError(f"concept is {brief(concept)}; expected that of encode_concept or a file")
+    return concept
+
+
 def pick_words(words: Tensor, which: Words) -> Tensor:
     """w (B, levels, D) to the words that are injected: (B, 1, D) for an index, all for "all"."""
     if which == "all":
         return words
-    if not 0 <= which < words.shape[1]:
+    if not isinstance(which, Integral) or not 0 <= which < words.shape[1]:
         raise ValueError(f"word {which} does not exist; choose 0 to {words.shape[1] - 1} or 'all'")
     return words[:, which : which + 1]

@@ -8,8 +8,8 @@ import csv
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from operator import itemgetter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +65,7 @@ CSV_BLOCK = 16384  # rows held as text at a time
 LONGEST_TEXT = 250  # characters; a longer one would widen the array of all rows
 BOX_FIELDS = ("name", "hs", "he", "ws", "we")  # of the index of mask boxes
 REBUILD = "python data_scripts/cal_bbox_by_seg.py DIR"
+KEEP = "python data_scripts/keep_downloaded.py DIR"
 
 
 # --- captions -------------------------------------------------------------------------------------
@@ -86,46 +87,71 @@ def _draw_caption(placeholder_token: str, rng: np.random.Generator) -> str:
 # --- Open Images ----------------------------------------------------------------------------------
 
 
-def read_columns(path: Path, names: tuple[str, ...]) -> list[np.ndarray]:
-    """The named columns of a CSV file as byte strings (rows,).
-
-    Read in blocks, so that a million rows cost little memory.
+@contextmanager
+def csv_opened(path: Path) -> Iterator[tuple[list[str], Iterator[bytes]]]:
+    """The header of a CSV file and the lines below it, blank ones left out.
 
     Raises:
-        ValueError: no such file, or a column is missing.
+        ValueError: no such file, or whatever is wrong with its lines while it is open.
     """
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = csv.reader(file)
-            header = next(rows, [])
-            missing = [name for name in names if name not in header]
-            if missing:
-                raise ValueError(
-                    f"{path}: no column {', '.join(missing)}; expected the CSV of Open Images V6"
-                )
-            pick = itemgetter(*(header.index(name) for name in names))
-            return _stack_blocks(rows, pick, len(names))
+        with open(path, "rb") as file:
+            lines = filter(bytes.strip, file)
+            yield next(csv.reader([next(lines, b"").decode("utf-8-sig")]), []), lines
     except OSError as error:
         raise ValueError(
             f"{path}: {error.strerror}; "
             "expected the Open Images V6 layout (annotations/, images/, segs/)"
         ) from None
-    except (IndexError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: not a readable CSV file ({error}); download it again") from None
+    except KeyError as error:
+        raise ValueError(
+            f"{path}: no column {error.args[0]}; expected the CSV of Open Images V6"
+        ) from None
+    except (ValueError, IndexError, csv.Error) as error:
+        reason = str(error).partition(" at row")[0]  # which is counted from the block
+        raise ValueError(f"{path}: not a readable CSV file ({reason}); download it again") from None
 
 
-def _stack_blocks(
-    rows: Iterator[list[str]], pick: Callable[[list[str]], Sequence[str]], columns: int
-) -> list[np.ndarray]:
-    """Picked columns of all rows, as arrays no wider than their longest text."""
-    blocks: list[list[np.ndarray]] = [[] for _ in range(columns)]
-    picked = map(pick, filter(None, rows))
-    while block := list(itertools.islice(picked, CSV_BLOCK)):
-        if any(len(text) > LONGEST_TEXT for row in block for text in row):
-            raise csv.Error(f"a text of more than {LONGEST_TEXT} characters")
-        for parts, texts in zip(blocks, zip(*block, strict=True), strict=True):
-            parts.append(np.array([text.encode() for text in texts]))
-    return [np.concatenate(parts) if parts else np.zeros(0, dtype="S1") for parts in blocks]
+def read_blocks(
+    path: Path, texts: Sequence[str], numbers: Sequence[str] = ()
+) -> Iterator[list[np.ndarray]]:
+    """The named columns of a CSV file (rows,), byte strings and then float32 numbers, some rows at
+    a time, so that fifteen million take little memory; first a block of none.
+
+    Raises:
+        ValueError: no such file, a column is missing, or a row is damaged.
+    """
+    names = [*texts, *numbers]
+    kinds = np.dtype([*((t, f"S{LONGEST_TEXT + 1}") for t in texts), *((n, "f4") for n in numbers)])
+    with csv_opened(path) as (header, lines):
+        if missing := [name for name in names if name not in header]:
+            raise KeyError(", ".join(missing))
+        yield [np.zeros(0, "S1" if name in texts else "f4") for name in names]
+        while block := list(itertools.islice(lines, CSV_BLOCK)):
+            table = np.loadtxt(
+                *(block, kinds),
+                delimiter=",",
+                usecols=[header.index(name) for name in names],
+                quotechar='"',
+                comments=None,
+                encoding="latin1",  # bytes as they are
+                ndmin=1,
+            )
+            yield [_narrowed(table[name]) for name in names]
+
+
+def _narrowed(column: np.ndarray) -> np.ndarray:
+    """A copy of a column of a block; texts as wide as the longest. Raises ValueError where that is
+    too long, or no UTF-8."""
+    if column.dtype.kind != "S":
+        return column.copy()
+    letters = np.ascontiguousarray(column).view(np.uint8).reshape(len(column), -1)
+    width = int(np.flatnonzero(letters.any(axis=0)).max(initial=0)) + 1
+    if width > LONGEST_TEXT:
+        raise ValueError(f"a text of more than {LONGEST_TEXT} characters")
+    texts = column.astype(f"S{width}")
+    texts.tobytes().decode()
+    return texts
 
 
 class OpenImagesBoxes:
@@ -186,11 +212,11 @@ class OpenImagesBoxes:
 
     def image_path(self, index: int) -> Path:
         """The file that a box lies in."""
-        return _image_path(self.image_folder, self.image_ids[index])
+        return image_file(self.image_folder, self.image_ids[index].decode())
 
     def crop(self, index: int) -> np.ndarray:
         """A box with 10 px around, uint8 (h, w, 3). Raises ValueError as `sample` does."""
-        image = read_image(self.image_path(index))
+        image = _read(self.image_path(index))
         height, width = image.shape[:2]
         left, right, top, bottom = self.boxes[index] * (width, width, height, height)
         return image[padded((top, bottom, left, right), BOX_PADDING, height, width)]
@@ -212,16 +238,15 @@ def read_boxes(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
     Boxes are cut to the image first.
     """
-    image_ids, *sides = read_columns(path, ("ImageID", "XMin", "XMax", "YMin", "YMax"))
-    try:
-        with np.errstate(over="ignore"):  # 1e300 is outside the image like any other
-            boxes = np.stack([side.astype(np.float32) for side in sides], axis=1).clip(0, 1)
-    except ValueError as error:
-        raise ValueError(f"{path}: a box is not a number ({error}); download it again") from None
-    width, height = boxes[:, 1] - boxes[:, 0], boxes[:, 3] - boxes[:, 2]
-    area = np.where((width > 0) & (height > 0), width * height, 0)
-    usable = (area >= 0.02) & (area <= 0.8)
-    return image_ids[usable], boxes[usable]
+    kept = []
+    for image_ids, *sides in read_blocks(path, ["ImageID"], ["XMin", "XMax", "YMin", "YMax"]):
+        boxes = np.stack(sides, axis=1).clip(0, 1)
+        width, height = boxes[:, 1] - boxes[:, 0], boxes[:, 3] - boxes[:, 2]
+        area = np.where((width > 0) & (height > 0), width * height, 0)
+        usable = (area >= 0.02) & (area <= 0.8)
+        kept.append((image_ids[usable], boxes[usable]))
+    image_ids, boxes = map(np.concatenate, zip(*kept, strict=True))
+    return image_ids, boxes
 
 
 def padded(
@@ -235,13 +260,41 @@ def padded(
     )
 
 
-def _image_path(folder: Path, image_id: bytes) -> Path:
-    return _inside(folder, f"{image_id.decode()}.jpg")
+def image_file(folder: Path, image_id: str) -> Path:
+    """The file of an image: ID.jpg, ID.JPG, or in the folder that its archive unzips to, as
+    train_0/ID.jpg."""
+    names = (f"{image_id}.jpg", f"{image_id}.JPG", f"{folder.name}_{image_id[:1]}/{image_id}.jpg")
+    paths = [_inside(folder, name) for name in names]
+    return next((path for path in paths if path.exists()), paths[0])
+
+
+def files_in(folder: Path, ending: str) -> list[Path]:
+    """The files of an ending, in small letters or capitals, of a folder and its subfolders; none
+    of the `._NAME` that macOS puts beside them."""
+    paths = sorted([*folder.glob("*"), *folder.glob("*/*")])
+    return [path for path in paths if path.suffix.lower() == ending and path.name[0] != "."]
+
+
+def file_key(path: bytes) -> bytes:
+    """What stays of a path in a table, whatever folder its file has been unzipped to."""
+    return path.rpartition(b"/")[2].lower()
+
+
+def _read(path: Path) -> np.ndarray:
+    """An image of the annotations, as `read_image`."""
+    if not path.exists():
+        raise ValueError(
+            f"{path}: no such file; where only some are downloaded, {KEEP} leaves out the others"
+        )
+    return read_image(path)
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """The file of that name. Raises ValueError where a table names one outside the folder."""
-    if not name or Path(name).name != name or not name.isprintable():
+    """The file of that name, or of that subfolder. Raises ValueError where a table names one
+    outside the folder."""
+    parts = name.split("/")
+    wrong = (part in ("", ".", "..") or Path(part).name != part for part in parts)
+    if not name.isprintable() or any(wrong):
         raise ValueError(f"{folder}: {brief(name)} is no file name; correct the annotations")
     return folder / name
 
@@ -252,8 +305,8 @@ class OpenImagesMasks:
     Sizes are those of the mask file, which may differ from the image's.
 
     Args:
-        root: folder with `images/test/ID.jpg`, `segs/test/*.png`, `segs/test_bbox_dict.npy` and
-            `annotations/test-annotations-object-segmentation.csv`.
+        root: folder with `images/test/ID.jpg`, `segs/test/` with masks in it or its subfolders,
+            `segs/test_bbox_dict.npy` and `annotations/test-annotations-object-segmentation.csv`.
         resolution: side of the target in pixels.
         clip_size: side of the CLIP input in pixels.
         latent_size: side of the latent.
@@ -279,15 +332,24 @@ class OpenImagesMasks:
         self.resolution, self.clip_size, self.latent_size = resolution, clip_size, latent_size
         self.placeholder_token = placeholder_token
         path = Path(root) / "annotations" / f"{set_name}-annotations-object-segmentation.csv"
-        index = usable_masks(load_mask_boxes(mask_boxes_path(root, set_name)))
-        mask_names, image_ids = read_columns(path, ("MaskPath", "ImageID"))
-        known = np.char.encode(index["name"], "utf-8")
-        _, rows, entries = np.intersect1d(mask_names, known, return_indices=True)
-        self.image_ids, self.index = image_ids[rows], index[entries]
-        if not len(self.index):
+        index_path = mask_boxes_path(root, set_name)
+        index = usable_masks(load_mask_boxes(index_path))
+        if not len(index):
             raise ValueError(
-                f"{path}: no mask of 100 px or more with an aspect of 0.5 to 2; nothing to train on"
+                f"{index_path}: no mask of 100 px or more with an aspect of 0.5 to 2; nothing to "
+                "train on"
             )
+        blocks = read_blocks(path, ["MaskPath", "ImageID"])
+        mask_names, image_ids = map(np.concatenate, zip(*blocks, strict=True))
+        listed = [file_key(name) for name in mask_names.tolist()]
+        known = [file_key(name.encode()) for name in index["name"].tolist()]
+        _, rows, entries = np.intersect1d(listed, known, return_indices=True)
+        if not len(rows):
+            raise ValueError(
+                f"{path}: names none of the {len(index)} masks of {index_path}, such as "
+                f"{brief(str(index['name'][0]))}; get the table of this set, or run {REBUILD}"
+            )
+        self.image_ids, self.index = image_ids[rows], index[entries]
 
     def __len__(self) -> int:
         return len(self.index)
@@ -336,7 +398,7 @@ class OpenImagesMasks:
 
     def _crop(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Image uint8 (h, w, 3) and mask bool (h, w), the object with 10 to 19 px around."""
-        image = read_image(_image_path(self.image_folder, self.image_ids[index]))
+        image = _read(image_file(self.image_folder, self.image_ids[index].decode()))
         path = self._mask_path(index)
         mask_file = read_mask(path)
         mask = fit_mask(mask_file, image, str(path))

@@ -20,7 +20,6 @@ from diffusers import (
 )
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModel
 
@@ -37,17 +36,21 @@ from elite.attention import (
 )
 from elite.checkpoint import load_mapper
 from elite.compat import (
+    CALL_OPTIONS,
+    CONDITION_OPTIONS,
     DiffusersPipeline,
     callback_may_change_context,
+    check_names,
     cleared_after_last_step,
     text_options,
 )
 from elite.concept import Concept
 from elite.defaults import DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
-from elite.images import ImageLike, fit_mask, object_views, to_mask, to_rgb
+from elite.images import ImageLike, as_image, as_mask, doubt, fit_mask, object_views
 from elite.loading import inside, load_parts, pixels_per_latent, side_in_pixels
 from elite.mappers import GlobalMapper, LocalMapper, Mapper, clip_levels, clip_levels_of_views
 from elite.named_concepts import (
+    ConceptLike,
     Concepts,
     Weights,
     Words,
@@ -57,7 +60,8 @@ from elite.named_concepts import (
     row_per_prompt,
     weights_by_name,
 )
-from elite.text import check_texts, injected, tokenize, word_positions
+from elite.text import check_texts, injected, spell_out, tokenize, word_positions
+from elite.wording import brief, note
 
 
 class ElitePipeline(DiffusersPipeline):
@@ -110,22 +114,27 @@ class ElitePipeline(DiffusersPipeline):
         local_mapper: str | Path | LocalMapper | Literal[False] | None = None,
         image_encoder: str | Path | CLIPVisionModel | None = None,
         torch_dtype: torch.dtype = torch.float32,
+        variant: str | None = None,
+        single_file_config: str | Path | None = None,
     ) -> "ElitePipeline":
         """Composes a pipeline from a Stable Diffusion and mappers; its scheduler is the default
         sampler over the model's noise schedule (`loading.make_scheduler` makes others).
 
         Args:
-            model: folder in diffusers layout, or a hub name.
+            model: folder in diffusers layout, hub name, or a checkpoint in a single file.
             global_mapper, local_mapper: folder, hub name, `.pt` file of the release, or a mapper.
                 None takes `global_mapper/` and `local_mapper/` inside the model folder; without the
                 latter, or with `local_mapper=False`, there is no local branch.
             image_encoder: CLIP vision tower. None takes `image_encoder/` inside the model folder,
                 else CLIP ViT-L/14 from the hub.
+            variant, single_file_config: as for `loading.load_parts`.
 
         Raises:
             ValueError: a part is missing or does not fit; the message names it.
         """
-        parts = load_parts(model, image_encoder)
+        parts = load_parts(
+            model, image_encoder, variant=variant, single_file_config=single_file_config
+        )
         unet, encoder = parts["unet"], parts["image_encoder"]
         mappers: dict[str, Any] = {}
         for name, kind, given in (
@@ -171,16 +180,20 @@ class ElitePipeline(DiffusersPipeline):
 
     @torch.no_grad()
     def encode_concept(self, image: ImageLike, mask: ImageLike, name: str = "mask") -> Concept:
-        """Reads one object: picture and mask to words and feature tokens (paper section 3).
+        """Reads one object: picture and mask to words and feature tokens (paper section 3). Warns
+        where the mask looks inverted or is all object.
 
         Args:
-            image: PIL image, or uint8 (H, W, 3).
-            mask: PIL image or array (H, W); every non-zero pixel is object.
+            image: file, PIL image, or uint8 (H, W, 3).
+            mask: file, PIL image, or array (H, W) or (H, W, 3); every non-zero pixel is object.
             name: what error messages call the mask.
 
         Raises:
-            ValueError: the mask is empty or of another shape.
+            ValueError: either is something else, or the mask is empty or of another shape.
         """
+        mask = as_mask(mask, name)
+        if doubtful := doubt(mask):
+            note(f"{name}: {doubtful}")
         return self.encode_views(**self.concept_views(image, mask, name))
 
     def concept_views(
@@ -188,11 +201,10 @@ class ElitePipeline(DiffusersPipeline):
     ) -> dict[str, Tensor]:
         """What `encode_views` takes, one row, on the CPU; arguments and errors as for
         `encode_concept`."""
-        pixels = to_rgb(image) if isinstance(image, Image.Image) else np.asarray(image)
-        object_mask = to_mask(mask) if isinstance(mask, Image.Image) else np.asarray(mask) > 0
+        pixels = as_image(image)
         views = object_views(
             pixels,
-            fit_mask(object_mask, pixels, name),
+            fit_mask(as_mask(mask, name), pixels, name),
             self.image_encoder.config.image_size,
             self.grid,
         )
@@ -229,7 +241,7 @@ class ElitePipeline(DiffusersPipeline):
         self,
         prompt: str | Sequence[str] | None = None,
         *args: Any,
-        concept: Concept | Sequence[Concept] | None = None,
+        concept: ConceptLike | Sequence[ConceptLike] | None = None,
         concepts: Concepts | None = None,
         lambda_: Weights | Mapping[str, Weights] = LAMBDA,
         words: Words = 0,
@@ -244,7 +256,7 @@ class ElitePipeline(DiffusersPipeline):
 
         Args:
             prompt: one or several; with a concept, each holds the placeholder exactly once.
-            concept: one for all prompts, or one each; None draws the plain prompt.
+            concept: one for all prompts, or one each, or their files; None draws the plain prompt.
             concepts: in its place, up to 8 by their placeholders: {"S1": a, "S2": b} for "a S1 next
                 to a S2".
             lambda_: weight of the local branch, one or one per prompt: 0.8 reproduces the object,
@@ -254,9 +266,9 @@ class ElitePipeline(DiffusersPipeline):
             regions: masks by placeholder, of any size: where the picture may show that concept.
             num_inference_steps: denoising steps of the pipeline's scheduler.
             guidance_scale: of classifier-free guidance; 1 or less means none.
-            seed: one per picture (prompts x num_images_per_prompt). The initial noise comes from a
-                CPU generator in float32, so seeds travel between devices, dtypes and batch sizes.
-                None uses `generator`.
+            seed: one per picture (prompts x num_images_per_prompt), or the first of each prompt's,
+                from which they count up. The initial noise comes from a CPU generator in float32,
+                so seeds travel between devices, dtypes and batch sizes. None uses `generator`.
             args, kwargs: as for StableDiffusionPipeline.
 
         Returns:
@@ -264,8 +276,11 @@ class ElitePipeline(DiffusersPipeline):
 
         Raises:
             ValueError: placeholder absent, twice or too late; concept of other mappers; wrong
-                counts; unknown names in `lambda_` or `regions`.
+                counts; unknown names, also in `lambda_` or `regions`; a seed beside other noise.
         """
+        if "ip_adapter_image" in kwargs:
+            raise ValueError("ip_adapter_image: not taken; pass what encode_concept makes of it")
+        check_names(kwargs, CALL_OPTIONS, self.__call__)
         local = kwargs.pop("ip_adapter_image_embeds", None) or []
         concepts = concepts_by_name(concept, concepts, placeholder_token)
         if concepts and prompt is not None:
@@ -296,6 +311,9 @@ class ElitePipeline(DiffusersPipeline):
         self, seed: int | Sequence[int], prompt: str | Sequence[str] | None, kwargs: dict
     ) -> Tensor:
         """Standard normal latents, each from its own CPU generator."""
+        for other in ("generator", "latents"):
+            if kwargs.get(other) is not None:
+                raise ValueError(f"seed and {other} are both given; leave one of them out")
         embeds = kwargs.get("prompt_embeds")
         prompts = (
             len(embeds)
@@ -304,11 +322,15 @@ class ElitePipeline(DiffusersPipeline):
             if isinstance(prompt, str)
             else len(prompt or ())
         )
-        count = prompts * kwargs.get("num_images_per_prompt", 1)
-        seeds = [seed] * count if isinstance(seed, int) else list(seed)
-        if len(seeds) != count:
+        each = kwargs.get("num_images_per_prompt", 1)
+        if isinstance(seed, int | np.integer):
+            seed = [int(seed) + i for _ in range(prompts) for i in range(each)]
+        seeds = np.atleast_1d(np.asarray(seed)).tolist()
+        if not all(isinstance(seed, int) and -(2**63) <= seed < 2**64 for seed in seeds):
+            raise ValueError(f"seed is {brief(seed)}; expected whole numbers of 64 bits")
+        if len(seeds) != prompts * each:
             raise ValueError(
-                f"{len(seeds)} seeds for {count} pictures; pass one, or one per picture"
+                f"{len(seeds)} seeds for {prompts * each} pictures; pass one, or one per picture"
             )
         height, width = (kwargs.get(side) or self.resolution for side in ("height", "width"))
         return initial_noise(self, seeds, height, width)
@@ -319,8 +341,8 @@ class ElitePipeline(DiffusersPipeline):
     def condition(
         self,
         prompt: str,
-        concept: Concept | None = None,
-        concepts: Mapping[str, Concept] | None = None,
+        concept: ConceptLike | None = None,
+        concepts: Mapping[str, ConceptLike] | None = None,
         lambda_: float | Mapping[str, float] = LAMBDA,
         words: Words = 0,
         placeholder_token: str = PLACEHOLDER,
@@ -349,6 +371,7 @@ class ElitePipeline(DiffusersPipeline):
         """
         if not isinstance(prompt, str):
             raise ValueError(f"expected one prompt, not {prompt!r}; call once per prompt")
+        check_names(kwargs, CONDITION_OPTIONS, self.condition)
         named = concepts_by_name(concept, concepts, placeholder_token)
         if not named:
             raise ValueError("no concept; pass concept or concepts")
@@ -390,12 +413,12 @@ class ElitePipeline(DiffusersPipeline):
         # The words into the prompt.
         chosen = torch.stack([pick_words(row.words, words) for row in rows], dim=1).to(device)
         num_words = chosen.shape[2]  # of (B, N, L, D)
-        # Words of textual inversion may be several tokens; encode_prompt spells them out itself.
-        spelled = self.maybe_convert_prompt(prompts, self.tokenizer)
+        spelled = [spell_out(prompt, self.tokenizer) for prompt in prompts]
         input_ids, index = tokenize(self.tokenizer, spelled, names, num_words)
         index = index.to(device)
         with injected(self.text_encoder, chosen, index, input_ids.to(device)):
-            context, _ = self.encode_prompt(prompts, device, 1, False, **text_options(kwargs))
+            # These ids are read, whatever the text; `tokenize` has checked their number.
+            context, _ = self.encode_prompt([""] * count, device, 1, False, **text_options(kwargs))
 
         # Beside it the feature tokens of each concept, its placeholder and its lambda.
         index = word_positions(index, num_words)  # (B, N)
@@ -415,7 +438,7 @@ class ElitePipeline(DiffusersPipeline):
             local.append(visibility(shares, index, num_words, context.shape[1]))
         return context, local
 
-    def _rows(self, concept: Concept | Sequence[Concept], count: int) -> Concept:
+    def _rows(self, concept: ConceptLike | Sequence[ConceptLike], count: int) -> Concept:
         """One concept's rows for these prompts, seen to be of this pipeline."""
         rows = row_per_prompt(concept, count)
         rows.check_mappers(self.fingerprint)

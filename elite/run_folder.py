@@ -207,6 +207,11 @@ class RunFolder:
         settings = {"samples_per_step": self.samples_per_step, **self.config}
         check_settings(self.folder, settings, resumes=resume is not None)
         step = state.load(find_checkpoint(self.folder, resume, self.say)) if resume else 0
+        if step > max_steps:
+            raise ValueError(
+                f"{self.folder}: the checkpoint is of step {step}, the run of {max_steps} steps; "
+                "raise --max_train_steps, or resume from an earlier checkpoint"
+            )
         if not self.is_main:
             return step
         if self.config:

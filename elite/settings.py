@@ -11,6 +11,7 @@ from elite.defaults import DEFAULT_SAMPLER, DEFAULT_STEPS, GUIDANCE_SCALE, LAMBD
 
 PRECISIONS = ("no", "fp16", "bf16")
 METRICS = ("clip", "dino", "attributes")
+EMBEDDING_FORMATS = ("diffusers", "a1111", "sdxl")
 PROPERTIES = ("object", "style", "face")
 SAMPLERS = ("lms", "dpm++", "unipc", "euler", "ddim", "pndm")
 # Every name of diffusers.optimization but piecewise_constant, which needs rules of its own.
@@ -44,13 +45,31 @@ def required(help: str) -> Any:
 
 
 @dataclass(kw_only=True)
-class FitConfig:
+class ModelFilesConfig:
+    """Which files of a Stable Diffusion are read."""
+
+    variant: str | None = setting(
+        None, "Variant of the weights' files, as fp16 in model.fp16.safetensors."
+    )
+    single_file_config: str | None = setting(
+        None,
+        "Folder in diffusers layout, or hub name, with configs and tokenizer for a model in a "
+        "single file; None means one of the hub that fits.",
+    )
+
+    @property
+    def model_files(self) -> dict[str, Any]:
+        return {"variant": self.variant, "single_file_config": self.single_file_config}
+
+
+@dataclass(kw_only=True)
+class FitConfig(ModelFilesConfig):
     """What everything that trains shares."""
 
     default_steps: ClassVar[int]
 
     pretrained_model_name_or_path: str = required(
-        "Stable Diffusion to start from: a diffusers folder or a hub name."
+        "Stable Diffusion to start from: a diffusers folder, a hub name or a single file."
     )
     output_dir: str = setting("runs/elite", "Folder for results, checkpoints, previews and logs.")
     revision: str | None = setting(None, "Revision of a hub model; None means its main branch.")
@@ -239,12 +258,12 @@ class TextualInversionConfig(FitConfig):
 
 
 @dataclass(kw_only=True)
-class ModelConfig:
+class ModelConfig(ModelFilesConfig):
     """A trained model and where it computes."""
 
     pretrained_model_name_or_path: str = setting(
         "checkpoints/small_world",
-        "Stable Diffusion to draw with: a diffusers folder or a hub name.",
+        "Stable Diffusion to draw with: a diffusers folder, a hub name or a single file.",
         shipped=True,
     )
     mixed_precision: str | None = setting(
@@ -269,6 +288,9 @@ class DrawConfig(ModelConfig):
     )
     guidance_scale: float = setting(
         GUIDANCE_SCALE, "Classifier-free guidance; 1 or less means none.", at_least=0, at_most=1000
+    )
+    negative_prompt: str | None = setting(
+        None, "What pictures should not show; works by guidance, so with guidance_scale above 1."
     )
     scheduler: str = setting(DEFAULT_SAMPLER, "Sampler; the release's is lms.", choices=SAMPLERS)
     resolution: int | None = setting(
@@ -422,7 +444,9 @@ class InferenceLocalConfig(LocalConfig, InferenceConfig):
 class TextualInversionInferenceConfig(DrawConfig):
     """Pictures of learned words in stock pipelines of Stable Diffusion 1.x or SDXL."""
 
-    embeddings: list[str] = required("Embedding files, or folders of them; several are combined.")
+    embeddings: list[str] = required(
+        "Embedding files of diffusers, A1111 or SDXL, or folders of them; several are combined."
+    )
     prompt: list[str] = required("Prompts, each with one or several of the learned words.")
     output_dir: str = setting("outputs/textual_inversion", "Folder that receives the pictures.")
 
@@ -431,8 +455,16 @@ class TextualInversionInferenceConfig(DrawConfig):
 class MergeEmbeddingsConfig:
     """Several learned words in one folder."""
 
-    embeddings: list[str] = required("Embedding files, folders of them, or concepts of ELITE.")
+    embeddings: list[str] = required(
+        "Embedding files of diffusers, A1111 or SDXL, folders of them, or concepts of ELITE."
+    )
     output_dir: str = required("Folder for the merged files.")
+    format: str = setting(
+        "diffusers",
+        "Form of the files: diffusers' own, or one for each word, named by it: A1111's .pt, or "
+        "SDXL's clip_l and clip_g.",
+        choices=EMBEDDING_FORMATS,
+    )
     rename: list[str] = setting(
         [], "OLD=NEW for placeholders.", pattern=r"\S+=\S+", expected="OLD=NEW"
     )
@@ -484,6 +516,11 @@ class AppConfig(LocalMapperConfig, ConceptConfig):
         None, "Side of the pictures in pixels; None means what the model draws.", at_least=8
     )
     batch_size: int = setting(1, "Pictures drawn at once; changes no picture.", at_least=1)
+    sam_name_or_path: str | None = setting(
+        None,
+        "Folder or hub name of a Segment Anything model that finds the object, as "
+        "facebook/sam-vit-base; None means GrabCut.",
+    )
     host: str = setting(
         "127.0.0.1", "Address to listen at; any but this machine's own needs a password."
     )

@@ -43,6 +43,7 @@ def frozen_parts(config: TrainConfig) -> dict[str, Any]:
         config.image_encoder_name_or_path,
         tokenizer=config.tokenizer_name,
         revision=config.revision,
+        **config.model_files,
     )
 
 
@@ -191,7 +192,7 @@ class PairPreview:
                 continue
             generated = pipe(
                 prompt,
-                concept=pipe.encode_concept(image, mask),
+                concept=pipe.encode_views(**pipe.concept_views(image, mask)),
                 words=self.words,
                 placeholder_token=self.config.placeholder_token,
                 seed=self.config.seed,

@@ -1,15 +1,15 @@
 """The placeholder in the prompt: where it stands among the tokens, and the words put in its place
-(paper section 3)."""
+(paper section 3). And the words of textual inversion beside it."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
-from elite.wording import brief
+from elite.wording import brief, note
 
 
 def check_texts(*texts: str | Sequence[str] | None) -> None:
@@ -44,11 +44,116 @@ def find_placeholder(prompt: str, placeholder: str) -> int:
     return found[0]
 
 
+# --- learned words --------------------------------------------------------------------------------
+
+
+def learned_words(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[str]]:
+    """The words that textual inversion has added to a tokenizer, with their tokens: one for each
+    vector, named as diffusers does: {"<cat>": ["<cat>", "<cat>_1"]}."""
+    added = tokenizer.get_added_vocab().keys() - set(tokenizer.all_special_tokens)
+    words = {name: [name] for name in added}
+    for name, tokens in words.items():
+        while (token := f"{name}_{len(tokens)}") in added:
+            tokens.append(token)
+    behind = {token for tokens in words.values() for token in tokens[1:]}
+    return {name: tokens for name, tokens in words.items() if name not in behind}
+
+
+def spell_out(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text with all tokens of each learned word in it; those that are there already stay.
+
+    Capital and small letters are the same, as to the tokenizer. (Diffusers looks for the word as
+    it was added among tokens of small letters, and so reads "<Cat>" as its first vector alone.)
+    """
+    forms: dict[str, str] = {}
+    for tokens in learned_words(tokenizer).values():
+        spelled = " ".join(tokens)
+        forms |= {token.lower(): token for token in tokens}
+        forms |= {tokens[0].lower(): spelled, spelled.lower(): spelled}
+    if not forms:
+        return text
+    longest_first = sorted(map(re.escape, forms), key=len, reverse=True)
+
+    def spelled_form(match: re.Match) -> str:
+        if _is_inside_word(match):
+            before, after = text[: match.start()].split(" ")[-1], text[match.end() :].split(" ")[0]
+            note(
+                f"the tokenizer reads the learned word {match[0]!r} in "
+                f"{before + match[0] + after!r}; a name such as '<{match[0]}>' is in no other word"
+            )
+        return forms.get(match[0].lower(), match[0])
+
+    return re.sub("|".join(longest_first), spelled_form, text, flags=re.IGNORECASE)
+
+
+def contains_word(text: str, word: str) -> bool:
+    """Whether a learned word is in a text, in capital or small letters, and not just a part of
+    another: "oto" is not in "a photo"."""
+    found = re.finditer(re.escape(word), text, re.IGNORECASE)
+    return not all(map(_is_inside_word, found))
+
+
+def _is_inside_word(match: re.Match) -> bool:
+    """Whether letters beside the match make it a part of a longer word."""
+    before, after = match.string[: match.start()][-1:], match.string[match.end() :][:1]
+    edges = before + match[0][0], match[0][-1] + after
+    return any(re.fullmatch(r"\w\w", edge) for edge in edges)
+
+
+def read_prompt(
+    prompt: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int | None = None
+) -> str | list[str]:
+    """Prompts as a pipeline of diffusers shall tokenize them, in place of its own
+    `maybe_convert_prompt`: learned words spelled out, and what is too long is told.
+
+    Args:
+        length: tokens that the text encoder reads; None means the tokenizer's own.
+
+    Raises:
+        ValueError: a learned word is cut off.
+    """
+    if not isinstance(prompt, str):
+        return [str(read_prompt(one, tokenizer, length)) for one in prompt]
+    text, length = spell_out(prompt, tokenizer), length or tokenizer.model_max_length
+    whole = tokenizer(text, return_offsets_mapping=True, verbose=False)
+    ids, spans = whole["input_ids"], whole["offset_mapping"]
+    if len(ids) > length:
+        _tell_cut(tokenizer, text, ids, spans, length - 1, length, note)
+    return text
+
+
+def _tell_cut(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    ids: Sequence[int],
+    spans: Sequence[tuple[int, int]],
+    kept: int,
+    length: int,
+    tell: Callable[[str], object],
+) -> None:
+    """Tells what a text encoder of this length does not read, the tokens from `kept` on. Raises
+    ValueError where learned words are among them."""
+    for word, tokens in learned_words(tokenizer).items():
+        if not set(ids[kept:]).isdisjoint(tokenizer.convert_tokens_to_ids(tokens)):
+            raise ValueError(
+                f"prompt {brief(text)} is too long: the learned word {word!r}, {len(tokens)} "
+                f"token(s), runs past the {length} that the text encoder reads; shorten the prompt"
+            )
+    tell(
+        f"prompt {brief(text)} is too long: the text encoder reads {length} tokens and leaves out "
+        f"{brief(text[spans[kept][0] :])}; shorten it"
+    )
+
+
+# --- the placeholder ------------------------------------------------------------------------------
+
+
 def tokenize(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     placeholders: str | Sequence[str],
     num_words: int = 1,
+    tell: Callable[[str], object] = note,
 ) -> tuple[Tensor, Tensor]:
     """Token ids of the prompts, (B, 77), and where the placeholders stand among them.
 
@@ -59,21 +164,27 @@ def tokenize(
         prompts: each with every placeholder in it once.
         placeholders: one word, or N of them.
         num_words: how many words will replace each; they must fit.
+        tell: told of the text that is cut off.
 
     Returns:
         Ids, and positions (B,) of one placeholder or (B, N) of N.
 
     Raises:
-        ValueError: a placeholder is absent, twice or tied to its neighbours, or the words would run
-        past the last token.
+        ValueError: a placeholder is absent, twice or tied to its neighbours, or the words, or
+        learned ones, would run past the last token.
     """
     several = [placeholders] if isinstance(placeholders, str) else list(placeholders)
     length = tokenizer.model_max_length
     ids, positions = [], []
     for prompt in prompts:
-        tokens, where = _tokens(tokenizer, prompt, several)
+        tokens, spans, where = _tokens(tokenizer, prompt, several)
         for rank, place in enumerate(sorted(where)):
             _check_room(prompt, place, rank * (num_words - 1), num_words, length)
+        # The end token keeps its place in a text that is too long, until words move it out.
+        moved = len(several) * (num_words - 1)
+        kept = length - max(moved, 1) if len(tokens) > length else length - moved
+        if kept < len(tokens) - 1:
+            _tell_cut(tokenizer, prompt, tokens[:-1], spans, kept, length, tell)
         ids.append(tokens if len(tokens) <= length else [*tokens[: length - 1], tokens[-1]])
         positions.append(where)
     padded = tokenizer.pad({"input_ids": ids}, padding="max_length", max_length=length)
@@ -85,8 +196,9 @@ def tokenize(
 
 def _tokens(
     tokenizer: PreTrainedTokenizerBase, prompt: str, placeholders: Sequence[str]
-) -> tuple[list[int], list[int]]:
-    """All ids of a prompt, one for each placeholder, and the placeholders' positions."""
+) -> tuple[list[int], list[tuple[int, int]], list[int]]:
+    """All ids of a prompt, one for each placeholder, where they stand in the text, and the
+    placeholders' positions among them."""
     check_texts(prompt)
     whole = tokenizer(prompt, return_offsets_mapping=True, verbose=False)
     spans = whole["offset_mapping"]
@@ -104,8 +216,9 @@ def _tokens(
             )
         firsts.append(covering[0])
         dropped |= set(covering[1:])
-    ids = [token for i, token in enumerate(whole["input_ids"]) if i not in dropped]
-    return ids, [first - sum(i < first for i in dropped) for first in firsts]
+    kept = [i for i in range(len(spans)) if i not in dropped]
+    ids, spans = [whole["input_ids"][i] for i in kept], [spans[i] for i in kept]
+    return ids, spans, [first - sum(i < first for i in dropped) for first in firsts]
 
 
 def _check_room(prompt: str, index: int, moved: int, num_words: int, length: int) -> None:

@@ -41,13 +41,20 @@ class Objective(Protocol):
 def make_accelerator(
     mixed_precision: str | None = None, accumulation: int = 1, cpu: bool = False
 ) -> Accelerator:
-    """An Accelerator for `fit`; None takes the precision that `accelerate launch` was given."""
-    return Accelerator(
+    """An Accelerator for `fit`; None takes the precision that `accelerate launch` was given.
+
+    Raises:
+        ValueError: fp16 on a CPU.
+    """
+    accelerator = Accelerator(
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=accumulation,
         cpu=cpu,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("--mixed_precision fp16: trains on GPUs only; use bf16 or no on this CPU")
+    return accelerator
 
 
 def fit(

@@ -1,6 +1,9 @@
 """What messages quote of a stranger's input: short, on one line, nothing that moves the cursor."""
 
+import difflib
 import reprlib
+import warnings
+from collections.abc import Iterable
 
 SHOWN = 200  # characters of one value
 LONGEST = 1500  # characters of a message
@@ -11,9 +14,24 @@ _short.maxlevel = 2  # a nested YAML of ten aliases would fill the memory
 _short.maxlist = _short.maxdict = _short.maxtuple = 4
 
 
+class Note(UserWarning):
+    """Something that is done as asked, but may not be meant; scripts show it as one line."""
+
+
+def note(message: str) -> None:
+    """Tells the user, the same only once."""
+    warnings.warn(message, Note, stacklevel=2)
+
+
 def brief(value: object) -> str:
     """`repr`, but never long."""
     return _short.repr(value)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: which one may be meant, if any is like it."""
+    match = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {match[0]}?" if match else ""
 
 
 def one_line(text: object) -> str:

@@ -137,7 +137,7 @@ def draw_cases(
     @lru_cache(maxsize=1)  # cases come subject by subject
     def concept_of(subject: Subject) -> Concept:
         image, mask = subject.pair.read()
-        return pipe.encode_concept(image, mask)
+        return pipe.encode_views(**pipe.concept_views(image, mask))
 
     def metadata_of(case: Case) -> dict[str, str]:
         return {**settings, "prompt": case.template, "source": case.subject.pair.digest}

@@ -14,6 +14,7 @@ from transformers import AutoModel, CLIPModel, CLIPTokenizer
 
 from elite.images import CLIP_MEAN, CLIP_STD, normalise
 from elite.loading import load_part
+from elite.text import read_prompt
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -57,7 +58,11 @@ class Clip:
         """Unit vectors (B, D)."""
         limit = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(
-            list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt"
+            read_prompt(texts, self.tokenizer, limit),
+            padding=True,
+            truncation=True,
+            max_length=limit,
+            return_tensors="pt",
         ).to(self.model.device)
         pooled = self.model.text_model(**tokens).pooler_output
         return F.normalize(self.model.text_projection(pooled), dim=-1)

@@ -15,10 +15,10 @@ import numpy as np
 from PIL import Image
 
 from elite.config import read_yaml
-from elite.data import Pair, PairFolder, is_picture, pair_of
+from elite.data import Pair, PairFolder, is_picture, pair_of, pictures_in
 from elite.files import read_text
 from elite.images import read_image
-from elite.wording import brief
+from elite.wording import brief, note
 
 KINDS = ("object", "living")
 
@@ -72,7 +72,14 @@ def read_subjects(root: Path | str, classes: Mapping[str, str], default: str) ->
     """
     root = Path(root)
     folders = sorted(path for path in root.glob("*/") if any(map(is_picture, path.iterdir())))
-    if folders:
+    beside = pictures_in(root) if folders else []
+    holds_pairs = any(pair_of(path).mask_path.exists() for path in beside)
+    if left_out := folders if holds_pairs else beside:
+        note(
+            f"{root}: holds pictures and folders of pictures; {left_out[0].name} is left out, and "
+            f"{len(left_out) - 1} more"
+        )
+    if folders and not holds_pairs:
         return [_read_folder(folder, classes.get(folder.name, default)) for folder in folders]
     return [
         Subject(pair.name, classes.get(pair.name, default), pair, (pair.image_path,))
@@ -81,7 +88,7 @@ def read_subjects(root: Path | str, classes: Mapping[str, str], default: str) ->
 
 
 def _read_folder(folder: Path, class_word: str) -> Subject:
-    pictures = sorted(path for path in folder.iterdir() if is_picture(path))
+    pictures = pictures_in(folder)
     pairs = [pair_of(path) for path in pictures]
     with_mask = [pair for pair in pairs if pair.mask_path.exists()]
     if not with_mask:

@@ -10,9 +10,24 @@ from torch import Tensor
 
 from elite.images import to_pixels
 from evaluation.cases import Case
-from small_world.classifier import INPUT_SIDE, Judge
-from small_world.objects import critter_of
-from small_world.world import ATTRIBUTES, SCENES, labels
+from small_world.classifier import Judge
+from small_world.objectives import ATTRIBUTES
+from small_world.samples import SIDE, labels
+from small_world.world import COLOURS, PATTERNS, SCENES, SHAPES, Thing
+
+INPUT_SIDE = SIDE // 2  # of the pictures the judge was trained on
+
+
+def thing_of(name: str) -> Thing:
+    """'striped_mug_yellow_blue' to the thing. Raises ValueError for any other kind of name."""
+    pattern, shape, colour, second = ([*name.split("_"), None, None, None, None])[:4]
+    known = pattern in PATTERNS and shape in SHAPES and colour in COLOURS
+    if not known or (second is None) != (pattern == "solid") or second not in (None, *COLOURS):
+        raise ValueError(
+            f"{name}: not a thing of the small world; expected a name like "
+            "striped_mug_yellow_blue, or other --metrics"
+        )
+    return Thing(str(shape), str(pattern), str(colour), second)
 
 
 def scene_of(template: str) -> str:
@@ -27,19 +42,19 @@ def scene_of(template: str) -> str:
 
 
 class AttributeScores:
-    """1 where the judge sees the attribute, 0 where not, None where the critter has none.
+    """1 where the judge sees the attribute, 0 where not, None where the thing has none.
 
     Args:
         cases: all that will be asked, so that a foreign name is told before anything is drawn.
 
     Raises:
-        ValueError: a subject is no object of the small world, or a prompt names no scene.
+        ValueError: a subject is no thing of the small world, or a prompt names no scene.
     """
 
     def __init__(self, judge: Judge, cases: Sequence[Case]) -> None:
         self.judge = judge
         self.wanted = {
-            case: labels(critter_of(case.subject.name), scene_of(case.template)) for case in cases
+            case: labels(thing_of(case.subject.name), scene_of(case.template)) for case in cases
         }
 
     @torch.no_grad()
@@ -56,27 +71,17 @@ class AttributeScores:
 
 
 @torch.no_grad()
-def judged(judge: Judge, pixels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """What the judge says of pictures (B, 3, H, W) in [-1, 1] of any size: logits by attribute, and
-    unit vectors (B, 64)."""
-    device = next(judge.parameters()).device
-    return judge(F.adaptive_avg_pool2d(pixels.float().to(device), INPUT_SIDE).clamp(-1, 1))
-
-
 def verdicts(judge: Judge, pixels: Tensor, wanted: Tensor) -> dict[str, Tensor]:
-    """Per attribute 1 for right, 0 for wrong, -1 where the critter has none: (B,) each.
+    """Per attribute 1 for right, 0 for wrong, -1 where the thing has none: (B,) each.
 
     Args:
         pixels: (B, 3, H, W) in [-1, 1].
         wanted: labels (B, attributes), -1 for none.
     """
-    logits, _ = judged(judge, pixels)
-    return right_ones(logits, wanted)
-
-
-def right_ones(logits: dict[str, Tensor], wanted: Tensor) -> dict[str, Tensor]:
-    """Logits by attribute against labels (B, attributes): 1, 0 or -1, (B,) each."""
+    device = next(judge.parameters()).device
+    small = F.adaptive_avg_pool2d(pixels.float().to(device), INPUT_SIDE).clamp(-1, 1)
+    logits, wanted = judge(small), wanted.to(device)
     return {
-        name: torch.where(target < 0, -1, (logits[name].argmax(1).cpu() == target).long())
-        for name, target in zip(ATTRIBUTES, wanted.cpu().T, strict=True)
+        name: torch.where(target < 0, -1, (logits[name].argmax(1) == target).long()).cpu()
+        for name, target in zip(ATTRIBUTES, wanted.T, strict=True)
     }

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from evaluation.metrics import bootstrap
-from small_world.world import ATTRIBUTES
 
-FIDELITY = tuple(name for name in ATTRIBUTES if name != "scene")
+FIDELITY = ("shape", "pattern", "colour")
 MARGIN = 0.05  # a loss of no more than this counts as none
 
 Interval = tuple[float, float, float]  # mean, low, high of 95 %
@@ -16,9 +15,8 @@ Verdicts = Mapping[str, np.ndarray]  # attribute to 1, 0 or -1 per case
 
 
 def fidelity(verdicts: Verdicts) -> np.ndarray:
-    """Share of the critter's own attributes that is right, per case."""
-    found = np.stack([verdicts[name] for name in FIDELITY])
-    return (found == 1).sum(0) / (found >= 0).sum(0)
+    """Share of shape, pattern and main colour that is right, per case."""
+    return np.mean([verdicts[name] for name in FIDELITY], axis=0)
 
 
 def editability(verdicts: Verdicts) -> np.ndarray:
@@ -71,7 +69,7 @@ class Claim:
 def judge_claims(rows: Mapping[str, Verdicts], lambdas: Sequence[float]) -> list[Claim]:
     """The four claims, from rows named as in `reproduce`.
 
-    Differences are paired: the same critters, scenes and seeds in both rows.
+    Differences are paired: the same things, scenes and seeds in both rows.
     """
     low, high = (f"w0 + local, {x}" for x in (min(lambdas), max(lambdas)))
 

@@ -1,7 +1,6 @@
-"""The judge's network: it names what pictures of the small world show and recognises a critter that
-it has seen elsewhere; its training.
+"""The judge's network: a small classifier of what pictures of the small world show; its training.
 
-It is trained on renders of its own, of all kinds, and shares no weight with the models it judges.
+It is trained on renders alone and shares no weight with the models it judges.
 """
 
 from collections.abc import Sequence
@@ -16,19 +15,18 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor, nn
 
 from elite.files import write_atomically
+from elite.images import to_pixels
 from elite.run_folder import checkpoints
 from elite.training import fit, make_accelerator
-from small_world.objectives import ViewsObjective
-from small_world.samples import load_samples, render_samples, small_pixels
-from small_world.world import ATTRIBUTES
+from small_world.objectives import ATTRIBUTES
+from small_world.samples import load_samples, render_samples
+from small_world.world import ALL_SHAPES, unseen_things
 
-NUM_SAMPLES = 40_000
-SEED = 1  # of its renders; those of the models have 0
-JUDGED_FRAMINGS = ("scene", "tight")
-EMBEDDING = 64
-INPUT_SIDE = 32
-PLACED = 48  # channels whose place in the picture counts
-RECIPE = {"samples": 96_000, "batch_size": 64, "learning_rate": 2e-3, "ema_decay": 0.999}
+# What it names: the silhouettes that no model has seen, too.
+JUDGED = {**ATTRIBUTES, "shape": len(ALL_SHAPES)}
+NUM_UNSEEN = 30_000  # renders of those, beside the pretraining renders
+# Images seen.
+RECIPE = {"images": 120_000, "batch_size": 64, "learning_rate": 2e-3, "ema_decay": 0.999}
 
 
 class ResidualBlock(nn.Module):
@@ -48,81 +46,73 @@ class ResidualBlock(nn.Module):
 
 
 class Judge(ModelMixin, ConfigMixin):
-    """Pictures to one row of logits per attribute, and to a direction that tells critters apart.
+    """Pictures to one row of logits per attribute.
 
     Args:
         widths: channels at 32, 16, 8 and 4 px; there are as many stages.
     """
 
     @register_to_config
-    def __init__(self, widths: Sequence[int] = (40, 80, 128, 160)) -> None:
+    def __init__(self, widths: Sequence[int] = (24, 48, 96, 128)) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 3, padding=1), ResidualBlock(widths[0])]
+        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 3, padding=1)]
         for narrow, wide in pairwise(widths):
             layers += [nn.SiLU(), nn.Conv2d(narrow, wide, 3, stride=2, padding=1)]
             layers.append(ResidualBlock(wide))
-        self.stages = nn.Sequential(*layers, nn.GroupNorm(8, widths[-1]), nn.SiLU())
-        self.places = nn.Conv2d(widths[-1], PLACED, 1)
-        cells = (INPUT_SIDE >> (len(widths) - 1)) ** 2
-        width = 2 * widths[-1] + PLACED * cells
+        self.features = nn.Sequential(*layers, nn.GroupNorm(8, widths[-1]), nn.SiLU())
         self.heads = nn.ModuleDict(
-            {name: nn.Linear(width, len(kinds)) for name, kinds in ATTRIBUTES.items()}
+            {name: nn.Linear(2 * widths[-1], count) for name, count in JUDGED.items()}
         )
-        self.projection = nn.Linear(width, EMBEDDING)
 
-    def features(self, pixels: Tensor) -> Tensor:
-        """(B, 3, 32, 32) in [-1, 1] to (B, width): what is there, and where it is."""
-        stages = self.stages(pixels)  # (B, C, 4, 4)
-        placed = self.places(stages).flatten(1)
-        return torch.cat([stages.mean((2, 3)), stages.amax((2, 3)), placed], dim=1)
-
-    def forward(self, pixels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """(B, 3, 32, 32) in [-1, 1] to logits (B, kinds of the attribute) by attribute, and unit
-        vectors (B, 64), the nearer the more alike."""
-        features = self.features(pixels)
-        logits = {name: head(features) for name, head in self.heads.items()}
-        return logits, F.normalize(self.projection(features), dim=-1)
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """(B, 3, 32, 32) in [-1, 1] to logits (B, values of the attribute) by attribute."""
+        features = self.features(pixels)  # (B, C, 4, 4)
+        pooled = torch.cat([features.mean((2, 3)), features.amax((2, 3))], dim=1)  # (B, 2C)
+        return {name: head(pooled) for name, head in self.heads.items()}
 
 
-class JudgeObjective(ViewsObjective):
-    """Attributes and contrast, with the judge's own heads."""
+class JudgeObjective(nn.Module):
+    """Cross entropy of every attribute; label -1 (nothing to see) does not count."""
 
     def __init__(self, judge: Judge) -> None:
-        super().__init__(width=judge.projection.in_features)
-        self.judge, self.heads = judge, judge.heads
+        super().__init__()
+        self.judge = judge
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        pixels = batch["pixels"].transpose(0, 1).flatten(0, 1)  # (2B, 3, 32, 32)
-        features = self.judge.features(pixels)
-        labels = batch["labels"].transpose(0, 1).flatten(0, 1)
-        out = self.compare(features, self.judge.projection(features), labels)
-        return {**out, "loss": out["attributes"] + out["contrast"]}
+        logits = self.judge(batch["pixels"])
+        out = {"loss": torch.zeros((), device=batch["pixels"].device)}
+        for name, target in zip(ATTRIBUTES, batch["labels"].T, strict=True):
+            known = (target >= 0).sum().clamp(min=1)
+            error = F.cross_entropy(logits[name], target, ignore_index=-1, reduction="sum")
+            out["loss"] = out["loss"] + error / known
+            out[f"acc_{name}"] = (logits[name].detach().argmax(1) == target).sum() / known
+        return out
 
     def save_pretrained(self, folder: Path) -> None:
         write_atomically(folder / "judge", self.judge.save_pretrained)
 
 
 class JudgeSamples:
-    """Both views of the critters that are shown large enough, each time disturbed anew."""
+    """The renders of some folders that show more than a cut-out, each time disturbed anew."""
 
-    def __init__(self, folder: Path) -> None:
-        self.views, records = load_samples(folder)
-        self.kept = [i for i, r in enumerate(records) if r["framings"][0] in JUDGED_FRAMINGS]
-        self.labels = torch.tensor([record["labels"] for record in records])
+    def __init__(self, *folders: Path) -> None:
+        self.shown = [
+            (images, i, torch.tensor(record["labels"]))
+            for images, records in map(load_samples, folders)
+            for i, record in enumerate(records)
+            if record["framing"] != "cutout"
+        ]
 
     def __len__(self) -> int:
-        return len(self.kept)
+        return len(self.shown)
 
     def name(self, index: int) -> str:
-        return f"sample {self.kept[index]}"
+        return f"sample {index}"
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        i = self.kept[index]
-        views = [small_pixels(view) for view in self.views[i]]
-        return {
-            "pixels": torch.stack([disturbed(pixels, rng) for pixels in views]),
-            "labels": self.labels[i],
-        }
+        images, i, labels = self.shown[index]
+        pixels = F.avg_pool2d(to_pixels(np.array(images[i])), 2)
+        return {"pixels": disturbed(pixels, rng), "labels": labels}
 
 
 def disturbed(pixels: Tensor, rng: np.random.Generator) -> Tensor:
@@ -135,23 +125,23 @@ def disturbed(pixels: Tensor, rng: np.random.Generator) -> Tensor:
     pixels = wide[:, top : top + height, left : left + width]
     if rng.random() < 0.5:
         soft = F.avg_pool2d(pixels, 3, stride=1, padding=1, count_include_pad=False)
-        pixels = pixels + rng.uniform(0, 0.6) * (soft - pixels)
+        pixels = pixels + rng.uniform(0, 0.8) * (soft - pixels)
     noise = torch.from_numpy(rng.standard_normal(pixels.shape, dtype=np.float32))
-    return (pixels + rng.uniform(0, 0.08) * noise).clamp(-1, 1)
+    return (pixels + rng.uniform(0, 0.12) * noise).clamp(-1, 1)
 
 
 def train_judge(work_dir: Path, target: Path) -> None:
-    """Renders critters of all kinds and trains the judge on them, from its last checkpoint where
-    there is one."""
+    """Trains the judge on `WORK_DIR/samples` and on renders of silhouettes that nothing else is
+    trained on, from its last checkpoint where there is one."""
     folder = work_dir / "judge"
-    render_samples(work_dir / "judge_samples", NUM_SAMPLES, "any", SEED)
+    render_samples(work_dir / "unseen_samples", NUM_UNSEEN, unseen_things(), seed=1)
     objective = JudgeObjective(Judge())
     fit(
         objective,
-        JudgeSamples(work_dir / "judge_samples"),
-        make_accelerator("bf16", cpu=not torch.cuda.is_available()),
+        JudgeSamples(work_dir / "samples", work_dir / "unseen_samples"),
+        make_accelerator(cpu=not torch.cuda.is_available()),
         output_dir=folder,
-        max_steps=RECIPE["samples"] // RECIPE["batch_size"],
+        max_steps=RECIPE["images"] // RECIPE["batch_size"],
         batch_size=RECIPE["batch_size"],
         learning_rate=RECIPE["learning_rate"],
         lr_scheduler="cosine",

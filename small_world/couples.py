@@ -1,9 +1,9 @@
 """Two concepts in one picture: does each keep its own colour?
 
-Draws couples of held-out critters side by side, "a S1 next to a S2 on the grass", in a picture of
+Draws couples of held-out things side by side, "a S1 next to a S2 on the grass", in a picture of
 twice the width, with and without regions (S1 in the left half, S2 in the right half). The judge
 names the main colour of each half: the concept's own, the other concept's (that is confusion) or a
-third one. No part of the small world was trained on two critters.
+third one. No part of the small world was trained on two things.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from elite.pipeline import ElitePipeline
 from elite.sheets import SHEET_ROWS, tile_rows
 from small_world.attributes import verdicts
 from small_world.classifier import Judge
+from small_world.samples import labels
 from small_world.score import Case, batches, make_cases, wilson
 from small_world.world import SCENES
 
@@ -28,7 +29,7 @@ OUTCOMES = ("own", "other's", "third")
 
 @dataclass(frozen=True)
 class Couple:
-    """Two critters of different main colours, left and right in the scene of the left one."""
+    """Two things of different main colours, left and right in the scene of the left one."""
 
     left: Case
     right: Case
@@ -39,11 +40,11 @@ class Couple:
 
 
 def make_couples(count: int, seed: int) -> list[Couple]:
-    """Random couples of held-out critters."""
+    """Random couples of held-out things."""
     lefts = make_cases(count, "held out", seed)
     others = iter(make_cases(20 * count, "held out", seed + 1))
     return [
-        Couple(left, next(case for case in others if case.critter.colour != left.critter.colour))
+        Couple(left, next(case for case in others if case.thing.colour != left.thing.colour))
         for left in lefts
     ]
 
@@ -82,7 +83,9 @@ def draw_couples(
 @torch.no_grad()
 def colours_seen(judge: Judge, pixels: Tensor, couples: Sequence[Couple]) -> Tensor:
     """Whose colour each half shows: (B, 2), an index of OUTCOMES."""
-    wanted = torch.tensor([[couple.left.wanted, couple.right.wanted] for couple in couples])
+    wanted = torch.tensor(
+        [[labels(c.thing, c.scene) for c in (couple.left, couple.right)] for couple in couples]
+    )
     columns = []
     for half, view in enumerate(pixels.chunk(2, dim=3)):
         own, other = (

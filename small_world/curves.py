@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from elite.console import run
-from elite.files import write_atomically
+from elite.files import check_writable, write_atomically
 
 
 def read_metric(folder: Path, metric: str) -> tuple[np.ndarray, np.ndarray]:
@@ -81,6 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.windows < 1:
         raise ValueError(f"--windows {args.windows}: expected 1 or more")
+    check_writable(args.output.parent)
     plot([parse_curve(text) for text in args.curves], args.windows, args.output)
     print(f"curves in {args.output}")
     return 0

@@ -15,7 +15,6 @@ from elite.files import remove_whole, write_atomically, write_json
 from elite.loading import load_stable_diffusion, side_in_pixels
 from elite.run_folder import checkpoints
 from elite.training import fit, make_accelerator
-from small_world.captions import CLASS_WORD
 from small_world.pretrain import base_pipeline
 from small_world.score import Case, draw_prompts
 from textual_inversion.files import load_embeddings, load_into
@@ -26,7 +25,7 @@ LEARNING_RATE, BATCH_SIZE = 5e-3, 4
 
 
 def placeholder(case: Case) -> str:
-    return f"<critter-{case.seed}>"
+    return f"<thing-{case.seed}>"
 
 
 def invert(model: Path, case: Case, folder: Path, step_counts: Sequence[int]) -> dict[int, float]:
@@ -57,7 +56,7 @@ def _train(model: Path, case: Case, folder: Path, steps: int, resume: bool) -> f
     """Trains up to `steps`, goes on where the last call ended. Returns its seconds."""
     parts = load_stable_diffusion(model)
     embedding = parts["text_encoder"].get_input_embeddings()
-    start = initial_rows(embedding, parts["tokenizer"], 1, initializer=CLASS_WORD)
+    start = initial_rows(embedding, parts["tokenizer"], 1, initializer=case.thing.shape)
     pictures = PictureFolder(
         folder / "picture",
         resolution=side_in_pixels(parts["unet"], parts["vae"]),

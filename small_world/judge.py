@@ -7,7 +7,7 @@
 `train` leaves its run in WORK_DIR/judge and the weights, fp16, in checkpoints/small_world_judge,
 where `score` finds them. `score` prints a Markdown table of accuracies with 95 % intervals (Wilson)
 and writes it as JSON: the judge itself on fresh renders, the base model on prompts, and ELITE on
-held-out critters, each encoded from one render and drawn in another scene. `couples` draws two
+held-out things, each encoded from one render and drawn in another scene. `couples` draws two
 concepts side by side and tells whose colour each half shows, with and without regions (couples.md,
 couples.json, grid.png). Exit code 2: bad input.
 """
@@ -16,6 +16,7 @@ import argparse
 from pathlib import Path
 
 from elite.console import OK, quiet_libraries, run
+from elite.files import check_writable
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 
@@ -82,9 +83,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="train | score | couples")
-    train_parser = commands.add_parser(
-        "train", help="render critters of all kinds and train the judge"
-    )
+    train_parser = commands.add_parser("train", help="train the judge on the pretraining renders")
     train_parser.add_argument("--work_dir", type=Path, default=Path("runs/small_world"))
     train_parser.add_argument(
         "--target",
@@ -106,6 +105,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in ("samples", "batch_size", "num_inference_steps"):
         if getattr(args, name, 1) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: expected 1 or more")
+    for name in ("work_dir", "target", "output_dir", "report"):
+        if (written := getattr(args, name, None)) is not None:
+            check_writable(written.parent if name == "report" else written)
     return args
 
 

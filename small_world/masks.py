@@ -1,4 +1,4 @@
-"""How well GrabCut masks held-out critters: overlap with the true masks, from the middle of the
+"""How well GrabCut masks held-out things: overlap with the true masks, from the middle of the
 picture and from a box 6 px wider than the object.
 
     python -m small_world.masks [--count 40] [--size 256]
@@ -14,9 +14,9 @@ import numpy as np
 from tqdm import tqdm
 
 from elite.console import OK, run
-from elite.masks import Box, centred_prior, grab_cut, prior_of_box
+from elite.masks import Box, find_object
 from small_world.render import Pose, draw
-from small_world.world import SCENES, random_critter
+from small_world.world import SCENES, things
 
 MARGIN = 6  # pixels between object and box
 GOOD = 0.9
@@ -30,13 +30,14 @@ CASES = {
 
 
 def render(case: str, seed: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """A held-out critter of a case, uint8 (size, size, 3), and its mask, bool (size, size)."""
+    """A held-out thing of a case, uint8 (size, size, 3), and its mask, bool (size, size)."""
     rng = np.random.default_rng(seed)
-    critter, scene = random_critter(rng, "combinations"), str(rng.choice(list(SCENES)))
+    pool, scenes = things(held_out_only=True), list(SCENES)
+    thing, scene = pool[rng.integers(len(pool))], scenes[rng.integers(len(scenes))]
     half_width, away = CASES[case]
     x, y = 0.5 + away * rng.choice([-1, 1], 2)
     pose = Pose(x, y, half_width, rng.uniform(-12, 12), bool(rng.integers(2)))
-    image, mask = draw(critter, scene, rng, size, pose)
+    image, mask = draw(thing, scene, rng, size, pose)
     return image, mask > 0
 
 
@@ -52,9 +53,8 @@ def box_around(mask: np.ndarray) -> Box:
 
 def overlap(image: np.ndarray, mask: np.ndarray, box: Box | None) -> float:
     """Intersection over union of found and true mask; 0 where GrabCut refuses."""
-    size = mask.shape
     try:
-        found = grab_cut(image, centred_prior(*size) if box is None else prior_of_box(*size, box))
+        found = find_object(image, box)
     except ValueError:
         return 0.0
     return float((found & mask).sum() / (found | mask).sum())

@@ -7,16 +7,20 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPVisionModel
+from transformers import CLIPModel, CLIPTextModel
 
 from elite.files import write_atomically
 from elite.objectives import seeded_noise, seeded_timesteps
-from elite.text import encode_text
-from small_world.models import WIDTH
-from small_world.world import ATTRIBUTES
+from small_world.world import COLOURS, PATTERNS, SCENES, SHAPES
 
-OBJECT_WEIGHT = 4.0  # of the base model's loss, beside 1 everywhere: parts are a few latents
-MAX_WORDS = 5  # of a concept in a caption
+# Attributes in the order of `samples.labels`.
+ATTRIBUTES = {
+    "shape": len(SHAPES),
+    "pattern": len(PATTERNS),
+    "colour": len(COLOURS),
+    "second": len(COLOURS),
+    "scene": len(SCENES),
+}
 
 
 class VAEObjective(nn.Module):
@@ -37,7 +41,7 @@ class VAEObjective(nn.Module):
         pixels = batch["pixels"]  # (B, 3, 32, 32) in [-1, 1]
         posterior = self.vae.encode(pixels).latent_dist
         noise = seeded_noise(batch["seed"], tuple(posterior.mean.shape[1:]))
-        decoded = self.vae.decode(posterior.mean + posterior.std * noise).sample.float()
+        decoded = self.vae.decode(posterior.mean + posterior.std * noise).sample
         squared = F.mse_loss(decoded, pixels)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         loss = squared + 0.5 * F.l1_loss(decoded, pixels) + self.kl_weight * kl
@@ -48,84 +52,64 @@ class VAEObjective(nn.Module):
         write_atomically(folder / "vae", self.vae.save_pretrained)
 
 
-class ViewsObjective(nn.Module):
-    """What two views of one critter teach: its attributes by cross entropy, and by contrast
-    (NT-Xent, Chen et al. 2020) that both are the same one.
+class ImageEncoderObjective(nn.Module):
+    """CLIP's contrastive loss, plus attribute heads on CLS and a patch head that names each patch's
+    colours."""
 
-    Args:
-        width: of the features that `features` gives.
-    """
-
-    def __init__(self, width: int, temperature: float = 0.1) -> None:
+    def __init__(self, clip: CLIPModel) -> None:
         super().__init__()
-        self.temperature = temperature
-        self.heads = nn.ModuleDict(
-            {name: nn.Linear(width, len(kinds)) for name, kinds in ATTRIBUTES.items()}
-        )
-
-    def compare(self, features: Tensor, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The two losses and the accuracies.
-
-        Args:
-            features: (2B, width), first views before second ones.
-            embeddings: (2B, any), compared by their directions.
-            labels: (2B, attributes), -1 where there is nothing to see.
-        """
-        loss = torch.zeros((), device=features.device)
-        accuracies = {}
-        for (name, head), target in zip(self.heads.items(), labels.T, strict=True):
-            logits, known = head(features).float(), target >= 0
-            error = F.cross_entropy(logits, target, ignore_index=-1, reduction="sum")
-            count = known.sum().clamp(min=1)
-            loss = loss + error / count
-            right = (logits.detach().argmax(1) == target) & known
-            accuracies[f"acc_{name}"] = right.sum() / count
-        unit = F.normalize(embeddings.float(), dim=-1)
-        alike = unit @ unit.T / self.temperature  # (2B, 2B)
-        own = torch.eye(len(alike), dtype=torch.bool, device=alike.device)
-        alike = alike.masked_fill(own, -torch.inf)
-        partner = torch.arange(len(alike), device=alike.device).roll(len(alike) // 2)
-        same = (alike.detach().argmax(1) == partner).float().mean()
-        contrast = F.cross_entropy(alike, partner)
-        return {"attributes": loss, "contrast": contrast, "same": same, **accuracies}
-
-
-class ImageEncoderObjective(ViewsObjective):
-    """The vision tower: attributes of CLS and the mean of the patches, contrast of CLS, and a patch
-    head that paints the object alone and its mask, so that features keep the outline."""
-
-    def __init__(self, image_encoder: CLIPVisionModel) -> None:
-        super().__init__(2 * WIDTH)
-        self.image_encoder = image_encoder
-        self.projection = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, 64))
-        self.painter = nn.Linear(WIDTH, 4 * 4 * 4)
+        self.clip = clip
+        width = clip.config.vision_config.hidden_size
+        self.heads = nn.ModuleDict({name: nn.Linear(width, n) for name, n in ATTRIBUTES.items()})
+        self.patch_head = nn.Linear(width, 2 * 2 * 3)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        clip_pixels = batch["clip_pixels"].transpose(0, 1).flatten(0, 1)  # (2B, 3, 64, 64)
-        objects = batch["objects"].transpose(0, 1).flatten(0, 1)  # (2B, 4, 32, 32)
-        output = self.image_encoder(clip_pixels)
-        cls, patches = output.pooler_output, output.last_hidden_state[:, 1:]
-        features = torch.cat([cls, patches.mean(1)], dim=1)  # (2B, 2 x width)
-        labels = batch["labels"].transpose(0, 1).flatten(0, 1)
-        out = self.compare(features, self.projection(cls), labels)
-        painted = self.painter(patches).float()  # (2B, 64, 64)
-        wanted = F.unfold(objects, kernel_size=4, stride=4).transpose(1, 2)
-        outline = F.mse_loss(painted, wanted)
-        out["loss"] = out["attributes"] + out["contrast"] + 20 * outline
-        return {**out, "outline": outline}
+        clip_pixels = batch["clip_pixels"]  # (B, 3, 64, 64), CLIP-normalised
+        vision = self.clip.vision_model(clip_pixels)
+        cls = vision.pooler_output  # (B, width)
+        attributes = {
+            name: F.cross_entropy(head(cls), batch["labels"][:, i], ignore_index=-1)
+            for i, (name, head) in enumerate(self.heads.items())
+        }
+        named = batch["labels"][:, 2] >= 0  # recoloured pictures no longer fit their caption
+        contrastive = self._contrastive(cls[named], batch["input_ids"][named])
+        patches = self.patch_head(vision.last_hidden_state[:, 1:])  # (B, 64, 12)
+        side = round(patches.shape[1] ** 0.5)
+        colours = F.pixel_unshuffle(F.adaptive_avg_pool2d(clip_pixels, 2 * side), 2)
+        patch_colours = F.mse_loss(patches, colours.flatten(2).transpose(1, 2))
+        loss = sum(attributes.values()) + 0.2 * contrastive + patch_colours
+        accuracy = {
+            f"acc_{name}": _accuracy(head(cls), batch["labels"][:, i])
+            for i, (name, head) in enumerate(self.heads.items())
+        }
+        return {
+            "loss": loss,
+            "contrastive": contrastive.detach(),
+            "patch": patch_colours.detach(),
+            **accuracy,
+        }
+
+    def _contrastive(self, cls: Tensor, input_ids: Tensor) -> Tensor:
+        text = self.clip.text_model(input_ids).pooler_output
+        image = F.normalize(self.clip.visual_projection(cls), dim=-1)
+        text = F.normalize(self.clip.text_projection(text), dim=-1)
+        logits = self.clip.logit_scale.exp().clamp(max=100) * image @ text.T  # (B, B)
+        target = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
     def save_pretrained(self, folder: Path) -> None:
-        write_atomically(folder / "image_encoder", self.image_encoder.save_pretrained)
+        write_atomically(folder / "clip", self.clip.save_pretrained)
+        write_atomically(folder / "image_encoder", self.clip.vision_model.save_pretrained)
+
+
+def _accuracy(logits: Tensor, target: Tensor) -> Tensor:
+    known = target >= 0
+    return (logits.detach().argmax(-1) == target)[known].float().mean()
 
 
 class BaseModelObjective(nn.Module):
     """Text encoder and UNet together: epsilon prediction with min-SNR weights (Hang et al. 2023,
-    gamma 5).
-
-    Of every batch, one half reads captions; in the other, one to five words, made of the image
-    encoder's features of another view by a head that is thrown away afterwards, stand for the
-    critter. So the model learns to read any point of the space of words, not only its vocabulary.
-    """
+    gamma 5)."""
 
     def __init__(
         self,
@@ -143,17 +127,13 @@ class BaseModelObjective(nn.Module):
             empty_probability,
             snr_gamma,
         )
-        self.register_buffer("empty_ids", empty_ids, persistent=False)  # (48,)
-        self.word_head = nn.Sequential(
-            nn.LayerNorm(2 * WIDTH),
-            nn.Linear(2 * WIDTH, 4 * WIDTH),
-            nn.GELU(),
-            nn.Linear(4 * WIDTH, MAX_WORDS * WIDTH),
-        )
+        self.register_buffer("empty_ids", empty_ids, persistent=False)  # (24,)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         latents, seeds = batch["latents"], batch["seed"]
-        context = self.context(batch)
+        empty = (seeds % 1000 < 1000 * self.empty_probability)[:, None]  # (B, 1)
+        input_ids = torch.where(empty, self.empty_ids, batch["input_ids"])
+        context = self.text_encoder(input_ids).last_hidden_state
         noise = seeded_noise(seeds, tuple(latents.shape[1:])).to(latents)
         t = seeded_timesteps(seeds, len(self.scheduler.alphas_cumprod)).to(latents.device)
         noisy = self.scheduler.add_noise(latents, noise, t)
@@ -161,30 +141,8 @@ class BaseModelObjective(nn.Module):
         alphas = self.scheduler.alphas_cumprod.to(latents.device)[t]
         snr = alphas / (1 - alphas)
         weight = snr.clamp(max=self.snr_gamma) / snr
-        M = 1 + OBJECT_WEIGHT * batch["object_share"]  # (B, 1, 8, 8)
-        error = (M * (noise_hat.float() - noise).square()).mean(dim=(1, 2, 3))
-        squared = error / M.mean(dim=(1, 2, 3))  # (B,)
-        told, shown = squared.detach().chunk(2)
-        return {"loss": (weight * squared).mean(), "told": told.mean(), "shown": shown.mean()}
-
-    def context(self, batch: dict[str, Tensor]) -> Tensor:
-        """(B, 48, D): of captions for the first half of the batch, of words made of features for
-        the other."""
-        seeds = batch["seed"]
-        empty = (seeds % 1000 < 1000 * self.empty_probability)[:, None]  # (B, 1)
-        told = (len(seeds) + 1) // 2
-        input_ids = torch.where(empty, self.empty_ids, batch["input_ids"])[:told]
-        words = self.word_head(batch["features"][told:]).unflatten(1, (MAX_WORDS, WIDTH))
-        num_words = int(seeds[0]) % MAX_WORDS + 1
-        shown = encode_text(
-            self.text_encoder,
-            batch["concept_ids"][told:],
-            words[:, :num_words],
-            batch["index"][told:],
-        )
-        nothing = encode_text(self.text_encoder, self.empty_ids[None])
-        shown = torch.where(empty[told:, :, None], nothing, shown)
-        return torch.cat([encode_text(self.text_encoder, input_ids), shown])
+        squared = (noise_hat.float() - noise).square().mean(dim=(1, 2, 3))  # (B,)
+        return {"loss": (weight * squared).mean(), "mse": squared.mean().detach()}
 
     def save_pretrained(self, folder: Path) -> None:
         write_atomically(folder / "unet", self.unet.save_pretrained)

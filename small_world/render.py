@@ -1,7 +1,7 @@
-"""Draws a critter on a scene, with its mask: flat colours with a little light, inside an outline.
+"""Draws the small world: a silhouette with colours and a pattern, on a scene, with its mask.
 
-Parts live in unit coordinates, x to the right and y down, the body in [-1, 1]; `parts_of` lists
-them from back to front, `draw` fits them all into the pose.
+All drawing happens in uint8 RGB at the size asked for; silhouettes live in unit coordinates, x and
+y in [-1, 1].
 """
 
 from dataclasses import dataclass
@@ -9,309 +9,252 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from small_world.bodies import half_width, outline, point_at
-from small_world.scenes import draw_scene, shade
-from small_world.world import COLOURS, Critter
+from small_world.world import COLOURS, Thing
 
 INK = (45, 40, 50)
-CREAM = (245, 228, 180)
-LEAF = (85, 175, 60)
-BEAK = (250, 170, 40)
-MOUTH = (120, 25, 45)
-WHEEL = (70, 70, 78)
-LINE = 0.016  # width of the outline, a fraction of the picture
-SHIFT = 4  # bits behind the point of OpenCV's coordinates
-PAINT = "paint"  # the fill of what shows the pattern
-
-Colour = tuple[int, int, int]
+GLASS = (200, 228, 240)
+BROWN = (120, 78, 45)
 
 
-@dataclass(frozen=True)
-class Part:
-    """A polygon, or with `width` a stroke along its points, and its fill."""
+def _circle(x: float, y: float, rx: float, ry: float, start: float = 0, end: float = 360) -> list:
+    angles = np.radians(np.linspace(start, end, 40))
+    return np.stack([x + rx * np.cos(angles), y + ry * np.sin(angles)], axis=1).tolist()
 
-    points: np.ndarray  # (N, 2)
-    fill: Colour | str
-    width: float = 0.0
-    lined: bool = True  # has an outline of its own
+
+def _box(left: float, top: float, right: float, bottom: float) -> list:
+    return [(left, top), (right, top), (right, bottom), (left, bottom)]
+
+
+def _star() -> list:
+    angles = np.radians(np.arange(10) * 36 - 90)
+    radii = np.where(np.arange(10) % 2 == 0, 1.0, 0.45)
+    return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1).tolist()
+
+
+def _heart() -> list:
+    t = np.linspace(0, 2 * np.pi, 60)
+    x = np.sin(t) ** 3
+    y = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)) / 16
+    return np.stack([x, y - 0.1], axis=1).tolist()
+
+
+def _umbrella() -> list:
+    """The canopy: a half disc whose lower edge has three scallops."""
+    scallops = [p for x in (0.667, 0.0, -0.667) for p in _circle(x, 0.0, 0.333, 0.16, 0, -180)]
+    return _circle(0, 0.0, 1.0, 0.85, 180, 360) + scallops
+
+
+# Parts of a silhouette: `body` carries colour and pattern, `holes` are cut out of it,
+# `extras` are (polygon, fixed colour) drawn over it; body and extras together are the mask.
+SILHOUETTES: dict[str, dict[str, list]] = {
+    "mug": {
+        "body": [_box(-0.85, -0.85, 0.4, 0.85), _circle(0.45, 0.0, 0.52, 0.55)],
+        "holes": [_circle(0.55, 0.0, 0.2, 0.28)],
+        "extras": [(_circle(-0.22, -0.82, 0.62, 0.13), INK)],
+    },
+    "star": {"body": [_star()]},
+    "fish": {
+        "body": [_circle(-0.2, 0, 0.8, 0.55), [(0.4, 0), (1.0, -0.55), (1.0, 0.55)]],
+        "extras": [(_circle(-0.62, -0.12, 0.1, 0.1), INK)],
+    },
+    "house": {
+        "body": [_box(-0.75, -0.1, 0.75, 0.95), [(-1, -0.1), (0, -0.95), (1, -0.1)]],
+        "extras": [(_box(-0.2, 0.35, 0.2, 0.95), BROWN), (_box(0.38, 0.15, 0.62, 0.45), GLASS)],
+    },
+    "car": {
+        "body": [
+            _box(-1, -0.05, 1, 0.45),
+            [(-0.65, -0.05), (-0.4, -0.55), (0.4, -0.55), (0.65, -0.05)],
+        ],
+        "extras": [
+            ([(-0.5, -0.1), (-0.33, -0.43), (-0.05, -0.43), (-0.05, -0.1)], GLASS),
+            ([(0.5, -0.1), (0.33, -0.43), (0.05, -0.43), (0.05, -0.1)], GLASS),
+            (_circle(-0.55, 0.47, 0.25, 0.25), INK),
+            (_circle(0.55, 0.47, 0.25, 0.25), INK),
+        ],
+    },
+    "heart": {"body": [_heart()]},
+    "umbrella": {
+        "body": [_umbrella()],
+        "extras": [(_box(-0.06, -0.05, 0.06, 0.85), INK), (_box(-0.06, 0.75, 0.32, 0.9), INK)],
+    },
+    "tree": {
+        "body": [
+            [(0, -1.0), (-0.6, -0.2), (0.6, -0.2)],
+            [(0, -0.6), (-0.8, 0.45), (0.8, 0.45)],
+        ],
+        "extras": [(_box(-0.16, 0.45, 0.16, 0.98), BROWN)],
+    },
+    "boat": {
+        "body": [
+            [(-1, 0.35), (1, 0.35), (0.6, 0.85), (-0.6, 0.85)],
+            [(0, -1), (0, 0.2), (0.8, 0.2)],
+        ],
+        "extras": [(_box(-0.08, -1.0, 0.02, 0.36), INK)],
+    },
+    "bottle": {
+        "body": [
+            _box(-0.45, -0.2, 0.45, 1.0),
+            [(-0.45, -0.2), (-0.17, -0.55), (0.17, -0.55), (0.45, -0.2)],
+            _box(-0.17, -0.85, 0.17, -0.5),
+        ],
+        "extras": [(_box(-0.2, -1.0, 0.2, -0.84), BROWN)],
+    },
+    "moon": {"body": [_circle(0, 0, 0.95, 0.95)], "holes": [_circle(0.5, -0.1, 0.75, 0.75)]},
+    "arrow": {"body": [_box(-1, -0.25, 0.2, 0.25), [(0.1, -0.75), (1, 0), (0.1, 0.75)]]},
+}
 
 
 @dataclass(frozen=True)
 class Pose:
-    """Where a critter goes: centre and half the longer side in fractions of the picture, turn in
+    """Where the silhouette goes: centre and half width in fractions of the picture, turn in
     degrees."""
 
     x: float
     y: float
-    half: float
+    half_width: float
     turn: float
     mirrored: bool
 
     @staticmethod
-    def random(rng: np.random.Generator, smallest: float = 0.62, largest: float = 0.95) -> "Pose":
+    def random(rng: np.random.Generator, smallest: float = 0.55, largest: float = 1.0) -> "Pose":
         half = rng.uniform(smallest, largest) / 2
         slack = max(0.5 - half, 0.02)
         x, y = rng.uniform(0.5 - slack, 0.5 + slack, size=2)
         return Pose(x, y, half, rng.uniform(-12, 12), bool(rng.integers(2)))
 
 
-# --- shapes ---------------------------------------------------------------------------------------
+def _shade(colour: tuple, rng: np.random.Generator, amount: int = 10) -> tuple:
+    """The colour, a little different each time."""
+    return tuple(
+        int(v) for v in np.clip(np.asarray(colour) + rng.integers(-amount, amount + 1), 0, 255)
+    )
 
 
-def _ellipse(x: float, y: float, rx: float, ry: float, turn: float = 0.0) -> np.ndarray:
-    t = np.linspace(0, 2 * np.pi, 40, endpoint=False)
-    points = np.stack([rx * np.cos(t), ry * np.sin(t)], axis=1)
-    angle = np.radians(turn)
-    spin = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    return points @ spin + (x, y)
+def _gradient(top: tuple, bottom: tuple, size: int) -> np.ndarray:
+    ramp = np.linspace(0, 1, size)[:, None, None]
+    column = np.asarray(top) * (1 - ramp) + np.asarray(bottom) * ramp
+    return np.broadcast_to(column, (size, size, 3)).astype(np.uint8)
 
 
-def _arc(x: float, y: float, rx: float, ry: float, start: float, end: float) -> np.ndarray:
-    t = np.radians(np.linspace(start, end, 16))
-    return np.stack([x + rx * np.cos(t), y + ry * np.sin(t)], axis=1)
+def _rows(canvas: np.ndarray, start: int, step: int, thickness: int, colour: tuple) -> None:
+    for y in range(start, len(canvas), step):
+        canvas[y : y + thickness] = colour
 
 
-def _polygon(*points: tuple[float, float]) -> np.ndarray:
-    return np.array(points, dtype=np.float64)
-
-
-def _both(points: np.ndarray, fill: Colour, width: float = 0.0) -> list[Part]:
-    """The part and its mirror image."""
-    return [Part(points, fill, width), Part(points * (-1, 1), fill, width)]
-
-
-# --- the critter ----------------------------------------------------------------------------------
-
-
-def parts_of(critter: Critter, trim: Colour) -> list[Part]:
-    """Everything a critter is made of, from back to front."""
-    body = outline(critter.numbers)
-    if critter.head == "none":
-        skull, face_y = body, _face_height(body)
-        eye_room = half_width(body, face_y)
-    else:
-        body = body * (0.85, 0.75) + (0, 0.35)
-        skull = _ellipse(0, -0.62, 0.62, 0.52)
-        face_y, eye_room = -0.66, 0.6
-    behind = [*_tail(critter, body, trim), *_bottom(critter, body, trim)]
-    sides, handle_behind = _sides(critter, body, trim)
-    tops, tops_in_front = _top(critter, skull, trim)
-    parts = [*behind, *sides, *([] if tops_in_front else tops), Part(body, PAINT)]
-    if critter.bottom == "wheels":
-        parts += _wheels(body)
-    if critter.head != "none":
-        parts.append(Part(skull, COLOURS[critter.colour]))
-    parts += [*_face(critter, face_y, eye_room), *handle_behind]
-    return parts + (tops if tops_in_front else [])
-
-
-def _face_height(body: np.ndarray) -> float:
-    """The height of the eyes: as high as the body is wide enough for them."""
-    top = float(body[:, 1].min())
-    for y in np.arange(max(-0.35, top + 0.3), 0.25, 0.05):
-        if half_width(body, y) > 0.5:
-            return float(y)
-    return 0.1
-
-
-def _top(critter: Critter, skull: np.ndarray, trim: Colour) -> tuple[list[Part], bool]:
-    """What it wears on top, and whether that lies in front of the body."""
-    x, y = point_at(skull, 38)
-    x, high = abs(float(x)), float(y)
-    crown = point_at(skull, 0)
-    kind = critter.top
-    if kind == "cat ears":
-        ear = _polygon((x - 0.34, high), (x + 0.2, high + 0.25), (x + 0.22, high - 0.5))
-        return _both(ear, trim), False
-    if kind == "bunny ears":
-        return _both(_ellipse(x * 0.75, high - 0.34, 0.18, 0.54, 12), trim), False
-    if kind == "bear ears":
-        return _both(_ellipse(x + 0.04, high - 0.08, 0.29, 0.29), trim), False
-    if kind == "horns":
-        horn = _polygon(
-            (x - 0.18, high + 0.1), (x + 0.16, high + 0.12), (x + 0.44, high - 0.2),
-            (x + 0.4, high - 0.62), (x + 0.2, high - 0.3),
-        )  # fmt: skip
-        return _both(horn, CREAM), False
-    if kind == "antennae":
-        stalk = _polygon((0.12, float(crown[1]) + 0.2), (0.3, float(crown[1]) - 0.45))
-        ball = _ellipse(0.34, float(crown[1]) - 0.55, 0.17, 0.17)
-        return [*_both(stalk, INK, 0.07), *_both(ball, trim)], False
-    if kind == "leaf":
-        cx, cy = float(crown[0]), float(crown[1])
-        stem = Part(_polygon((cx, cy + 0.15), (cx, cy - 0.3)), LEAF, 0.1)
-        blade = _ellipse(cx + 0.36, cy - 0.42, 0.42, 0.2, -25)
-        return [stem, Part(blade, LEAF)], False
-    if kind == "droopy ears":
-        return _both(_ellipse(x + 0.3, high + 0.42, 0.2, 0.5, -18), trim), True
-    return [], False
-
-
-def _face(critter: Critter, y: float, room: float) -> list[Part]:
-    """Eyes, the third above the other two, and the mouth below them."""
-    radius, places = EYE_PLACES[critter.eyes]
-    spread = min(1.0, room * 0.8 / radius)
-    parts = []
-    for across, up in places:
-        x, height = across * spread * radius, y - up * radius
-        parts.append(Part(_ellipse(x, height, radius, radius), (255, 255, 255)))
-        pupil = _ellipse(x, height + 0.02, radius * 0.5, radius * 0.55)
-        parts.append(Part(pupil, INK, lined=False))
-    low = y + radius + 0.2
-    if critter.mouth == "smile":
-        parts.append(Part(_arc(0, low - 0.12, 0.3, 0.22, 15, 165), INK, 0.09, lined=False))
-    elif critter.mouth == "open mouth":
-        parts.append(Part(_ellipse(0, low + 0.02, 0.24, 0.17), MOUTH))
-    else:
-        beak = _polygon((-0.26, low - 0.14), (0.26, low - 0.14), (0.0, low + 0.24))
-        parts.append(Part(beak, BEAK))
-    return parts
-
-
-# Radius, and the places in radii: across, and up from the face's height.
-EYE_PLACES: dict[str, tuple[float, tuple[tuple[float, float], ...]]] = {
-    "one eye": (0.34, ((0, 0),)),
-    "two eyes": (0.25, ((-1.1, 0), (1.1, 0))),
-    "three eyes": (0.22, ((-1.15, -0.2), (1.15, -0.2), (0, 1.45))),
-}
-
-
-def _sides(critter: Critter, body: np.ndarray, trim: Colour) -> tuple[list[Part], list[Part]]:
-    """What is at both sides, behind and in front of the body."""
-    x, y = (float(v) for v in point_at(body, 95))
-    x = max(x, 0.35)
-    kind = critter.side
-    if kind == "arms":
-        arm = _polygon((x - 0.2, y), (x + 0.18, y + 0.04), (x + 0.3, y - 0.3))
-        return [*_both(arm, trim, 0.17), *_both(_ellipse(x + 0.31, y - 0.4, 0.17, 0.17), trim)], []
-    if kind == "wings":
-        wing = _polygon(
-            (x - 0.3, y + 0.2), (x + 0.2, y + 0.26), (x + 0.46, y - 0.02), (x + 0.58, y - 0.42),
-            (x + 0.52, y - 0.72), (x + 0.2, y - 0.52), (x - 0.2, y - 0.2),
-        )  # fmt: skip
-        return _both(wing, trim), []
-    if kind == "fins":
-        fin = _polygon((x - 0.25, y - 0.2), (x + 0.48, y + 0.46), (x - 0.2, y + 0.38))
-        return _both(fin, trim), []
-    if kind == "handle":
-        return [Part(_ellipse(-x - 0.04, y + 0.05, 0.36, 0.4), trim, 0.19)], []
-    return [], []
-
-
-def _bottom(critter: Critter, body: np.ndarray, trim: Colour) -> list[Part]:
-    low = float(body[:, 1].max())
-    places = {"two legs": (0.36,), "four legs": (0.22, 0.62)}.get(critter.bottom, ())
-    legs = []
-    for place in places:
-        width = 0.24 if len(places) == 1 else 0.17
-        leg = _polygon((place, low - 0.7), (place, low + 0.3))
-        foot = _ellipse(place + 0.06, low + 0.34, width * 0.85, 0.13)
-        legs += [*_both(leg, trim, width), *_both(foot, trim)]
-    return legs
-
-
-def _wheels(body: np.ndarray) -> list[Part]:
-    low = float(body[:, 1].max())
-    wheels = _both(_ellipse(0.48, low + 0.06, 0.31, 0.31), WHEEL)
-    return wheels + _both(_ellipse(0.48, low + 0.06, 0.12, 0.12), (205, 205, 210))
-
-
-def _tail(critter: Critter, body: np.ndarray, trim: Colour) -> list[Part]:
-    x, y = (float(v) for v in point_at(body, 122))
-    kind = critter.tail
-    if kind == "long tail":
-        line = _polygon(
-            (x - 0.25, y), (x + 0.24, y + 0.06), (x + 0.5, y - 0.12), (x + 0.5, y - 0.5)
+def draw_scene(scene: str, rng: np.random.Generator, size: int) -> np.ndarray:
+    """The background alone, uint8 (size, size, 3)."""
+    unit = size / 32
+    horizon = int(size * rng.uniform(0.4, 0.6))
+    canvas = _gradient(_shade((120, 185, 240), rng), _shade((205, 228, 245), rng), size).copy()
+    if scene == "grass":
+        canvas[horizon:] = _shade((95, 180, 75), rng)
+        for _ in range(40):
+            x, y = int(rng.integers(size)), int(rng.integers(horizon, size))
+            cv2.line(canvas, (x, y), (x, y - int(1.6 * unit)), (60, 140, 50), max(1, int(unit / 2)))
+    elif scene == "beach":
+        canvas[horizon - int(5 * unit) : horizon] = _shade((45, 150, 190), rng)
+        canvas[horizon:] = _shade((235, 210, 150), rng)
+        cv2.circle(
+            canvas,
+            (int(rng.uniform(0.1, 0.9) * size), int(4 * unit)),
+            int(2.5 * unit),
+            (255, 240, 160),
+            -1,
         )
-        return [Part(line, trim, 0.13), Part(_ellipse(x + 0.5, y - 0.56, 0.15, 0.15), trim)]
-    if kind == "fluffy tail":
-        return [Part(_ellipse(x + 0.3, y - 0.04, 0.46, 0.3, 28), trim)]
-    if kind == "fan tail":
-        fan = _polygon((x - 0.2, y), (x + 0.6, y - 0.42), (x + 0.44, y), (x + 0.6, y + 0.42))
-        return [Part(fan, trim)]
-    if kind == "zigzag tail":
-        zigzag = _polygon(
-            (x - 0.2, y + 0.05), (x + 0.26, y + 0.05), (x + 0.16, y - 0.22),
-            (x + 0.72, y - 0.62), (x + 0.5, y - 0.3), (x + 0.62, y - 0.02), (x + 0.1, y + 0.3),
-        )  # fmt: skip
-        return [Part(zigzag, trim)]
-    return []
-
-
-# --- on the picture -------------------------------------------------------------------------------
-
-
-class _Frame:
-    """Unit coordinates to pixels: the whole critter at the pose."""
-
-    def __init__(self, parts: list[Part], pose: Pose, size: int) -> None:
-        angle = np.radians(pose.turn)
-        turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-        flip = np.diag([-1.0 if pose.mirrored else 1.0, 1.0])
-        reach = [(part.points @ flip @ turn, part.width / 2) for part in parts]
-        low = np.min([points.min(0) - width for points, width in reach], axis=0)
-        high = np.max([points.max(0) + width for points, width in reach], axis=0)
-        self.pixels_per_unit = 2 * pose.half * size / float((high - low).max())
-        self.matrix = flip @ turn * self.pixels_per_unit
-        self.origin = np.array([pose.x, pose.y]) * size - (low + high) / 2 * self.pixels_per_unit
-
-    def place(self, points: np.ndarray) -> np.ndarray:
-        """(N, 2) in units to OpenCV's fixed-point pixels."""
-        placed = points @ self.matrix + self.origin
-        return np.round(placed * 2**SHIFT).astype(np.int32)
-
-    def units(self, size: int) -> np.ndarray:
-        """The unit coordinates of every pixel, (size, size, 2)."""
-        grid = np.stack(np.meshgrid(np.arange(size), np.arange(size)), axis=-1) + 0.5
-        return ((grid - self.origin) @ np.linalg.inv(self.matrix)).astype(np.float32)
-
-
-def _fill(canvas: np.ndarray, part: Part, frame: _Frame, colour: object, grow: int) -> None:
-    """The part in one colour, `grow` pixels wider on every side."""
-    points = frame.place(part.points)
-    if part.width:
-        width = max(1, round(part.width * frame.pixels_per_unit)) + 2 * grow
-        cv2.polylines(canvas, [points], False, colour, width, cv2.LINE_AA, SHIFT)
-        return
-    cv2.fillPoly(canvas, [points], colour, cv2.LINE_AA, SHIFT)
-    if grow:
-        cv2.polylines(canvas, [points], True, colour, 2 * grow, cv2.LINE_AA, SHIFT)
-
-
-def _paint(critter: Critter, units: np.ndarray, main: Colour, second: Colour) -> np.ndarray:
-    """Main colour, pattern and light at these unit coordinates (H, W, 2), float (H, W, 3)."""
-    x, y = units[..., 0], units[..., 1]
-    if critter.pattern == "striped":
-        angle = np.radians(critter.angle)
-        there = (x * np.cos(angle) + y * np.sin(angle)) / 0.5 % 1 < 0.42
-    elif critter.pattern == "dotted":
-        row = np.floor(y / 0.44)
-        column = (x / 0.5 + 0.5 * (row % 2)) % 1 - 0.5
-        there = (column * 0.5) ** 2 + (y % 0.44 - 0.22) ** 2 < 0.145**2
-    elif critter.pattern == "patched":
-        there = (x / 0.6) ** 2 + ((y - 0.6) / 0.5) ** 2 < 1
-    elif critter.pattern == "dipped":
-        there = y > 0.32 + 0.08 * np.sin(7 * x)
-    elif critter.pattern == "checked":
-        there = (np.floor(x / 0.36) + np.floor(y / 0.36)) % 2 < 1
+    elif scene == "snow":
+        canvas[:] = _gradient(_shade((165, 180, 200), rng), _shade((200, 210, 222), rng), size)
+        canvas[horizon:] = _shade((240, 244, 250), rng, 5)
+        for _ in range(25):
+            centre = (int(rng.integers(size)), int(rng.integers(horizon)))
+            cv2.circle(canvas, centre, max(1, int(unit / 2)), (250, 250, 255), -1)
+    elif scene == "table":
+        canvas[:] = _shade((180, 130, 80), rng)
+        _rows(
+            canvas,
+            int(rng.integers(0, int(6 * unit))),
+            int(7 * unit),
+            max(1, int(unit)),
+            (140, 95, 55),
+        )
+    elif scene == "bricks":
+        canvas[:] = _shade((165, 85, 65), rng)
+        course, joint = int(5 * unit), max(1, int(unit))
+        start = int(rng.integers(0, course))
+        _rows(canvas, start, course, joint, (205, 190, 175))
+        for row, y in enumerate(range(start - course, size, course)):
+            for x in range(int(4 * unit) * (row % 2), size, int(8 * unit)):
+                canvas[max(y, 0) : max(y + course, 0), x : x + joint] = (205, 190, 175)
+    elif scene == "night":
+        canvas[:] = _gradient(_shade((15, 18, 50), rng, 6), _shade((40, 40, 85), rng, 6), size)
+        for _ in range(22):
+            centre = tuple(int(v) for v in rng.integers(0, size, 2))
+            cv2.circle(canvas, centre, max(1, int(unit / 2.5)), (240, 240, 200), -1)
+    elif scene == "water":
+        canvas[:] = _shade((50, 125, 200), rng)
+        for y in range(int(rng.integers(0, int(4 * unit))), size, int(5 * unit)):
+            xs = np.arange(0, size + 1, max(1, int(unit)))
+            wave = y + unit * np.sin(xs / unit * 0.9 + y)
+            points = np.stack([xs, wave], axis=1).astype(np.int32)
+            cv2.polylines(canvas, [points], False, (150, 200, 240), max(1, int(unit)))
+    elif scene == "road":
+        canvas[:] = _shade((105, 105, 110), rng)
+        middle = int(size * rng.uniform(0.6, 0.85))
+        for x in range(int(rng.integers(0, int(8 * unit))) - int(8 * unit), size, int(10 * unit)):
+            canvas[middle : middle + int(2 * unit), max(x, 0) : max(x + int(6 * unit), 0)] = (
+                230,
+                225,
+                200,
+            )
     else:
-        there = np.zeros_like(x, dtype=bool)
-    light = np.clip(1.0 - 0.16 * y, 0.8, 1.12)[..., None]  # from above
-    colours = np.where(there[..., None], np.float32(second), np.float32(main))
-    return np.clip(colours * light, 0, 255)
+        raise ValueError(f"unknown scene {scene!r}")
+    return canvas
+
+
+def _place(points: list, pose: Pose, size: int) -> np.ndarray:
+    xy = np.asarray(points, dtype=np.float64)
+    if pose.mirrored:
+        xy = xy * (-1, 1)
+    turn = np.radians(pose.turn)
+    rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+    placed = xy @ rotation * pose.half_width + (pose.x, pose.y)
+    return np.round(placed * size).astype(np.int32)
+
+
+def _fill(polygons: list, pose: Pose, size: int) -> np.ndarray:
+    """Union of the polygons as a uint8 0/255 picture."""
+    canvas = np.zeros((size, size), np.uint8)
+    for polygon in polygons:
+        cv2.fillPoly(canvas, [_place(polygon, pose, size)], 255)
+    return canvas
+
+
+def _paint(thing: Thing, pose: Pose, rng: np.random.Generator, size: int) -> np.ndarray:
+    """The body's paint over the whole canvas: main colour, then stripes or dots that turn with the
+    object."""
+    paint = np.empty((size, size, 3), np.uint8)
+    paint[:] = _shade(COLOURS[thing.colour], rng)
+    if thing.second is None:
+        return paint
+    second = _shade(COLOURS[thing.second], rng)
+    if thing.pattern == "striped":
+        for x in np.arange(-1.2, 1.2, 0.5):
+            cv2.fillPoly(paint, [_place(_box(x, -1.5, x + 0.2, 1.5), pose, size)], second)
+    else:
+        for row, y in enumerate(np.arange(-1.2, 1.3, 0.4)):
+            for x in np.arange(-1.2, 1.3, 0.48):
+                dot = _circle(x + 0.24 * (row % 2), y, 0.125, 0.125)
+                cv2.fillPoly(paint, [_place(dot, pose, size)], second)
+    return paint
 
 
 def draw(
-    critter: Critter,
-    scene: str,
-    rng: np.random.Generator,
-    size: int = 256,
-    pose: Pose | None = None,
+    thing: Thing, scene: str, rng: np.random.Generator, size: int = 256, pose: Pose | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """One picture and its object mask.
 
     Args:
-        critter: what to draw.
+        thing: what to draw.
         scene: a key of `world.SCENES`.
         rng: source of pose, shades and scene details.
         size: side in pixels.
@@ -321,24 +264,17 @@ def draw(
         image, uint8 (size, size, 3), and mask, uint8 (size, size) of 0 and 255.
     """
     pose = pose or Pose.random(rng)
-    main = shade(COLOURS[critter.colour], rng)
-    second = shade(COLOURS[critter.second or critter.colour], rng)
-    trim = shade(COLOURS[critter.trim or critter.colour], rng)
-    parts = parts_of(critter, trim)
-    frame = _Frame(parts, pose, size)
+    silhouette = SILHOUETTES[thing.shape]
+    extras = silhouette.get("extras", [])
+    body = _fill(silhouette["body"], pose, size)
+    body[_fill(silhouette.get("holes", []), pose, size) > 0] = 0
+    mask = body | _fill([polygon for polygon, _ in extras], pose, size)
+
     image = draw_scene(scene, rng, size)
-    line = max(1, round(size * LINE))
-    mask = np.zeros((size, size), np.uint8)
-    paint = _paint(critter, frame.units(size), main, second)
-    for part in parts:
-        _fill(mask, part, frame, 255, line)
-        if part.lined:
-            _fill(image, part, frame, INK, line)
-        if part.fill == PAINT:
-            cover = np.zeros((size, size), np.uint8)
-            _fill(cover, part, frame, 255, 0)
-            share = cover[..., None] / 255
-            image[:] = np.round(paint * share + image * (1 - share)).astype(np.uint8)
-        else:
-            _fill(image, part, frame, part.fill, 0)
-    return image, np.where(mask > 127, 255, 0).astype(np.uint8)
+    thickness = max(1, round(size * 0.014))
+    image[cv2.dilate(mask, np.ones((2 * thickness + 1,) * 2, np.uint8)) > 0] = INK
+    image[body > 0] = _paint(thing, pose, rng, size)[body > 0]
+    for polygon, colour in extras:
+        cv2.fillPoly(image, [_place(polygon, pose, size)], colour)
+    mask = cv2.dilate(mask, np.ones((2 * thickness + 1,) * 2, np.uint8))
+    return image, mask

@@ -9,27 +9,24 @@ from PIL import Image
 from elite.files import write_atomically
 from elite.sheets import tile_rows
 from small_world.claims import Claim, Verdicts, editability, fidelity, interval
+from small_world.objectives import ATTRIBUTES
 from small_world.score import Case
-from small_world.world import PARTS
-
-SHOWN = ("body", "pattern", "colour", "second", "trim", "parts", "identity")
 
 
 def score_table(rows: Mapping[str, Verdicts], costs: Mapping[str, str]) -> str:
     """A line per method: every attribute, fidelity, editability, what a concept costs."""
-    head = ["% (95 % interval)", *SHOWN, "fidelity", "editability", "seconds", "concepts"]
+    head = ["% (95 % interval)", *ATTRIBUTES, "fidelity", "editability", "seconds", "concepts"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, found in rows.items():
         cells = [_percent(values) for values in _columns(found).values()]
-        cells += [costs[name], str(len(found["scene"]))]
+        cells += [costs[name], str(len(found["shape"]))]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def _columns(found: Verdicts) -> dict[str, np.ndarray]:
     """The values that count of each column."""
-    by_name = {**found, "parts": np.concatenate([found[name] for name in PARTS])}
-    values = {name: by_name[name][by_name[name] >= 0] for name in SHOWN}
+    values = {a: found[a][found[a] >= 0] for a in ATTRIBUTES}
     return {**values, "fidelity": fidelity(found), "editability": editability(found)}
 
 
@@ -75,7 +72,7 @@ def plot_curve(rows: dict[str, Verdicts], path: Path) -> None:
                 text = name.rsplit(" ", 1)[-1]
                 axes.annotate(text, (a, b), textcoords="offset points", xytext=(5, 5), fontsize=8)
     axes.set_xlabel("editability: prompt's scene there, %")
-    axes.set_ylabel("fidelity: attributes of the critter that are right, %")
+    axes.set_ylabel("fidelity: shape, pattern, colour right, %")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.tight_layout()
@@ -102,4 +99,4 @@ def contact_sheet(cases: Sequence[Case], pictures: Mapping[str, np.ndarray]) -> 
         [Image.fromarray(case.source[0]), *(Image.fromarray(x[i]) for x in pictures.values())]
         for i, case in enumerate(cases)
     ]
-    return tile_rows(rows, ["input", *pictures], "each critter in another scene than its input's")
+    return tile_rows(rows, ["input", *pictures], "each thing in another scene than its input's")

@@ -2,9 +2,9 @@
 
     python -m small_world.reproduce [--output_dir runs/reproduce] [--samples 500] [--inversions 24]
 
-Held-out critters, each read from one picture and drawn in another scene, by every method: class
-word, full description, all words, w0, w0 with the local branch over lambda, textual inversion after
-some numbers of steps. The judge says what is seen. OUTPUT_DIR receives results.md, results.json,
+Held-out things, each read from one picture and drawn in another scene, by every method: class word,
+full description, all words, w0, w0 with the local branch over lambda, textual inversion after some
+numbers of steps. The judge says what is seen. OUTPUT_DIR receives results.md, results.json,
 curve.png and grid.png. What is drawn already is kept, so an interrupted run goes on where it
 stopped. Exit code 2: bad input.
 """
@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 
 from elite.console import OK, quiet_libraries, run
+from elite.files import check_writable
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 
@@ -41,6 +42,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         raise ValueError(f"--inversions {args.inversions}: expected 0 to --samples {args.samples}")
     if args.inversion_steps != sorted(set(args.inversion_steps)) or args.inversion_steps[0] < 1:
         raise ValueError("--inversion_steps: expected numbers from 1 on, each above the last")
+    check_writable(args.output_dir)
     return args
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from elite.console import quiet_libraries, run
-from elite.files import write_atomically
+from elite.files import check_writable, write_atomically
 from elite.images import read_image
 
 REPOSITORY = Path(__file__).parents[1]
@@ -118,6 +118,7 @@ def main() -> int:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--llambda", type=float, default=0.8)
     args = parser.parse_args()
+    check_writable(args.work_dir)
     quiet_libraries()
     reference = evaluated(*REFERENCE, args)
     text = markdown(reference, [evaluated(*candidate, args) for candidate in CANDIDATES])

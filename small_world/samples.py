@@ -1,8 +1,8 @@
-"""The pretraining set: critters seen twice, with captions and attributes, rendered once to a
-memory-mapped array.
+"""The pretraining set: framed pictures with captions and attributes, rendered once to memory-mapped
+arrays.
 
-The first view is framed as ELITE's own datasets will show objects later: whole scenes, tight crops,
-small on black, zoomed in; the second shows the same critter in another scene and pose, or cut out.
+Framings follow what ELITE's own datasets will show later: whole scenes, tight crops, small on
+black, zoomed in; `cutout` (object alone on black) is for the image encoder only.
 """
 
 import json
@@ -13,20 +13,23 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import torch.nn.functional as F
-from torch import Tensor
 from tqdm import tqdm
 
-from elite.files import write_atomically
-from elite.images import to_pixels
-from small_world.captions import fill, place, random_noun, random_template
+from elite.open_images import PHOTO_TEMPLATES
 from small_world.render import draw
-from small_world.world import SCENES, Critter, labels, random_critter
+from small_world.world import (
+    ALL_SHAPES,
+    COLOURS,
+    PATTERNS,
+    SCENES,
+    Thing,
+    random_thing,
+    with_article,
+)
 
-FRAMINGS = {"scene": 0.6, "tight": 0.22, "far": 0.1, "zoom": 0.08}
-SECOND_FRAMINGS = {"scene": 0.35, "tight": 0.4, "cutout": 0.25}
+FRAMINGS = {"scene": 0.56, "tight": 0.16, "far": 0.09, "zoom": 0.07, "cutout": 0.12}
 SIDE = 64  # stored pictures; the VAE and the UNet see them at half of it
-CHUNK = 250  # samples per rendering task
+CHUNK = 500  # samples per rendering task
 
 
 def crop_box(mask: np.ndarray, pad: int) -> tuple[slice, slice]:
@@ -38,99 +41,114 @@ def crop_box(mask: np.ndarray, pad: int) -> tuple[slice, slice]:
     )
 
 
-def _resize(image: np.ndarray, side: int = SIDE) -> np.ndarray:
+def _resize(image: np.ndarray, side: int) -> np.ndarray:
     return cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
 
 
-def whole_view(critter: Critter, scene: str, rng: np.random.Generator) -> np.ndarray:
-    """The critter in the whole scene, with its mask, (SIDE, SIDE, 4)."""
-    return _resize(np.dstack(draw(critter, scene, rng, 2 * SIDE)))
+def _noun(thing: Thing, rng: np.random.Generator) -> str:
+    """The thing's words, now and then fewer of them."""
+    return thing.shape if rng.random() < 0.12 else thing.words
+
+
+def _phrase(noun: str, rng: np.random.Generator) -> str:
+    """'a red mug', or one of the photo templates with it."""
+    if rng.random() < 0.4:
+        return with_article(noun)
+    caption = PHOTO_TEMPLATES[rng.integers(len(PHOTO_TEMPLATES))].format(noun)
+    return caption.replace("a " + noun, with_article(noun))
 
 
 def framed(
-    view: np.ndarray, scene: str, framing: str, rng: np.random.Generator
-) -> tuple[np.ndarray, str, str | None]:
-    """A picture (H, W, 4) with its mask in that framing, (SIDE, SIDE, 4), the template of its
-    caption, and the scene as far as it is visible."""
+    thing: Thing, scene: str, framing: str, rng: np.random.Generator
+) -> tuple[np.ndarray, str, bool]:
+    """A picture (SIDE, SIDE, 3) of the thing in that framing, its caption, and whether the scene is
+    visible."""
+    size = 2 * SIDE
+    image, mask = draw(thing, scene, rng, size)
+    noun = _noun(thing, rng)
     if framing == "scene":
-        named = scene if rng.random() < 0.9 else None
-        return _resize(view), random_template(rng) + place(named), scene
-    rows, columns = crop_box(view[..., 3], pad=int(rng.integers(3, 10)))
-    crop = view[rows, columns]
+        place = "" if rng.random() < 0.1 else f" {SCENES[scene]}"
+        return _resize(image, SIDE), _phrase(noun, rng) + place, True
+    rows, columns = crop_box(mask, pad=int(rng.integers(3, 10)))
     if framing == "cutout":
-        view = (crop if rng.random() < 0.75 else view).copy()
-        view[view[..., 3] == 0] = 0
-        return _resize(view), random_template(rng), None
+        image = image * (mask[..., None] > 0)
+        if rng.random() < 0.5:
+            image = image[rows, columns]
+        return _resize(image, SIDE), _phrase(noun, rng), False
     if framing == "zoom":
-        zoomed = _resize(crop, int(SIDE * rng.uniform(1.2, 1.4)))
+        zoomed = _resize(image[rows, columns], int(SIDE * rng.uniform(1.2, 1.4)))
         top, left = rng.integers(0, len(zoomed) - SIDE + 1, size=2)
-        words = f"{rng.choice(['zoomed in', 'close up'])} photo of a {{}}"
-        return zoomed[top : top + SIDE, left : left + SIDE], words, None
+        words = f"{rng.choice(['zoomed in', 'close up'])} photo of {with_article(noun)}"
+        return zoomed[top : top + SIDE, left : left + SIDE], words, True
     if framing == "far":
-        small = _resize(crop, int(SIDE * rng.uniform(1 / 3, 0.6)))
-        canvas = np.zeros((SIDE, SIDE, 4), np.uint8)
+        small = _resize(image[rows, columns], int(SIDE * rng.uniform(1 / 3, 0.6)))
+        canvas = np.zeros((SIDE, SIDE, 3), np.uint8)
         top, left = rng.integers(0, SIDE - len(small) + 1, size=2)
         canvas[top : top + len(small), left : left + len(small)] = small
-        return canvas, f"{rng.choice(['a far away', 'very small'])} photo of a {{}}", None
-    return _resize(crop), random_template(rng), None
+        words = f"{rng.choice(['a far away', 'very small'])} photo of {with_article(noun)}"
+        return canvas, words, False
+    return _resize(image[rows, columns], SIDE), _phrase(noun, rng), True
 
 
-def _render_chunk(pool: str, seed: int) -> tuple[np.ndarray, list[dict]]:
+def _render_chunk(pool: list[Thing], seed: int) -> tuple[np.ndarray, list[dict]]:
     cv2.setNumThreads(1)
     rng = np.random.default_rng(seed)
-    views = np.empty((CHUNK, 2, SIDE, SIDE, 4), np.uint8)
-    records = []
-    for i in range(CHUNK):
-        critter = random_critter(rng, pool)
-        scenes = [str(name) for name in rng.choice(list(SCENES), 2, replace=False)]
-        shown: list[dict] = []
-        for scene, framings in zip(scenes, (FRAMINGS, SECOND_FRAMINGS), strict=True):
-            framing = str(rng.choice(list(framings), p=list(framings.values())))
-            view = np.dstack(draw(critter, scene, rng, 2 * SIDE))
-            views[i, len(shown)], template, visible = framed(view, scene, framing, rng)
-            shown.append({"framing": framing, "template": template, "scene": visible})
-        noun = random_noun(critter, rng)
+    images, records = [], []
+    for _ in range(CHUNK):
+        thing = random_thing(rng, pool)
+        scene = str(rng.choice(list(SCENES)))
+        framing = str(rng.choice(list(FRAMINGS), p=list(FRAMINGS.values())))
+        image, caption, scene_visible = framed(thing, scene, framing, rng)
+        images.append(image)
         records.append(
             {
-                "template": shown[0]["template"],
-                "noun": noun,
-                "caption": fill(shown[0]["template"], noun),
-                "framings": [view["framing"] for view in shown],
-                "labels": [labels(critter, view["scene"]) for view in shown],
+                "caption": caption,
+                "framing": framing,
+                "labels": labels(thing, scene if scene_visible else None),
             }
         )
-    return views, records
+    return np.stack(images), records
 
 
-def render_samples(folder: Path, count: int, pool: str, seed: int = 0, workers: int = 2) -> None:
-    """Writes `views.npy` (count, 2, SIDE, SIDE, 4: RGB and mask) and `records.json` of critters of
-    the pool; does nothing where they exist."""
+def labels(thing: Thing, scene: str | None) -> list[int]:
+    """[shape, pattern, main colour, second colour, scene] as indices; -1 where there is none."""
+    colours = list(COLOURS)
+    return [
+        ALL_SHAPES.index(thing.shape),
+        PATTERNS.index(thing.pattern),
+        colours.index(thing.colour),
+        -1 if thing.second is None else colours.index(thing.second),
+        -1 if scene is None else list(SCENES).index(scene),
+    ]
+
+
+def render_samples(
+    folder: Path, count: int, pool: list[Thing], seed: int = 0, workers: int = 2
+) -> None:
+    """Writes `images.npy` (count, SIDE, SIDE, 3) and `records.json` of things of the pool; does
+    nothing where they exist."""
     if (folder / "records.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    views = np.lib.format.open_memmap(
-        folder / "views.npy", mode="w+", dtype=np.uint8, shape=(count, 2, SIDE, SIDE, 4)
+    images = np.lib.format.open_memmap(
+        folder / "images.npy", mode="w+", dtype=np.uint8, shape=(count, SIDE, SIDE, 3)
     )
     records: list[dict] = []
-    chunks = range(seed * 1_000_000, seed * 1_000_000 + -(-count // CHUNK))
+    chunks = range(seed * 1_000_000, seed * 1_000_000 + count // CHUNK)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as executor:
         work = executor.map(partial(_render_chunk, pool), chunks)
-        for pictures, described in tqdm(work, "render", len(chunks), unit="chunk"):
-            start = len(records)
-            views[start : start + CHUNK] = pictures[: count - start]
-            records += described[: count - start]
-    views.flush()
-    text = json.dumps(records)
-    write_atomically(folder / "records.json", lambda path: path.write_text(text, "utf-8"))
+        rendered = tqdm(work, "render", len(chunks), unit="chunk")
+        for i, (pictures, described) in enumerate(rendered):
+            images[i * CHUNK : (i + 1) * CHUNK] = pictures
+            records += described
+    images.flush()
+    temporary = folder / "records.json.tmp"
+    temporary.write_text(json.dumps(records), encoding="utf-8")
+    temporary.replace(folder / "records.json")
 
 
 def load_samples(folder: Path) -> tuple[np.ndarray, list[dict]]:
-    """The memory-mapped views and the records."""
-    return np.load(folder / "views.npy", mmap_mode="r"), json.loads(
+    """The memory-mapped pictures and the records."""
+    return np.load(folder / "images.npy", mmap_mode="r"), json.loads(
         (folder / "records.json").read_text(encoding="utf-8")
     )
-
-
-def small_pixels(view: np.ndarray) -> Tensor:
-    """A view (64, 64, 4) as the base model sees it: (3, 32, 32) in [-1, 1]."""
-    return F.avg_pool2d(to_pixels(view[..., :3]), 2)

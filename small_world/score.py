@@ -1,13 +1,8 @@
-"""Scores the small world's models: draws pictures, asks the judge what they show, counts.
+"""Scores the small world's models: draws pictures, asks the judge what they show, counts."""
 
-Beside the attributes, two things are asked of a picture: is it the same critter (`identity`: among
-100, their own renders in other scenes and poses, the nearest to the picture is its own), and, where
-the critter has a kind that nothing was trained on, is that kind there (`new kind`).
-"""
-
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,25 +12,23 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
 
+from elite.images import to_pixels
 from elite.loading import load_parts, make_scheduler
 from elite.pipeline import ElitePipeline
-from small_world.attributes import judged, right_ones
-from small_world.captions import CLASS_WORD, describe, place, with_article
+from small_world.attributes import verdicts
 from small_world.classifier import Judge
+from small_world.objectives import ATTRIBUTES
 from small_world.pretrain import base_pipeline
 from small_world.render import draw
-from small_world.samples import small_pixels, whole_view
-from small_world.world import PARTS, SCENES, Critter, labels, random_critter, unseen_kinds
+from small_world.samples import framed, labels
+from small_world.world import SCENES, Thing, random_thing, things, unseen_things, with_article
 
 FRESH = 7  # random stream of the judged cases, apart from every training render
 CONCEPT_SIDE = 256  # of the picture a concept is read from
 LAMBDAS = (0.8, 0.6)
-KINDS = {"trained": "trained", "held out": "combinations", "new kinds": "kinds"}  # to the pool
-GALLERY = 100  # critters among which a picture has to find its own
-GALLERY_VIEWS = 4  # renders of each of them
-RENDERS = "renders of held-out critters"
-NEW_RENDERS = "renders of critters of new kinds"
-COLUMNS = ("body", "pattern", "colour", "second", "trim", "parts", "scene", "identity", "new kind")
+KINDS = ("trained", "held out", "unseen")  # the last: of unseen silhouettes
+RENDERS = "renders of held-out things"
+UNSEEN_RENDERS = "renders of unseen silhouettes"
 Z = 1.959964  # of a 95 % interval
 
 
@@ -44,73 +37,47 @@ Z = 1.959964  # of a 95 % interval
 
 @dataclass(frozen=True)
 class Case:
-    """One picture to draw: the critter, the scene asked for, and the scene its concept is read
-    in."""
+    """One picture to draw: the thing, the scene asked for, and the scene its concept is read in."""
 
-    critter: Critter
+    thing: Thing
     scene: str
     source_scene: str
     seed: int
 
     @property
     def prompt(self) -> str:
-        """'a red heart critter with two eyes and a smile on the grass'."""
-        return with_article(describe(self.critter)) + place(self.scene)
+        """'a red mug on the grass'."""
+        return f"{with_article(self.thing.words)} {SCENES[self.scene]}"
 
     @property
     def class_prompt(self) -> str:
-        """'a critter on the grass'."""
-        return with_article(CLASS_WORD) + place(self.scene)
+        """'a mug on the grass'."""
+        return f"{with_article(self.thing.shape)} {SCENES[self.scene]}"
 
     @property
     def concept_prompt(self) -> str:
-        return f"a S{place(self.scene)}"
-
-    @property
-    def wanted(self) -> list[int]:
-        return labels(self.critter, self.scene)
+        return f"a S {SCENES[self.scene]}"
 
     @property
     def rng(self) -> np.random.Generator:
         return np.random.default_rng((FRESH, self.seed))
 
-    @cached_property
+    @property
     def source(self) -> tuple[np.ndarray, np.ndarray]:
         """The picture and mask that a concept is read from."""
-        return draw(self.critter, self.source_scene, self.rng, CONCEPT_SIDE)
-
-    @property
-    def views(self) -> Tensor:
-        """Renders of the critter in other scenes than the one asked for, (GALLERY_VIEWS, 3, 32,
-        32)."""
-        rng = np.random.default_rng((FRESH + 1, self.seed))
-        scenes = [scene for scene in SCENES if scene != self.scene]
-        chosen = rng.choice(scenes, GALLERY_VIEWS, replace=False)
-        return torch.stack(
-            [small_pixels(whole_view(self.critter, str(scene), rng)) for scene in chosen]
-        )
+        return draw(self.thing, self.source_scene, self.rng, CONCEPT_SIDE)
 
 
 def make_cases(count: int, kind: str, seed: int) -> list[Case]:
-    """Fresh critters of one of KINDS, each in a scene other than that of its source picture."""
-    rng = np.random.default_rng((FRESH, seed, list(KINDS).index(kind)))
+    """Random things of one of KINDS, each in a scene other than that of its source picture."""
+    rng = np.random.default_rng((FRESH, seed, KINDS.index(kind)))
+    pool = unseen_things() if kind == "unseen" else things(held_out_only=kind == "held out")
     cases = []
     for _ in range(count):
-        critter = random_critter(rng, KINDS[kind])
+        thing = random_thing(rng, pool)
         scene, source = (str(name) for name in rng.choice(list(SCENES), size=2, replace=False))
-        cases.append(Case(critter, scene, source, int(rng.integers(2**31))))
+        cases.append(Case(thing, scene, source, int(rng.integers(2**31))))
     return cases
-
-
-def same_colours(case: Case) -> Critter:
-    """Another critter, of which nothing but the colours is the case's."""
-    other = random_critter(np.random.default_rng((FRESH + 2, case.seed)), "any")
-    colours = {"colour": case.critter.colour}
-    if other.second is not None and case.critter.second is not None:
-        colours["second"] = case.critter.second
-    if other.trim is not None and case.critter.trim is not None:
-        colours["trim"] = case.critter.trim
-    return replace(other, **colours)
 
 
 # --- who draws: cases to pixels (B, 3, 32, 32) in [-1, 1] -----------------------------------------
@@ -118,12 +85,10 @@ def same_colours(case: Case) -> Critter:
 Draw = Callable[[list[Case]], Tensor]
 
 
-def draw_renders(
-    cases: list[Case], critter_of: Callable[[Case], Critter] = lambda case: case.critter
-) -> Tensor:
+def draw_renders(cases: list[Case]) -> Tensor:
     """The renderer itself."""
-    views = [whole_view(critter_of(case), case.scene, case.rng) for case in cases]
-    return torch.stack([small_pixels(view) for view in views])
+    pictures = [framed(case.thing, case.scene, "scene", case.rng)[0] for case in cases]
+    return F.avg_pool2d(torch.stack([to_pixels(picture) for picture in pictures]), 2)
 
 
 def draw_through_vae(pipe: StableDiffusionPipeline, cases: list[Case]) -> Tensor:
@@ -172,26 +137,26 @@ def base_rows(
     return [
         Row(RENDERS, held_out, draw_renders),
         Row("the same through the VAE", held_out, partial(draw_through_vae, pipe)),
-        Row("its colours alone", held_out, partial(draw_renders, critter_of=same_colours)),
-        Row("base model, description of trained critters", known, by_text),
-        Row("base model, description of held-out critters", held_out, by_text),
-        Row("base model, class word", held_out, by_class),
+        Row("base model, words of trained things", known, by_text),
+        Row("base model, class word of held-out things", held_out, by_class),
     ]
 
 
 def elite_rows(
-    pipe: ElitePipeline, held_out: list[Case], new_kinds: list[Case], **options
+    pipe: ElitePipeline, held_out: list[Case], unseen: list[Case], **options
 ) -> list[Row]:
-    """Where things are lost on held-out critters: all words, w0, the local branch; and kinds that
-    the whole model has never seen."""
-    concepts = partial(draw_concepts, pipe, **options)
-    rows = [
-        Row("ELITE, all words", held_out, partial(concepts, 0.0, words="all")),
-        Row("ELITE, w0", held_out, partial(concepts, 0.0)),
-        *(Row(f"ELITE, lambda {x}", held_out, partial(concepts, x)) for x in LAMBDAS),
+    """Held-out things over lambda, and silhouettes that the whole model has never seen."""
+    return [
+        Row(
+            f"ELITE, {kind}, lambda {lambda_}",
+            cases,
+            partial(draw_concepts, pipe, lambda_, **options),
+        )
+        for kind, cases, lambda_ in (
+            *(("held-out things", held_out, x) for x in LAMBDAS),
+            ("unseen silhouettes", unseen, LAMBDAS[0]),
+        )
     ]
-    name = f"ELITE, new kinds, lambda {LAMBDAS[0]}"
-    return [*rows, Row(name, new_kinds, partial(concepts, LAMBDAS[0]))]
 
 
 # --- the score ------------------------------------------------------------------------------------
@@ -213,75 +178,25 @@ def batches(cases: list[Case], size: int) -> Iterator[list[Case]]:
 
 
 @torch.no_grad()
-def judge_pictures(
-    judge: Judge, cases: Sequence[Case], pixels: Tensor, known: Tensor
-) -> dict[str, Tensor]:
-    """What is right of one picture per case: by attribute, `identity` and `new kind`, (N,) each of
-    1, 0 or -1 where there is nothing to be right about.
-
-    Args:
-        cases: what was asked for, N of them.
-        pixels: (N, 3, H, W) in [-1, 1].
-        known: the `gallery` of these cases, and perhaps of more.
-    """
-    logits, directions = judged(judge, pixels)
-    found = right_ones(logits, torch.tensor([case.wanted for case in cases]))
-    found["identity"] = same_critter(directions.cpu(), known)
-    found["new kind"] = torch.tensor(
-        [
-            min((int(found[name][i]) for name in unseen_kinds(case.critter)), default=-1)
-            for i, case in enumerate(cases)
-        ]
-    )
-    return found
-
-
-@torch.no_grad()
-def gallery(judge: Judge, cases: Sequence[Case]) -> Tensor:
-    """The direction in which the judge sees each case's critter, over some renders, (N, 64)."""
-    seen = [judged(judge, case.views)[1].mean(0) for case in cases]
-    return F.normalize(torch.stack(seen), dim=-1).cpu()
-
-
-def same_critter(directions: Tensor, known: Tensor) -> Tensor:
-    """Whether picture i is nearer to critter i than to the GALLERY - 1 that follow it among those
-    known (in a circle; all others where there are fewer): 1 or 0, (N,)."""
-    own = (directions * known[: len(directions)]).sum(1)
-    others = torch.arange(1, min(GALLERY, len(known)))
-    rivals = (torch.arange(len(directions))[:, None] + others) % len(known)  # (N, GALLERY - 1)
-    likeness = directions @ known.T
-    return (own > likeness.gather(1, rivals).amax(1)).long()
-
-
-def columns(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The columns of a table: attributes, all parts together, identity, new kind. Values that count
-    are 0 or 1."""
-    parts = torch.cat([found[name] for name in PARTS])
-    by_name = {**found, "parts": parts}
-    return {name: by_name[name][by_name[name] >= 0] for name in COLUMNS}
-
-
-@torch.no_grad()
 def score_row(judge: Judge, row: Row, batch_size: int, progress: tqdm) -> dict[str, dict]:
-    """Shares that are right over the row's cases, by column and attribute."""
-    drawn = []
+    """Accuracy of each attribute over the row's cases."""
+    parts = []
     for cases in batches(row.cases, batch_size):
-        drawn.append(row.draw(cases).cpu())
+        wanted = torch.tensor([labels(case.thing, case.scene) for case in cases])
+        parts.append(verdicts(judge, row.draw(cases), wanted))
         progress.update(len(cases))
-    found = judge_pictures(judge, row.cases, torch.cat(drawn), gallery(judge, row.cases))
-    counted = columns(found) | {name: found[name][found[name] >= 0] for name in PARTS}
-    return {name: share(values) for name, values in counted.items()}
-
-
-def share(values: Tensor) -> dict:
-    """How many of these 0 and 1 are 1, with the interval."""
-    right, total = int(values.sum()), len(values)
-    return {
-        "accuracy": right / total if total else None,
-        "interval": list(wilson(right, total)),
-        "right": right,
-        "total": total,
-    }
+    scores = {}
+    for name in ATTRIBUTES:
+        verdict = torch.cat([part[name] for part in parts])
+        right, total = int((verdict == 1).sum()), int((verdict >= 0).sum())
+        low, high = wilson(right, total)
+        scores[name] = {
+            "accuracy": right / total if total else None,
+            "interval": [low, high],
+            "right": right,
+            "total": total,
+        }
+    return scores
 
 
 def score_rows(judge: Judge, rows: list[Row], batch_size: int) -> dict[str, dict]:
@@ -293,12 +208,12 @@ def score_rows(judge: Judge, rows: list[Row], batch_size: int) -> dict[str, dict
     return scores
 
 
-def markdown(scores: dict[str, dict], names: Sequence[str] = COLUMNS) -> str:
+def markdown(scores: dict[str, dict]) -> str:
     """'| ELITE, lambda 0.8 | 93.2 (90.7-95.1) | ...': per cent, with the interval."""
-    lines = ["| % right (95 % interval) | " + " | ".join(names) + " |"]
-    lines.append("|---" * (len(names) + 1) + "|")
+    lines = ["| % right (95 % interval) | " + " | ".join(ATTRIBUTES) + " |"]
+    lines.append("|---" * (len(ATTRIBUTES) + 1) + "|")
     for row, by_name in scores.items():
-        cells = [_cell(by_name[name]) for name in names]
+        cells = [_cell(by_name[name]) for name in ATTRIBUTES]
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -340,11 +255,11 @@ def score_model(
     **options,  # of every drawing call
 ) -> dict[str, dict]:
     """Every row of the report."""
-    known, held_out, new_kinds = (make_cases(samples, kind, seed) for kind in KINDS)
+    known, held_out, unseen = (make_cases(samples, kind, seed) for kind in KINDS)
     rows = base_rows(base, known, held_out, **options)
-    rows.append(Row(NEW_RENDERS, new_kinds, draw_renders))
+    rows.append(Row(UNSEEN_RENDERS, unseen, draw_renders))
     if elite is not None:
-        rows += elite_rows(elite, held_out, new_kinds, **options)
+        rows += elite_rows(elite, held_out, unseen, **options)
     return score_rows(judge.to(base.device), rows, batch_size)
 
 
@@ -352,6 +267,6 @@ def score_judge(judge: Judge, samples: int = 2000) -> dict[str, dict]:
     """The judge alone, on fresh renders."""
     rows = [
         Row(name, make_cases(samples, kind, seed=0), draw_renders)
-        for name, kind in ((RENDERS, "held out"), (NEW_RENDERS, "new kinds"))
+        for name, kind in ((RENDERS, "held out"), (UNSEEN_RENDERS, "unseen"))
     ]
     return score_rows(judge, rows, batch_size=100)

@@ -14,23 +14,24 @@ from tqdm import tqdm
 
 from elite.files import write_atomically, write_json
 from elite.images import to_pixels
+from small_world.attributes import verdicts
 from small_world.claims import Verdicts, judge_claims
 from small_world.classifier import Judge
 from small_world.inversion import draw_inverted, invert_all
 from small_world.report import claims_table, contact_sheet, plot_curve, score_table, summary
+from small_world.samples import labels
 from small_world.score import (
+    KINDS,
     Case,
     batches,
     draw_concepts,
     draw_prompts,
-    gallery,
-    judge_pictures,
     load_pipelines,
     make_cases,
 )
 
 LAMBDAS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
-NEW_KINDS = "new kinds, w0 + local, 0.8"
+UNSEEN = "unseen silhouettes, w0 + local, 0.8"
 SHEET_CASES = 12
 TIMED = 20  # concepts encoded for the mean time
 
@@ -51,7 +52,7 @@ class Method:
 
 
 class Table:
-    """All methods on the same held-out critters.
+    """All methods on the same held-out cases.
 
     Args:
         model: the small world's folder, mappers included.
@@ -81,8 +82,7 @@ class Table:
         if self.elite is None:
             raise ValueError(f"{model}: has no global_mapper/; train ELITE first")
         self.drawing, self.inversion_steps = drawing, inversion_steps
-        self.cases = make_cases(samples, "held out", seed)
-        self.new_kinds = make_cases(samples, "new kinds", seed)
+        self.cases, self.unseen = (make_cases(samples, kind, seed) for kind in KINDS[1:])
         self.inverted = self.cases[:inversions]
         self.settings = {
             "fingerprint": self.elite.fingerprint,
@@ -108,7 +108,7 @@ class Table:
                 Method(f"w0 + local, {x}", self.cases, partial(concepts, x), "encode")
                 for x in LAMBDAS
             ),
-            Method(NEW_KINDS, self.new_kinds, partial(concepts, 0.8), "encode"),
+            Method(UNSEEN, self.unseen, partial(concepts, 0.8), "encode"),
         ]
 
     def _inversion_methods(self) -> list[Method]:
@@ -176,14 +176,8 @@ class Table:
     def report(self, judge: Judge) -> str:
         """Scores all pictures and writes every file. Returns results.md."""
         pictures = {method.name: self._drawn(method) for method in self.methods}
-        known = {id(cases): gallery(judge, cases) for cases in (self.cases, self.new_kinds)}
         rows = {
-            method.name: _verdicts(
-                judge,
-                method.cases,
-                pictures[method.name],
-                known.get(id(method.cases), known[id(self.cases)]),
-            )
+            method.name: _verdicts(judge, method.cases, pictures[method.name])
             for method in self.methods
         }
         claims = judge_claims(rows, LAMBDAS)
@@ -200,8 +194,8 @@ class Table:
         write_json(self.folder / "results.json", results)
         plot_curve(rows, self.folder / "curve.png")
         for name, cases, shown in (
-            ("grid", self.inverted or self.cases, pictures.keys() - {NEW_KINDS}),
-            ("grid_new_kinds", self.new_kinds, {NEW_KINDS}),
+            ("grid", self.inverted or self.cases, pictures.keys() - {UNSEEN}),
+            ("grid_unseen", self.unseen, {UNSEEN}),
         ):
             sheet = contact_sheet(
                 cases[:SHEET_CASES], {key: pictures[key] for key in pictures if key in shown}
@@ -223,7 +217,7 @@ class Table:
         return f"{seconds:.3g}{ratio}"
 
 
-def _verdicts(judge: Judge, cases: list[Case], pictures: np.ndarray, known: Tensor) -> Verdicts:
+def _verdicts(judge: Judge, cases: list[Case], pictures: np.ndarray) -> Verdicts:
     pixels = torch.stack([to_pixels(picture) for picture in pictures])
-    found = judge_pictures(judge, cases, pixels, known)
-    return {name: values.numpy() for name, values in found.items()}
+    wanted = torch.tensor([labels(case.thing, case.scene) for case in cases])
+    return {name: found.numpy() for name, found in verdicts(judge, pixels, wanted).items()}

@@ -7,23 +7,15 @@ from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from elite.open_images import PHOTO_TEMPLATES
-from small_world.captions import CLASS_WORD
-from small_world.world import ATTRIBUTES, HELD_OUT_KINDS, SCENES
+from small_world.world import COLOURS, PATTERNS, SCENES, SHAPES
 
-MAX_LENGTH = 48
+MAX_LENGTH = 24
 FRAMING_WORDS = "far away very zoomed in close up an and with on"
 
 
 def world_words() -> list[str]:
-    """Every lower-case word of captions and prompts, in a fixed order; those of held-out kinds
-    are none."""
-    kinds = [
-        kind
-        for name, values in ATTRIBUTES.items()
-        for kind in values
-        if kind not in HELD_OUT_KINDS.get(name, ())
-    ]
-    sources = (*PHOTO_TEMPLATES, CLASS_WORD, *kinds, *SCENES.values(), FRAMING_WORDS)
+    """Every lower-case word of captions and prompts, in a fixed order."""
+    sources = (*PHOTO_TEMPLATES, *SHAPES, *PATTERNS, *COLOURS, *SCENES.values(), FRAMING_WORDS)
     text = " ".join(sources).replace("{}", " ").replace("-", " ")
     return sorted(set(text.lower().split()))
 

@@ -20,6 +20,13 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPVisionConfig,
     CLIPVisionModel,
+    SamConfig,
+    SamImageProcessor,
+    SamMaskDecoderConfig,
+    SamModel,
+    SamProcessor,
+    SamPromptEncoderConfig,
+    SamVisionConfig,
 )
 
 from elite import Concept, ElitePipeline, GlobalMapper, LocalMapper
@@ -221,3 +228,39 @@ def save_pairs(folder: Path, count: int = 2) -> Path:
 def save_official(mapper: Mapper, path: Path) -> None:
     """A mapper as the release saves it: a plain state dict."""
     torch.save({key: x.detach().cpu().contiguous() for key, x in mapper.state_dict().items()}, path)
+
+
+def save_sam_folder(folder: Path, side: int = 64) -> Path:
+    """A Segment Anything of random weights that reads pictures of `side` pixels."""
+    torch.manual_seed(0)
+    vision = SamVisionConfig(
+        hidden_size=16,
+        output_channels=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=side,
+        patch_size=8,
+        mlp_dim=16,
+        window_size=4,
+        global_attn_indexes=[1],
+        num_pos_feats=4,
+    )
+    prompts = SamPromptEncoderConfig(
+        hidden_size=8, image_size=side, patch_size=8, mask_input_channels=4
+    )
+    decoder = SamMaskDecoderConfig(
+        hidden_size=8,
+        mlp_dim=16,
+        num_attention_heads=2,
+        iou_head_hidden_dim=8,
+        num_multimask_outputs=3,
+    )
+    config = SamConfig(
+        vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder
+    )
+    SamModel(config).save_pretrained(folder)
+    reader = SamImageProcessor(
+        size={"longest_edge": side}, pad_size={"height": side, "width": side}
+    )
+    SamProcessor(reader).save_pretrained(folder)
+    return folder

@@ -1,4 +1,12 @@
-"""Files of learned words, as diffusers writes them: read, merged, loaded into a stock pipeline.
+"""Files of learned words in the forms that are about: read, merged, written, loaded into a stock
+pipeline.
+
+| form | file | the word |
+| --- | --- | --- |
+| diffusers | learned_embeds.safetensors or .bin: placeholders with vectors | the placeholder |
+| A1111 | .pt with string_to_param | its name, or the file's |
+| A1111 | .safetensors with emb_params | the file's name |
+| SDXL | .safetensors with clip_l and clip_g | the file's name |
 
 A placeholder of several vectors is spelled as diffusers does: `<cat> <cat>_1 <cat>_2`.
 """
@@ -7,19 +15,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from elite.checkpoint import TORCH_FILES, load_torch
 from elite.concept import DTYPES, Concept
 from elite.files import is_file, write_atomically
-from elite.wording import brief
+from elite.wording import brief, note
 
 # File of each text encoder's embeddings, as diffusers' loaders look for them.
 EMBEDDING_FILES = {
     "text_encoder": "learned_embeds.safetensors",
     "text_encoder_2": "learned_embeds_2.safetensors",
 }
+# Tensors of files that hold one word, named after the file, and the text encoder they belong to.
+UNNAMED = {"emb_params": "text_encoder", "clip_l": "text_encoder", "clip_g": "text_encoder_2"}
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 Embeddings = dict[str, Tensor]  # placeholder to its vectors (L, D)
@@ -30,14 +42,61 @@ def spell(placeholder: str, num_vectors: int) -> list[str]:
     return [placeholder, *(f"{placeholder}_{i}" for i in range(1, num_vectors))]
 
 
-def save_embeddings(path: Path | str, embeddings: Embeddings) -> None:
-    """Writes placeholders with their vectors; of a single one diffusers reads the file as it is."""
-    tensors = {name: rows.detach().cpu().contiguous() for name, rows in embeddings.items()}
+def save_embeddings(path: Path | str, embeddings: Mapping[str, Any]) -> None:
+    """Writes placeholders with their vectors; of a single one diffusers reads the file as it is.
+
+    One of several vectors is written in small letters, since diffusers finds no other.
+    """
+    if Path(path).suffix in TORCH_FILES:
+        write_atomically(path, lambda temporary: torch.save(embeddings, temporary))
+        return
+    tensors = {}
+    for name, rows in embeddings.items():
+        written = name if len(rows) == 1 else name.lower()
+        if written != name:
+            note(f"{path}: {name!r} is written as {written!r}; type that in other programs")
+        tensors[written] = rows.detach().cpu().clone().contiguous()
     write_atomically(path, lambda temporary: save_file(tensors, temporary))
 
 
+def files_of(embeddings: Mapping[str, Embeddings], form: str) -> dict[str, dict[str, Any]]:
+    """What `save_embeddings` writes, by file name, so that `load_embeddings` reads it again.
+
+    Args:
+        embeddings: by text encoder.
+        form: diffusers (a file for each text encoder), a1111 or sdxl (a file for each word).
+
+    Raises:
+        ValueError: the form holds one text encoder and there are two, or the other way round; or a
+            word that no file can be named by.
+    """
+    if form == "diffusers":
+        return {EMBEDDING_FILES[encoder]: dict(words) for encoder, words in embeddings.items()}
+    files: dict[str, dict[str, Any]] = {}
+    for word, rows in embeddings["text_encoder"].items():
+        second = embeddings.get("text_encoder_2", {}).get(word)
+        if (second is None) == (form == "sdxl"):
+            found, fitting = ("one text encoder", "a1111") if second is None else ("two", "sdxl")
+            raise ValueError(f"{word!r} was learned with {found}; choose --format {fitting}")
+        if set(word) & set("/\\"):
+            raise ValueError(f"{word!r} cannot name a file; pass --rename '{word}=NEW'")
+        if form == "sdxl":
+            files[f"{word}.safetensors"] = {"clip_l": rows, "clip_g": second}
+        else:
+            # 265 is the token of "*", which the word took the place of where the form comes from.
+            files[f"{word}.pt"] = {
+                "string_to_token": {"*": 265},
+                "string_to_param": {"*": rows.detach().cpu().clone()},
+                "name": word,
+                "step": 0,
+                "sd_checkpoint": None,
+                "sd_checkpoint_name": None,
+            }
+    return files
+
+
 def load_embeddings(source: Path | str) -> dict[str, Embeddings]:
-    """Embeddings by text encoder: of a file the first encoder's, of a folder whatever is there.
+    """Embeddings by text encoder: what is in a file, or in a folder of diffusers' files.
 
     A concept of ELITE counts as the embedding of its w0, named after its file.
 
@@ -46,42 +105,67 @@ def load_embeddings(source: Path | str) -> dict[str, Embeddings]:
     """
     source = Path(source)
     if not source.is_dir():
-        return {"text_encoder": _load_file(source)}
-    found = {
-        encoder: _load_file(source / name)
-        for encoder, name in EMBEDDING_FILES.items()
-        if (source / name).exists()
-    }
+        return _load_file(source)
+    found = {}
+    for encoder, name in EMBEDDING_FILES.items():
+        for path in (source / name, (source / name).with_suffix(".bin")):
+            if encoder not in found and path.exists():
+                found[encoder] = _load_file(path)["text_encoder"]
     if "text_encoder" not in found:
         raise ValueError(f"{source}: no {EMBEDDING_FILES['text_encoder']} in this folder")
     return found
 
 
-def _load_file(path: Path) -> Embeddings:
+def _load_file(path: Path) -> dict[str, Embeddings]:
     if not is_file(path):
         raise ValueError(f"{path}: no such file; expected learned embeddings")
+    is_torch = path.suffix.lower() in TORCH_FILES
+    content: Any = load_torch(path) if is_torch else _load_safetensors(path)
+    word: Any = path.stem
+    if not isinstance(content, dict):
+        content = {}
+    if "string_to_param" in content:
+        word, params = content.get("name") or word, content["string_to_param"]
+        is_one = isinstance(params, dict) and len(params) == 1
+        content = {"emb_params": next(iter(params.values()))} if is_one else {}
+    words = content.get("words")
+    if isinstance(words, Tensor) and words.ndim == 3:
+        return {"text_encoder": {f"<{path.stem}>": Concept.load(path).words[0, :1]}}
+    found: dict[str, dict[str, Any]] = {"text_encoder": content}
+    if content and content.keys() <= UNNAMED.keys():
+        found = {of: {word: content[key]} for key, of in UNNAMED.items() if key in content}
+    vectors = [rows for by_word in found.values() for rows in by_word.values()]
+    if "text_encoder" not in found or not vectors or not all(map(_is_vectors, vectors)):
+        raise ValueError(
+            f"{path}: not learned embeddings; expected vectors named by placeholders, or a file of "
+            "A1111 or SDXL"
+        )
+    for name in found["text_encoder"]:
+        if not isinstance(name, str) or not name.strip() or not name.isprintable():
+            raise ValueError(
+                f"{path}: {brief(name)} is no placeholder; expected a word that can be typed"
+            )
+    return {
+        encoder: {name: rows.detach().reshape(-1, rows.shape[-1]) for name, rows in by_word.items()}
+        for encoder, by_word in found.items()
+    }
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path}: not a safetensors file ({error}); other formats are not read, since they "
-            "could run code"
+            f"{path}: not a safetensors file ({error}); get it again, or if torch.save wrote it, "
+            "name it .pt"
         ) from None
-    if "words" in tensors and tensors["words"].ndim == 3:
-        return {f"<{path.stem}>": Concept.load(path).words[0, :1]}
-    if not tensors or not all(map(_is_vectors, tensors.values())):
-        raise ValueError(f"{path}: not learned embeddings; expected vectors named by placeholders")
-    if bad := [name for name in tensors if not name.strip() or not name.isprintable()]:
-        raise ValueError(
-            f"{path}: {brief(bad[0])} is no placeholder; expected a word that can be typed"
-        )
-    return {name: rows.reshape(-1, rows.shape[-1]) for name, rows in tensors.items()}
 
 
-def _is_vectors(rows: Tensor) -> bool:
+def _is_vectors(rows: Any) -> bool:
     """(D) or (L, D) of floating-point numbers."""
-    is_shaped = rows.ndim in (1, 2) and rows.numel() > 0
-    return is_shaped and rows.dtype in DTYPES and bool(rows.isfinite().all())
+    if not isinstance(rows, Tensor) or rows.layout != torch.strided or rows.dtype not in DTYPES:
+        return False
+    return rows.ndim in (1, 2) and rows.numel() > 0 and bool(rows.isfinite().all())
 
 
 def merge_embeddings(
@@ -94,7 +178,8 @@ def merge_embeddings(
             rename gives the next one another.
 
     Raises:
-        ValueError: two sources use one placeholder, or a rename matches none.
+        ValueError: two sources use one placeholder, one continues another, or a rename matches
+            none.
     """
     merged: dict[str, Embeddings] = {}
     owner: dict[str, str] = {}  # token to the source that has it
@@ -104,19 +189,25 @@ def merge_embeddings(
     for source, by_encoder in loaded:
         for old in by_encoder["text_encoder"]:
             name = old
-            if old in owner or times.count(old) == 1:
+            if old.lower() in owner or times.count(old) == 1:
                 name = next((new for known, new in pending if known == old), old)
                 pending = [(k, new) for k, new in pending if (k, new) != (old, name)]
-            for token in spell(name, len(by_encoder["text_encoder"][old])):
+            for token in spell(name.lower(), len(by_encoder["text_encoder"][old])):
                 if token in owner:
                     raise ValueError(
                         f"{source}: placeholder {token!r} is also in {owner[token]}; give it "
-                        f"another name with --rename '{old}=NEW'"
+                        f"another name with python merge_embeddings.py --rename '{old}=NEW'"
                     )
                 owner[token] = source
             for encoder, embeddings in by_encoder.items():
                 if old in embeddings:
                     merged.setdefault(encoder, {})[name] = embeddings[old]
+    for name, rows in merged["text_encoder"].items():
+        if (following := f"{name}_{len(rows)}".lower()) in owner:
+            raise ValueError(
+                f"{owner[following]}: placeholder {following!r} would be read as a vector of "
+                f"{name!r}; give it another name with --rename '{following}=NEW'"
+            )
     if pending:
         raise ValueError(
             f"--rename {pending[0][0]}={pending[0][1]}: no input has that placeholder left to "
@@ -129,17 +220,22 @@ def load_into(pipe: Any, embeddings: Mapping[str, Embeddings]) -> None:
     """Loads embeddings into a stock pipeline of diffusers.
 
     Raises:
-        ValueError: of another width than the text encoder, a token that exists, or a missing
-            encoder's part.
+        ValueError: of another width than the text encoder, a token that exists, or for other
+            text encoders than the pipeline's.
     """
     for encoder, tokenizer in TOKENIZERS.items():
         module = getattr(pipe, encoder, None)
         if module is None:
+            if encoder in embeddings:
+                raise ValueError(
+                    f"embedding {next(iter(embeddings[encoder]))!r} is for SDXL's two text "
+                    "encoders, this model has one; use the model it was learned with"
+                )
             continue
         if encoder not in embeddings:
             raise ValueError(
                 f"this model reads two text encoders; pass the folder with "
-                f"{EMBEDDING_FILES[encoder]}, too"
+                f"{EMBEDDING_FILES[encoder]}, too, or a file with clip_l and clip_g"
             )
         width = module.get_input_embeddings().weight.shape[1]
         for name, rows in embeddings[encoder].items():

@@ -14,6 +14,7 @@ from transformers import CLIPTokenizer
 from elite.concept import Concept
 from elite.loading import is_xl
 from elite.objectives import Batch, DenoisingObjective
+from elite.text import read_prompt
 from textual_inversion.files import EMBEDDING_FILES, TOKENIZERS, save_embeddings, spell
 
 # --- tokens and rows ------------------------------------------------------------------------------
@@ -27,7 +28,8 @@ def add_tokens(tokenizer: CLIPTokenizer, placeholder: str, num_vectors: int) -> 
     """
     tokens = spell(placeholder, num_vectors)
     known = tokenizer.get_vocab()
-    if taken := [token for token in tokens if token in known or f"{token}</w>" in known]:
+    read = [*tokens, f"{placeholder}_{num_vectors}"]  # the last would be one more vector
+    if taken := [token for token in read if {token, f"{token.lower()}</w>"} & known.keys()]:
         raise ValueError(
             f"placeholder {taken[0]!r} is a token of this model already; choose a new word such as "
             f"'<{placeholder.strip('<>')}-1>'"
@@ -161,7 +163,6 @@ class TextualInversionObjective(DenoisingObjective):
             self.rows[encoder] = ExtendedEmbedding(known, ids[0], start)
             parts[encoder].set_input_embeddings(self.rows[encoder])
         self.text_encoder_2 = parts.get("text_encoder_2")
-        self.words = " ".join(spell(placeholder, len(rows["text_encoder"])))
         self.freeze()
 
     @property
@@ -181,19 +182,16 @@ class TextualInversionObjective(DenoisingObjective):
             return super().encode_pixels(pixels, seeds)
 
     def tokens(self, captions: list[str]) -> dict[str, Tensor]:
-        """Token ids (B, 77) by text encoder."""
-        captions = [caption.replace(self.placeholder, self.words) for caption in captions]
+        """Token ids (B, 77) by text encoder. Raises ValueError where the new word is cut off."""
         tokens = {}
-        for encoder, rows in self.rows.items():
-            ids = self.parts[TOKENIZERS[encoder]](
-                captions, padding="max_length", truncation=True, return_tensors="pt"
+        for encoder in self.rows:
+            tokenizer = self.parts[TOKENIZERS[encoder]]
+            tokens[encoder] = tokenizer(
+                read_prompt(captions, tokenizer),
+                padding="max_length",
+                truncation=True,
+                return_tensors="pt",
             ).input_ids
-            if (missing := (ids >= rows.first_id).sum(1) < len(rows.learned)).any():
-                raise ValueError(
-                    f"caption {captions[int(missing.nonzero()[0])]!r} is too long: the new word "
-                    f"runs past token {ids.shape[1]}; shorten the template"
-                )
-            tokens[encoder] = ids
         return tokens
 
     def loss(self, batch: Batch, latents: Tensor, noise: Tensor, t: Tensor) -> dict[str, Tensor]:

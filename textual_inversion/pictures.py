@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elite.data import is_picture
+from elite.data import pictures_in
 from elite.files import read_text
 from elite.images import read_image, resize, to_pixels
 from elite.open_images import PHOTO_TEMPLATES
@@ -70,7 +70,7 @@ class PictureFolder:
     """The pictures of a folder as squares, with a caption drawn for each.
 
     Args:
-        root: folder of jpg, jpeg, png or webp files; masks NAME_bg.png are left out.
+        root: folder of pictures; masks NAME_bg.png are left out.
         resolution: side of the squares in pixels.
         placeholder: the word that takes the place of {}.
         templates: captions to draw from.
@@ -92,9 +92,9 @@ class PictureFolder:
         folder = Path(root)
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder; expected pictures of the concept in it")
-        self.paths = sorted(path for path in folder.iterdir() if is_picture(path))
+        self.paths = pictures_in(folder)
         if not self.paths:
-            raise ValueError(f"{folder}: no picture in it; expected jpg, png or webp files")
+            raise ValueError(f"{folder}: no picture in it; expected files such as jpg, png or webp")
         self.resolution, self.placeholder = resolution, placeholder
         self.templates, self.center_crop = templates, center_crop
 

@@ -14,9 +14,9 @@ from elite.stages import PREVIEW_STEPS
 class PromptPreview:
     """Pictures of the new word as it is now, one seed each."""
 
-    def __init__(self, config: TextualInversionConfig, parts: dict[str, Any], words: str) -> None:
+    def __init__(self, config: TextualInversionConfig, parts: dict[str, Any]) -> None:
         self.config, self.parts = config, parts
-        self.prompt = config.infer_prompt.replace("{}", words)
+        self.prompt = config.infer_prompt.replace("{}", config.placeholder_token)
 
     def __call__(self) -> Image.Image:
         scheduler = make_scheduler("dpm++", self.parts["scheduler"].config)

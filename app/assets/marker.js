@@ -1,5 +1,6 @@
 // Marks an object on a square picture: strokes and a box, by mouse, finger or keyboard.
-// In: props.picture (an image as data URL), props.method. Out: props.value, the JSON that
+// In: props.picture (an image as data URL), props.method, props.clicks (a box may be a mere click).
+// Out: props.value, the JSON that
 // app/marking.py reads, all in shares of the side. `element`, `props`, `trigger` and `watch` are
 // Gradio's.
 const image = element.querySelector("img");
@@ -42,7 +43,8 @@ function show() {
     pen.stroke();
   }
   const shown = current && current.from ? ordered(current) : box;
-  if (shown && props.method === "box") {
+  if (shown && props.method === "box" && isClick(shown)) cross(pen, shown, side);
+  else if (shown && props.method === "box") {
     const [left, top, right, bottom] = shown.map((share) => share * side);
     for (const [colour, line] of [["black", 4], ["white", 2]]) {
       pen.strokeStyle = colour;
@@ -50,20 +52,24 @@ function show() {
       pen.strokeRect(left, top, right - left, bottom - top);
     }
   }
-  if (cursor && document.activeElement === canvas) {
-    const [x, y] = cursor.map((share) => share * side);
-    for (const [colour, line] of [["black", 4], ["white", 2]]) {
-      pen.strokeStyle = colour;
-      pen.lineWidth = (line * side) / canvas.clientWidth;
-      pen.beginPath();
-      pen.moveTo(x - HANDLE * side, y);
-      pen.lineTo(x + HANDLE * side, y);
-      pen.moveTo(x, y - HANDLE * side);
-      pen.lineTo(x, y + HANDLE * side);
-      pen.stroke();
-    }
+  if (cursor && document.activeElement === canvas) cross(pen, cursor, side);
+}
+
+function cross(pen, at, side) {
+  const [x, y] = at.map((share) => share * side);
+  for (const [colour, line] of [["black", 4], ["white", 2]]) {
+    pen.strokeStyle = colour;
+    pen.lineWidth = (line * side) / canvas.clientWidth;
+    pen.beginPath();
+    pen.moveTo(x - HANDLE * side, y);
+    pen.lineTo(x + HANDLE * side, y);
+    pen.moveTo(x, y - HANDLE * side);
+    pen.lineTo(x, y + HANDLE * side);
+    pen.stroke();
   }
 }
+
+const isClick = ([left, top, right, bottom]) => left === right && top === bottom;
 
 const ordered = ({ from, to }) => [
   Math.min(from[0], to[0]), Math.min(from[1], to[1]),
@@ -93,8 +99,13 @@ function move(point) {
 function end() {
   if (!current) return;
   if (current.from) {
-    const [left, top, right, bottom] = ordered(current);
-    if (right > left && bottom > top) box = [left, top, right, bottom];
+    let drawn = ordered(current);
+    // A hand that shakes while it clicks.
+    if (props.clicks && drawn[2] - drawn[0] < HANDLE && drawn[3] - drawn[1] < HANDLE) {
+      drawn = [...current.from, ...current.from];
+    }
+    const [left, top, right, bottom] = drawn;
+    if ((right > left && bottom > top) || (props.clicks && isClick(drawn))) box = drawn;
   } else {
     strokes.push(current);
     fresh.push(current);
@@ -173,7 +184,9 @@ function methodChanged() {
   boxTool.hidden = props.method !== "box";
   choose(props.method === "box" ? "box" : "paint");
   hint.textContent = {
-    box: "Draw a box around the object. Then paint or erase what GrabCut got wrong.",
+    box: props.clicks
+      ? "Click on the object or draw a box around it. Then paint or erase what was got wrong."
+      : "Draw a box around the object. Then paint or erase what GrabCut got wrong.",
     brush: "Paint over the object.",
   }[props.method] || "Paint or erase what was got wrong.";
   show();

@@ -37,6 +37,7 @@ DEFAULTS = {
     "lambda_": 0.8,
     "count": 1,
     "guidance": 5,
+    "negative": "",
     "steps": 2,
     "scheduler": "ddim",
     "seed": 3,

@@ -19,7 +19,7 @@ from tests.app.conftest import Client, in_parallel
 from tests.conftest import REPOSITORY
 
 REQUESTS = 200
-PICTURE = REPOSITORY / "test_datasets" / "08_pink_blue_dotted_heart.jpg"
+PICTURE = REPOSITORY / "test_datasets" / "striped_mug_yellow_blue.jpg"
 
 
 def free_port() -> int:

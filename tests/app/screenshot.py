@@ -17,7 +17,7 @@ from elite.files import write_atomically
 from elite.pipeline import ElitePipeline
 from tests.conftest import REPOSITORY
 
-EXAMPLE = "08_pink_blue_dotted_heart"
+EXAMPLE = "striped_mug_yellow_blue"
 PROMPTS = "a S on the grass\na S on the beach"
 COLOURS = 128  # a smaller file
 

@@ -1,5 +1,7 @@
 """What the page's controls do, without a browser."""
 
+import html
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,7 +13,10 @@ from app.studio import Order, Studio
 from elite import ElitePipeline
 from elite.data import PairFolder
 from elite.defaults import DEFAULT_SAMPLER, DEFAULT_STEPS
+from elite.masks import Box
+from elite.sam import Sam
 from tests.app.conftest import noise_file
+from tests.tiny import save_sam_folder
 
 
 def silent(*_, **__) -> None:
@@ -37,6 +42,25 @@ def test_look_shows_what_the_library_prepares(handlers, values):
     assert not answer["square"]["visible"] and not answer["mask_part"]["visible"]
 
 
+def test_a_model_that_finds_takes_clicks(handlers, values, tmp_path):
+    sam = Sam(save_sam_folder(tmp_path))
+    with_sam = AppHandlers(handlers.studio, find=sam)
+    picture = np.asarray(Image.open(values["picture"]).convert("RGB"))
+    click = Box(picture.shape[1] // 2, len(picture) // 4, picture.shape[1] // 2, len(picture) // 4)
+    marked = {**values, "method": "box", "marks": '{"box": [0.5, 0.25, 0.5, 0.25]}'}
+    answer = with_sam.look(marked)
+    assert answer["marks"]["picture"] == data_url(dimmed(picture, sam(picture, click)))
+    assert "is empty or outside" in handlers.look(marked)["object_message"]  # of GrabCut
+    for one, word in ((with_sam, "Segment Anything"), (handlers, "GrabCut")):
+        parts = {
+            part["props"].get("elem_id"): part["props"]
+            for part in build_page(one).config["components"]
+        }
+        labels = [label for label, _ in parts["method"]["choices"]]
+        assert [word in label for label in labels[:2]] == [True, True]
+        assert parts["marks"]["props"]["clicks"] == one.takes_clicks == (one is with_sam)
+
+
 def test_what_is_no_object_is_dark(handlers, values, pairs):
     mask = np.asarray(Image.open(pairs / "pair0_bg.png"))
     answer = handlers.look({**values, "method": "file", "mask": str(pairs / "pair0_bg.png")})
@@ -45,6 +69,15 @@ def test_what_is_no_object_is_dark(handlers, values, pairs):
     assert answer["marks"]["picture"] == data_url(shown) and answer["mask_part"]["visible"]
     assert np.array_equal(shown[mask], picture[mask])
     assert shown[~mask].max() <= 255 * DIMMED
+
+
+def test_an_inverted_mask_gets_a_hint(handlers, values, tmp_path):
+    mask = np.full((40, 40), 255, np.uint8)
+    mask[10:30, 10:30] = 0
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    answer = handlers.look({**values, "method": "file", "mask": str(tmp_path / "mask.png")})
+    assert "if the mask is inverted" in answer["object_message"] and answer["views"]
+    assert handlers.look({**values, "method": "whole"})["object_message"] == ""
 
 
 def test_another_picture_empties_the_marks(handlers, values):
@@ -92,6 +125,11 @@ def test_prompts_are_checked(handlers, values):
     assert "2 times the placeholder" in said and "<b>" not in said and "&lt;b&gt;" in said
 
 
+def test_text_that_is_cut_off_is_told(handlers, values):
+    answer = handlers.check({**values, "prompts": "a S" + " a" * 73 + " on the beach"})
+    assert "leaves out 'on the beach'" in html.unescape(answer["prompt_message"])
+
+
 def test_drawing_tells_steps_and_gives_files_with_metadata(handlers, values, tmp_path):
     told = []
     wanted = {**values, "prompts": "a S\nS on grass", "count": 2, "seed": 41}
@@ -116,6 +154,8 @@ def test_lambda_changes_the_picture_and_the_seed_repeats_it(handlers, values, tm
     assert pixels() != pixels(lambda_=0)
     assert pixels() != pixels(seed=4)
     assert pixels() != pixels(words="all")
+    assert pixels() != pixels(negative="red, a mug")
+    assert pixels() == pixels(negative=" ")
 
 
 def test_minus_one_draws_a_seed_and_shows_it(handlers, values, tmp_path):

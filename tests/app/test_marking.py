@@ -112,6 +112,24 @@ def test_methods_are_the_librarys(disc):
     assert shown(disc, method="whole").all()
 
 
+def test_a_finder_is_asked_for_the_middle_the_box_and_the_click(disc):
+    asked = []
+
+    def find(square, box):
+        asked.append((square.shape, box))
+        return np.ones(square.shape[:2], bool)
+
+    for method, box in (
+        ("centre", None),
+        ("box", (0.2, 0.1, 0.95, 0.9)),
+        ("box", (0.5, 0.25, 0.5, 0.25)),
+        ("box", (1, 1, 1, 1)),  # at the very corner: its last pixel
+    ):
+        assert shown(disc, method=method, marks=Marks(box=box), find=find).all()
+    boxes = [None, Box(8, 4, 38, 36), Box(20, 10, 20, 10), Box(39, 39, 39, 39)]
+    assert asked == [((40, 40, 3), box) for box in boxes]
+
+
 def test_a_mask_file_is_cut_as_its_picture(disc):
     mask = shown(disc, method="file", mask=disc / "mask.png", position=0.5)
     assert np.array_equal(mask, np.asarray(Image.open(disc / "mask.png"))[:, 10:50])

@@ -233,7 +233,11 @@ def test_no_mask_takes_the_whole_picture(encode, script, tmp_path, capsys):
     assert script("inference_local.py", "--test_data_dir", folder) == 0
     for mask in folder.glob("*_bg.png"):
         mask.write_bytes(b"not read")
-    assert "--no_mask" not in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--no_mask" not in said
+    notes = [line for line in said.splitlines() if "pair1_bg.png" in line]
+    assert len(notes) == 2  # once in each run
+    assert all(n.startswith("note: ") and "every pixel is object" in n for n in notes)
     assert encode("--test_data_dir", folder, "--no_mask") == 0
     assert "with --no_mask a picture's background becomes part" in capsys.readouterr().err
     assert same_concepts(tmp_path / "white", tmp_path / "concepts")

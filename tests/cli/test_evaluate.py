@@ -10,11 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from evaluation.subjects import read_prompts, read_subjects
-from small_world.classifier import Judge
 from tests import tiny
 from tests.conftest import run_script
 
@@ -24,25 +22,16 @@ PROMPTS = "prompts: {object: ['a {} on the grass', 'a {} in the snow']}\n"
 
 @pytest.fixture
 def subjects(tmp_path):
-    """Two objects of the small world by name (the pictures do not matter to a tiny model)."""
+    """Two things of the small world by name (the pictures do not matter to a tiny model)."""
     folder = tiny.save_pairs(tmp_path / "subjects", 2)
-    for number, name in enumerate(("02_pink_solid_heart", "08_pink_blue_dotted_heart")):
+    for number, name in enumerate(("solid_star_orange", "striped_mug_yellow_blue")):
         for suffix in ("", "_bg"):
             (folder / f"pair{number}{suffix}.png").rename(folder / f"{name}{suffix}.png")
     return folder
 
 
-@pytest.fixture(scope="module")
-def judge_folder(tmp_path_factory):
-    """A judge that guesses."""
-    folder = tmp_path_factory.mktemp("judge")
-    torch.manual_seed(0)
-    Judge(widths=(8, 8)).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def evaluate(model_folder, mapper_folder, judge_folder, subjects, tmp_path):
+def evaluate(model_folder, mapper_folder, subjects, tmp_path):
     prompts = tmp_path / "prompts.yaml"
     prompts.write_text(PROMPTS)
     return [
@@ -50,7 +39,7 @@ def evaluate(model_folder, mapper_folder, judge_folder, subjects, tmp_path):
         *("--pretrained_model_name_or_path", model_folder),
         *("--global_mapper_path", mapper_folder / "global_mapper"),
         *("--local_mapper_path", mapper_folder / "local_mapper"),
-        *("--test_data_dir", subjects, "--prompts", prompts, "--judge_path", judge_folder),
+        *("--test_data_dir", subjects, "--prompts", prompts),
         *("--num_inference_steps", "2", "--num_images", "2", "--device", "cpu"),
     ]
 
@@ -64,14 +53,14 @@ def test_everything_is_drawn_scored_and_reported(evaluate, tmp_path):
     out = tmp_path / "out"
     assert run_script(*evaluate, "--output_dir", out) == 0
     stems = [f"{prompt}_{seed}.png" for prompt in ("00", "01") for seed in ("00042", "00043")]
-    names = ("02_pink_solid_heart", "08_pink_blue_dotted_heart")
+    names = ("solid_star_orange", "striped_mug_yellow_blue")
     assert list(pictures(out)) == [f"{name}/{stem}" for name in names for stem in stems]
     with open(out / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 8
     assert {row["second"] for row in rows if row["subject"] == names[0]} == {""}
     results = json.loads((out / "results.json").read_text())
-    for name in ("body", "pattern", "colour", "scene"):
+    for name in ("shape", "pattern", "colour", "scene"):
         right = [float(row[name]) for row in rows]
         assert set(right) <= {0.0, 1.0}
         assert results["scores"][name]["mean"] == pytest.approx(np.mean(right))
@@ -86,12 +75,11 @@ def test_pictures_are_those_of_the_inference_script(evaluate, tmp_path):
     """Same prompt, seed and lambda, drawn by inference_local.py."""
     out = tmp_path / "out"
     assert run_script(*evaluate, "--output_dir", out) == 0
-    flags = evaluate[1:]
-    for name in ("--prompts", "--judge_path"):
-        del flags[flags.index(name) : flags.index(name) + 2]
+    flags = [f for f in evaluate[1:] if f != "--prompts"]
+    flags.remove(tmp_path / "prompts.yaml")
     flags += ["--output_dir", tmp_path / "drawn", "--llambda", "0.6"]
     assert run_script("inference_local.py", *flags, "--template", "a {} in the snow") == 0
-    ours = Image.open(out / "08_pink_blue_dotted_heart" / "01_00043.png")
+    ours = Image.open(out / "striped_mug_yellow_blue" / "01_00043.png")
     theirs = Image.open(tmp_path / "drawn" / "object_l0p6" / "00001_00043.png")
     assert ours.tobytes() == theirs.tobytes()
 
@@ -100,7 +88,7 @@ def test_a_second_run_draws_what_is_missing(evaluate, tmp_path):
     out = tmp_path / "out"
     assert run_script(*evaluate, "--output_dir", out) == 0
     before, results = pictures(out), (out / "results.json").read_text()
-    kept, lost = (out / "02_pink_solid_heart" / f"0{i}_00042.png" for i in (0, 1))
+    kept, lost = (out / "solid_star_orange" / f"0{i}_00042.png" for i in (0, 1))
     stamp = kept.stat().st_mtime_ns
     lost.unlink()
     assert run_script(*evaluate, "--output_dir", out, "--batch_size", "3") == 0
@@ -130,11 +118,11 @@ def test_processes_share_the_work(evaluate, tmp_path):
 
 
 def test_an_unreadable_concept_leaves_the_rest(evaluate, subjects, tmp_path, capsys):
-    (subjects / "02_pink_solid_heart.png").write_bytes(b"no picture")
+    (subjects / "solid_star_orange.png").write_bytes(b"no picture")
     assert run_script(*evaluate, "--output_dir", tmp_path / "out") == 3
-    assert "02_pink_solid_heart.png: not a readable image" in capsys.readouterr().err
+    assert "solid_star_orange.png: not a readable image" in capsys.readouterr().err
     assert len(pictures(tmp_path / "out")) == 4
-    (subjects / "08_pink_blue_dotted_heart_bg.png").unlink()
+    (subjects / "striped_mug_yellow_blue_bg.png").unlink()
     shutil.rmtree(tmp_path / "out")
     assert run_script(*evaluate, "--output_dir", tmp_path / "out") == 2
 
@@ -155,14 +143,14 @@ def test_mistakes_are_one_line(evaluate, tmp_path, capsys, options, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_attributes_need_objects_of_the_small_world(evaluate, subjects, tmp_path, capsys):
-    (subjects / "02_pink_solid_heart.png").rename(subjects / "corgi.png")
-    (subjects / "02_pink_solid_heart_bg.png").rename(subjects / "corgi_bg.png")
+def test_attributes_need_things_of_the_small_world(evaluate, subjects, tmp_path, capsys):
+    (subjects / "solid_star_orange.png").rename(subjects / "corgi.png")
+    (subjects / "solid_star_orange_bg.png").rename(subjects / "corgi_bg.png")
     assert run_script(*evaluate, "--output_dir", tmp_path / "out") == 2
-    assert "corgi: no object of the small world" in capsys.readouterr().err
+    assert "corgi: not a thing of the small world" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_the_shipped_prompts_fit_the_shipped_objects():
     prompts = read_prompts(REPOSITORY / "configs/prompts/small_world.yaml")
-    assert len(read_subjects(REPOSITORY / "test_datasets", prompts.classes, "object")) == 16
+    assert len(read_subjects(REPOSITORY / "test_datasets", prompts.classes, "object")) == 12

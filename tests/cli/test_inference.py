@@ -33,6 +33,24 @@ def script(whole_model, pairs, tmp_path):
     return run
 
 
+def test_a_scene_that_is_cut_off_is_told(script, capsys):
+    assert script("--selected_data", "0", "--template", "a {}" + " a" * 73 + " on the beach") == 0
+    (note,) = [x for x in capsys.readouterr().err.splitlines() if "note: " in x]
+    assert note.endswith("reads 77 tokens and leaves out 'on the beach'; shorten it")
+
+
+@pytest.mark.parametrize("inside", ["", "object_l0p8"])
+def test_a_folder_that_cannot_be_written_is_seen_before_anything_is_drawn(
+    script, tmp_path, capsys, monkeypatch, inside
+):
+    monkeypatch.setattr(ElitePipeline, "__call__", lambda *_, **__: pytest.fail("has drawn"))
+    (tmp_path / "out" if not inside else tmp_path / "out" / inside).parent.mkdir(exist_ok=True)
+    (tmp_path / "out" / inside).touch()
+    assert script() == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "cannot be written" in error and "Not a directory); choose another folder" in error
+
+
 # --- what is written ------------------------------------------------------------------------------
 
 
@@ -85,6 +103,28 @@ def test_pictures_are_the_pipelines(script, tmp_path, whole_model, pairs):
             expected = np.asarray(pipe("a photo of a S", **options).images[0])
             # A batch rounds a few values the other way.
             assert np.abs(drawn.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["inference_local.py", "inference_global.py"])
+def test_negative_prompt_is_drawn_and_kept_apart(script, tmp_path, whole_model, pairs, name):
+    """The pipeline's own picture; one of another negative prompt is no picture to keep."""
+    place = "object_l0p8" if "local" in name else "object_token0"
+    path = tmp_path / "out" / place / "00000_00042.png"
+    drawn = []
+    for options in ((), ("--negative_prompt", "red, a mug"), ()):
+        assert script(*options, name=name) == 0
+        with Image.open(path) as picture:
+            drawn.append((np.asarray(picture), picture.text.get("negative_prompt")))
+    assert [text for _, text in drawn] == [None, "red, a mug", None]
+    assert np.array_equal(drawn[0][0], drawn[2][0])
+    local = None if "local" in name else False
+    pipe = ElitePipeline.from_stable_diffusion(whole_model, local_mapper=local)
+    image, mask = (Image.open(pairs / f"pair0{ending}.png") for ending in ("", "_bg"))
+    options = {"negative_prompt": "red, a mug", "seed": 42, "num_inference_steps": 2}
+    concept = pipe.encode_concept(image, mask)
+    expected = pipe("a photo of a S", concept=concept, **options).images[0]
+    assert np.array_equal(drawn[1][0], np.asarray(expected))
+    assert not np.array_equal(drawn[1][0], drawn[0][0])
 
 
 def test_contact_sheet_shows_input_object_and_pictures(script, tmp_path, pairs):

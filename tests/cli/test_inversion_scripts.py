@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from elite import stages
 from elite.loading import load_stable_diffusion, stock_pipeline
 from tests import tiny
-from tests.conftest import run_script
-from textual_inversion.files import load_embeddings, load_into
+from tests.conftest import run_script, same_pictures
+from textual_inversion.files import EMBEDDING_FILES, load_embeddings, load_into, save_embeddings
 from textual_inversion.pictures import PictureFolder, read_templates
 
 
@@ -48,7 +48,7 @@ def infer(model, output_dir, *options):
 def test_a_word_is_learned_and_drawn(family, photos, tmp_path):
     """Train, preview, draw; and a stock pipeline of diffusers draws the same picture."""
     options = ("--infer_during_train", "--infer_interval", "2", "--num_infer_images", "2")
-    assert train(family, photos, tmp_path / "cat", *options, "--initializer_token", "critter") == 0
+    assert train(family, photos, tmp_path / "cat", *options, "--initializer_token", "mug") == 0
     rows = load_embeddings(tmp_path / "cat")
     assert {len(by_name["<cat>"]) for by_name in rows.values()} == {2}
     assert (tmp_path / "cat" / "previews" / "000002.png").exists()
@@ -130,6 +130,18 @@ def test_learning_moves_the_rows_and_resumes_bit_for_bit(model_folder, photos, t
     assert torch.equal(whole, resumed) and not torch.equal(whole, half)
 
 
+def test_fewer_steps_than_the_checkpoint_are_refused(model_folder, photos, tmp_path, capsys):
+    assert train(model_folder, photos, tmp_path, steps=2) == 0
+    written = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    capsys.readouterr()
+    assert train(model_folder, photos, tmp_path, "--resume_from_checkpoint", "latest", steps=1) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "the checkpoint is of step 2, the run of 1 steps; raise --max_train_steps" in error
+    names = {"config.yaml", "metrics.jsonl", "learned_embeds.safetensors"}
+    assert names <= written.keys()
+    assert all((tmp_path / name).read_bytes() == written[name] for name in names)
+
+
 def test_two_words_in_one_prompt(model_folder, photos, tmp_path):
     for seed, name in enumerate(("one", "two")):
         assert train(model_folder, photos, tmp_path / name, "--seed", str(seed), steps=1) == 0
@@ -155,6 +167,38 @@ def test_concept_starts_a_word_and_becomes_one(model_folder, photos, tmp_path, c
     assert run_script("merge_embeddings.py", *exported) == 0
     use = ("--embeddings", tmp_path / "export", "--prompt", "a <corgi>")
     assert infer(model_folder, tmp_path / "drawn", *use) == 0
+
+
+def test_a_word_of_another_program_is_drawn_and_given_back(family, tmp_path):
+    """As its file comes: A1111's for Stable Diffusion 1.x, one of clip_l and clip_g for SDXL."""
+    rows, wide = torch.randn(2, 24), torch.randn(2, 32)
+    xl = (family / "text_encoder_2").exists()
+    content = {"clip_l": rows, "clip_g": wide} if xl else {"emb_params": rows}
+    save_file(content, tmp_path / "easyneg.safetensors")
+    word = ("--embeddings", tmp_path / "easyneg.safetensors")
+    options = (*word, "--prompt", "a photo, easyneg")
+    assert infer(family, tmp_path / "drawn", *options) == 0
+    form = ("--format", "sdxl" if xl else "a1111")
+    given = tmp_path / "given"
+    assert run_script("merge_embeddings.py", *word, "--output_dir", given, *form) == 0
+    again = ("--embeddings", next(given.iterdir()), "--prompt", "a photo, easyneg")
+    assert infer(family, tmp_path / "again", *again) == 0
+    assert same_pictures(tmp_path / "drawn", tmp_path / "again")
+
+
+def test_learned_words_may_be_what_pictures_should_not_show(family, tmp_path):
+    """As those of the negative embeddings that people have."""
+    encoders = ("text_encoder", "text_encoder_2")[: 1 + (family / "text_encoder_2").exists()]
+    torch.manual_seed(0)
+    for encoder, width in zip(encoders, (24, 32), strict=False):
+        save_embeddings(tmp_path / EMBEDDING_FILES[encoder], {"bad": torch.randn(2, width)})
+    words = ("--embeddings", tmp_path, "--prompt", "a photo of a mug")
+    for name, negative in (("with", "bad"), ("other", "bad, red")):
+        assert infer(family, tmp_path / name, *words, "--negative_prompt", negative) == 0
+    with Image.open(tmp_path / "with" / "00000_00042.png") as picture:
+        assert picture.text["negative_prompt"] == "bad"
+    assert not same_pictures(tmp_path / "with", tmp_path / "other")
+    assert infer(family, tmp_path / "none", *words, "--negative_prompt", "red") == 2
 
 
 # --- pictures and captions ------------------------------------------------------------------------
@@ -213,12 +257,13 @@ def test_captions_of_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--placeholder_token", "critter"), "is a token of this model already"),
-        (("--initializer_token", "red blue critter"), "is 3 tokens for 2 vector(s)"),
+        (("--placeholder_token", "mug"), "is a token of this model already"),
+        (("--initializer_token", "red blue mug"), "is 3 tokens for 2 vector(s)"),
         (("--initializer_concept", "nowhere.safetensors"), "nowhere.safetensors: no such file"),
         (("--template_file", "nowhere.txt"), "nowhere.txt: No such file"),
         (("--train_data_dir", "nowhere"), "nowhere: no such folder"),
         (("--infer_prompt", "a cat"), "infer_prompt: got 'a cat', expected a {} in it"),
+        (("--mixed_precision", "fp16"), "--mixed_precision fp16: trains on GPUs only; use bf16 or"),
     ],
 )
 def test_mistakes_in_training_are_one_line(
@@ -241,3 +286,20 @@ def test_prompt_without_a_learned_word(model_folder, photos, tmp_path, capsys):
     arguments = ("--embeddings", tmp_path / "cat", "--prompt", "a photo of a cat")
     assert infer(model_folder, tmp_path / "drawn", *arguments) == 2
     assert "none of the learned words <cat> is in it" in capsys.readouterr().err
+
+
+def test_text_that_is_cut_off_is_told(model_folder, tmp_path, capsys):
+    path = tmp_path / "words.safetensors"
+    save_file({"<w>": torch.ones(1, 24), "<big>": torch.ones(100, 24), "oto": torch.ones(24)}, path)
+    use = ("--embeddings", path, "--prompt")
+    for prompt, message in (
+        ("word " * 90 + "<w>", "the learned word '<w>', 1 token(s), runs past the 77"),
+        ("a <big> on the beach", "the learned word '<big>', 100 token(s), runs past the 77"),
+        ("a photo", "none of the learned words"),
+    ):
+        assert infer(model_folder, tmp_path / "drawn", *use, prompt) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+        assert not (tmp_path / "drawn").exists()
+    assert infer(model_folder, tmp_path / "drawn", *use, "a <W>" + " a" * 73 + " on a mug") == 0
+    (note,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("note: ")]
+    assert note.endswith("reads 77 tokens and leaves out 'on a mug'; shorten it")

@@ -10,10 +10,13 @@ from PIL import Image
 from data_scripts import make_masks
 from elite.data import PairFolder
 from elite.images import read_mask
+from elite.masks import Box
+from elite.sam import Sam
 from elite.sheets import TILE
 from small_world.render import Pose, draw
+from small_world.world import Thing
 from tests.conftest import pixels, run_script
-from tests.unit.test_masks import CRITTER
+from tests.tiny import save_sam_folder
 
 SCRIPT = "data_scripts/make_masks.py"
 HEADER = "name,left,top,right,bottom\n"
@@ -21,16 +24,17 @@ SIZE = 64
 
 
 def save_render(path: Path, x: float = 0.5, half_width: float = 0.32) -> np.ndarray:
-    """A purple critter on snow; returns its mask, bool (H, W)."""
+    """A purple heart on wood; returns its mask, bool (H, W)."""
+    heart = Thing("heart", "solid", "purple", None)
     pose = Pose(x, 0.5, half_width, 0, False)
-    image, mask = draw(CRITTER, "snow", np.random.default_rng(0), SIZE, pose)
+    image, mask = draw(heart, "table", np.random.default_rng(0), SIZE, pose)
     Image.fromarray(image).save(path)
     return mask > 0
 
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    """Critters: large.png in the middle, corner.png small at the left."""
+    """Hearts: large.png in the middle, corner.png small at the left."""
     folder = tmp_path / "photos"
     folder.mkdir()
     save_render(folder / "large.png")
@@ -98,7 +102,7 @@ def test_box_mends_one_mask_and_keeps_the_others(script, photos, boxes, tmp_path
     assert read_mask(photos / "corner_bg.png").all(), "kept without --overwrite"
     assert "0 masks made" in capsys.readouterr().out
     assert script("--boxes", boxes, "--overwrite") == 0
-    assert overlap(read_mask(photos / "corner_bg.png"), true) > 0.88  # of 20 px, edges count
+    assert overlap(read_mask(photos / "corner_bg.png"), true) > 0.95
     assert read_mask(photos / "large_bg.png").all(), "no box, so kept"
     assert "1 masks made" in capsys.readouterr().out
 
@@ -186,4 +190,56 @@ def test_mistakes_on_the_command_line(script, photos, tmp_path, capsys):
         (line,) = errors(capsys)
         assert message in line
         (photos / "large.webp").unlink(missing_ok=True)
+    assert not list(photos.glob("*_bg.png"))
+
+
+# --- Segment Anything -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sam_folder(tmp_path_factory) -> Path:
+    return save_sam_folder(tmp_path_factory.mktemp("sam"))
+
+
+def test_sam_makes_the_masks_of_middle_box_and_click(script, photos, boxes, sam_folder):
+    sam, model = Sam(sam_folder), ("--method", "sam", "--sam_name_or_path", sam_folder)
+    images = {name: pixels(photos / f"{name}.png") for name in ("corner", "large")}
+
+    def made(name: str) -> np.ndarray:
+        return read_mask(photos / f"{name}_bg.png")
+
+    assert script(*model) == 0
+    for name, image in images.items():
+        assert np.array_equal(made(name), sam(image))
+    boxes.write_text(HEADER + "corner,2,18,31,47\nlarge,40,30,40,30\n")
+    assert script(*model, "--boxes", boxes, "--overwrite") == 0
+    assert np.array_equal(made("corner"), sam(images["corner"], Box(2, 18, 31, 47)))
+    assert np.array_equal(made("large"), sam(images["large"], Box(40, 30, 40, 30)))
+
+
+def test_a_click_is_no_box_for_grabcut(script, boxes, capsys):
+    boxes.write_text(HEADER + "corner,9,9,9,9\nlarge,4,4,60,60\n")
+    assert script("--boxes", boxes) == 3
+    (line,) = errors(capsys)
+    assert "box 9,9,9,9 is empty or outside" in line
+
+
+def test_mistakes_about_the_sam_model(script, photos, tmp_path, monkeypatch, capsys):
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "config.json").write_text('{"model_type": "clip"}')
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no hub in reach
+    remedy = "expected a Segment Anything folder or hub name, as facebook/sam-vit-base"
+    for arguments, message in (
+        (("--method", "sam"), "--method sam and --sam_name_or_path need each other"),
+        (("--sam_name_or_path", tmp_path), "--method sam and --sam_name_or_path need each other"),
+        (("--method", "sam", "--sam_name_or_path", tmp_path / "none"), remedy),
+        (("--method", "sam", "--sam_name_or_path", tmp_path / "clip"), "is a model of clip"),
+        (
+            ("--method", "sam", "--sam_name_or_path", "nobody/sam"),
+            f"nobody/sam: cannot load {remedy}",
+        ),
+    ):
+        assert script(*arguments) == 2
+        (line,) = errors(capsys)
+        assert all(part in line for part in message.split(" cannot load ")), line
     assert not list(photos.glob("*_bg.png"))

@@ -48,6 +48,7 @@ def test_each_flag_changes_the_picture(script, concepts, tmp_path):
         "plain": [],
         "weight": ["--concept_llambda", "S2=0"],
         "region": ["--region", region(tmp_path)],
+        "negative": ["--negative_prompt", "red, a mug"],
         "turned": ["--template", "a S2 next to a S1"],
     }
     pictures = {}
@@ -56,7 +57,7 @@ def test_each_flag_changes_the_picture(script, concepts, tmp_path):
         folder = tmp_path / "out" / f"{name}_l1p0"
         pictures[name], text = drawn(folder)
         assert (folder / "grid.png").exists()
-    for name in ("weight", "region", "turned"):
+    for name in ("weight", "region", "negative", "turned"):
         assert not np.array_equal(pictures[name], pictures["plain"]), name
     assert text["lambda"] == "S1 1, S2 1" and len(text["concept S1"]) == 16
 

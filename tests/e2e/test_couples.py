@@ -15,7 +15,7 @@ from small_world.score import draw_renders
 
 def test_couples_differ_in_colour_and_are_always_the_same():
     made = make_couples(30, seed=0)
-    assert all(couple.left.critter.colour != couple.right.critter.colour for couple in made)
+    assert all(couple.left.thing.colour != couple.right.thing.colour for couple in made)
     assert made == make_couples(30, seed=0) != make_couples(30, seed=1)
     assert made[0].prompt.startswith("a S1 next to a S2 ")
 
@@ -32,7 +32,7 @@ def judge():
 
 
 def test_outcomes_of_renders(judge):
-    """Renders side by side: as they are, exchanged, and black ones."""
+    """Renders side by side: as they are, exchanged, and of third things."""
     made = make_couples(12, seed=0)
     left, right = (
         draw_renders([getattr(couple, side) for couple in made]) for side in ("left", "right")
@@ -56,7 +56,7 @@ def test_regions_keep_colours_apart(tmp_path, capsys):
     counts = json.loads((tmp_path / "couples.json").read_text())["halves"]
     without, within = counts["without regions"], counts["with regions"]
     assert sum(without.values()) == sum(within.values()) == 16
-    assert within["own"] > without["own"]
+    assert within["own"] >= 10 > without["own"]
     assert within["other's"] < without["other's"]
     assert (tmp_path / "couples.md").read_text() in capsys.readouterr().out
     with Image.open(tmp_path / "grid.png") as sheet:

@@ -29,15 +29,14 @@ import torch._dynamo  # torch imports it with the first optimiser, which takes s
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 import elite.stages  # noqa: F401  # for the server: what the scripts import
 from elite.files import LEFTOVER
 from elite.run_folder import checkpoints
 from small_world import pretrain
-from small_world.models import WIDTH
 from small_world.samples import SIDE
-from small_world.world import ATTRIBUTES
+from small_world.tokenizer import build_tokenizer
 from tests import run_scripts, tiny
 from tests.open_images import make_open_images
 
@@ -163,8 +162,6 @@ class World:
             (work_dir / "samples").symlink_to(self.folder / "samples")
         if part == "base" and not (work_dir / "vae").exists():
             tiny.build_models()["vae"].save_pretrained(work_dir / "vae" / "vae")
-            torch.manual_seed(0)
-            tiny_image_encoder().save_pretrained(work_dir / "image_encoder" / "image_encoder")
         return work_dir
 
 
@@ -177,24 +174,21 @@ def save_samples(folder: Path, count: int) -> None:
     """Pretraining samples of noise."""
     folder.mkdir()
     rng = np.random.default_rng(0)
-    views = rng.integers(0, 256, (count, 2, SIDE, SIDE, 4), dtype=np.uint8)
-    np.save(folder / "views.npy", views)
-    template, noun = "a {} on the grass", "red heart critter"
-    record = {"template": template, "noun": noun, "caption": template.format(noun)}
-    record |= {"framings": ["scene", "tight"], "labels": [[0] * len(ATTRIBUTES)] * 2}
+    np.save(folder / "images.npy", rng.integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8))
+    record = {"caption": "a red mug on the grass", "framing": "full", "labels": [0, 0, 1, 2, 3]}
     (folder / "records.json").write_text(json.dumps([record] * count))
 
 
 def run_pretraining(part: str, work_dir: str, steps: int) -> int:
     """`python -m small_world.pretrain PART` with tiny models and a short recipe."""
-    recipe = {**pretrain.RECIPES[part], "samples": 16 * steps, "batch_size": 16}
+    recipe = {**pretrain.RECIPES[part], "images": 16 * steps, "batch_size": 16}
     changed = {
         "RECIPES": {part: recipe},
         "SAVE_STEPS": 2,
         "build_vae": lambda: tiny.build_models()["vae"],
-        "build_image_encoder": tiny_image_encoder,
-        "build_text_encoder": lambda tokenizer: tiny.build_models(text_width=WIDTH)["text_encoder"],
-        "build_unet": lambda: tiny.build_models(text_width=WIDTH)["unet"],
+        "build_clip": tiny_clip,
+        "build_text_encoder": lambda tokenizer: tiny.build_models()["text_encoder"],
+        "build_unet": lambda: tiny.build_models()["unet"],
     }
     argv = ["pretrain.py", part, "--work_dir", work_dir]
     with ExitStack() as patches:
@@ -204,12 +198,12 @@ def run_pretraining(part: str, work_dir: str, steps: int) -> int:
         return pretrain.main()
 
 
-def tiny_image_encoder() -> CLIPVisionModel:
-    """Of little depth; the heads of the objectives want its width."""
-    sizes = {"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 1}
-    return CLIPVisionModel(
-        CLIPVisionConfig(image_size=SIDE, patch_size=8, num_attention_heads=2, **sizes)
-    )
+def tiny_clip(tokenizer: Any) -> CLIPModel:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "projection_dim": 8}
+    text = CLIPTextConfig(vocab_size=len(build_tokenizer()), **sizes)
+    vision = CLIPVisionConfig(image_size=SIDE, patch_size=8, **sizes)
+    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict()))
 
 
 # --- what is compared -----------------------------------------------------------------------------

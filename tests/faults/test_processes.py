@@ -13,7 +13,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from elite.run_folder import checkpoints
-from small_world.objects import name_of
 from tests import run_scripts, tiny
 from tests.conftest import run_script
 from tests.faults.runs import (
@@ -28,8 +27,14 @@ from tests.faults.runs import (
 )
 from tests.faults.toy import train_until_stopped, train_with_a_failing_process
 
-# Objects that the small world's judge knows; what the pictures show does not matter.
-SUBJECTS = tuple(name_of(number) for number in range(6))
+SUBJECTS = (  # things that the small world's judge knows; what the pictures show does not matter
+    "dotted_fish_pink_green",
+    "dotted_mug_blue_white",
+    "solid_heart_purple",
+    "solid_star_orange",
+    "striped_car_red_white",
+    "striped_mug_yellow_blue",
+)
 
 
 @pytest.fixture(scope="module")

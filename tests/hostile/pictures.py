@@ -138,6 +138,12 @@ def taken_images() -> Iterator[tuple[str, bytes]]:
     yield "jpeg_called.png", encoded(kind="JPEG")
     yield "png_called.jpg", encoded()
     yield "webp_called.jpeg", encoded(kind="WEBP")
+    yield "gif_called.png", encoded(kind="GIF")
+    yield "bmp_called.jpg", encoded(kind="BMP")
+    yield "tiff_called.png", encoded(kind="TIFF")
+    yield "sixteen_bits.tif", encoded(Image.new("I;16", (40, 40), 999), "TIFF")
+    yield "packed.tif", encoded(kind="TIFF", compression="tiff_lzw")
+    yield "animated.gif", animated("GIF")
     yield "with_a_zip_behind.png", encoded() + b"PK\3\4" + bytes(100)
     yield "with_html_behind.jpg", encoded(kind="JPEG") + b"<script>alert(1)</script>"
     yield "script_in_comment.jpg", encoded(kind="JPEG", comment=b"<?php system('id'); ?>")
@@ -173,6 +179,9 @@ def refused_images(world: World) -> Iterator[tuple[str, bytes]]:
         yield f"cut_at_{share}.png", whole[: len(whole) * share // 100]
         yield f"cut_at_{share}.jpg", jpeg[: len(jpeg) * share // 100]
         yield f"cut_at_{share}.webp", webp[: len(webp) * share // 100]
+        for kind in ("BMP", "GIF", "TIFF", "AVIF"):
+            other = encoded(kind=kind)
+            yield f"{kind}_cut_at_{share}.png", other[: len(other) * share // 100]
     yield "zero_wide.png", png(0, 40, zlib.compress(b""))
     yield "zero_high.jpg", jpeg_of_size(40, 0)
     yield "wrong_checksum.png", header(40, 40)[:-4] + b"\0\0\0\0" + whole[33:]
@@ -197,9 +206,6 @@ def refused_images(world: World) -> Iterator[tuple[str, bytes]]:
     yield "bomb_tiff.png", tiff_of_size(50_000, 50_000)
     yield "bomb_text.png", with_text(b"zTXt", b"key\0\0" + zeros(200 << 20))
     yield "bomb_profile.png", with_text(b"iCCP", b"key\0\0" + zeros(200 << 20))
-    yield "gif_called.png", encoded(kind="GIF")
-    yield "bmp_called.jpg", encoded(kind="BMP")
-    yield "tiff_called.png", encoded(kind="TIFF")
     yield "icon_called.png", encoded(kind="ICO")
     yield "ppm_called.jpg", b"P6 99999999 99999999 255 "
 
@@ -256,6 +262,8 @@ def masks_taken() -> Iterator[tuple[str, bytes]]:
     yield "colour", encoded(square("RGB", "black", "red"))
     yield "alpha_only", encoded(square("RGBA", (255, 255, 255, 0), (255, 255, 255, 255)))
     yield "grey_alpha", encoded(square("LA", (255, 0), (255, 255)))
+    yield "black_on_clear", encoded(square("RGBA", (0, 0, 0, 0), (0, 0, 0, 255)))
+    yield "gif", encoded(square("L", 0, 255), "GIF")
     yield "sixteen", encoded(square("I;16", 0, 300))
     palette = square("P", 0, 1)
     palette.putpalette([0, 0, 0, 255, 0, 0])
@@ -279,7 +287,6 @@ def masks_refused(world: World) -> Iterator[tuple[str, bytes]]:
     yield "black", encoded(Image.new("L", (40, 40)))
     yield "black_rgb", encoded(Image.new("RGB", (40, 40)))
     yield "clear", encoded(Image.new("RGBA", (40, 40), (255, 255, 255, 0)))
-    yield "black_on_clear", encoded(square("RGBA", (0, 0, 0, 0), (0, 0, 0, 255)))
     yield "other_shape", encoded(Image.new("L", (40, 20), 255))
     yield "line", encoded(Image.new("L", (4000, 1), 255))
     yield "bomb", png_bomb(50_000, 50_000)
@@ -287,7 +294,6 @@ def masks_refused(world: World) -> Iterator[tuple[str, bytes]]:
     yield "cut", encoded(square("L", 0, 255))[:60]
     yield "text", b"mask"
     yield "eps", eps_that_writes(world.canary)
-    yield "gif", encoded(square("L", 0, 255), "GIF")
     yield "npy", b"\x93NUMPY" + bytes(100)
 
 

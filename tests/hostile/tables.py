@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from data_scripts import make_masks
+from elite.masks import find_object
 from elite.open_images import (
     OpenImagesBoxes,
     OpenImagesMasks,
@@ -202,7 +203,7 @@ def grab_case(world: World, content: bytes) -> None:
     failures = [
         r.failure
         for r in make_masks.make_masks(
-            make_masks.PairFolder(world.folder / "in").pairs, boxes, False
+            make_masks.PairFolder(world.folder / "in").pairs, boxes, False, find_object
         )
         if r.failure
     ]

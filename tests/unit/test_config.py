@@ -26,6 +26,9 @@ from elite.config import (
 from elite.defaults import DEFAULT_SAMPLER, DEFAULT_STEPS
 from elite.loading import SCHEDULERS
 from elite.settings import (
+    AppConfig,
+    EncodeConfig,
+    EvaluateConfig,
     InferenceGlobalConfig,
     InferenceLocalConfig,
     TrainGlobalConfig,
@@ -42,6 +45,9 @@ PRESETS = {
     "small_world_global.yaml": TrainGlobalConfig,
     "small_world_local.yaml": TrainLocalConfig,
 }
+STABLE_DIFFUSION = CONFIGS / "stable_diffusion.yaml"
+MODELS = {"pretrained_model_name_or_path", "global_mapper_path", "local_mapper_path"}
+DRAWING = (InferenceGlobalConfig, InferenceLocalConfig, EncodeConfig, EvaluateConfig, AppConfig)
 # name: (processes, machines, several processes?)
 LAUNCHES = {
     "cpu.json": (1, 1, False),
@@ -369,7 +375,7 @@ def test_reading_settings_imports_no_model_code() -> None:
 
 
 def test_every_preset_is_known_here() -> None:
-    assert {path.name for path in CONFIGS.glob("*.yaml")} == set(PRESETS)
+    assert {path.name for path in CONFIGS.glob("*.yaml")} == {*PRESETS, STABLE_DIFFUSION.name}
     assert {path.name for path in CONFIGS.glob("*.json")} == set(LAUNCHES)
 
 
@@ -381,6 +387,15 @@ def test_preset(name: str) -> None:
     assert given == yaml.safe_load(re.sub(r"(\d)e-", r"\1.0e-", path.read_text()))
     header = path.read_text().split("\n\n")[0]
     assert "# Hardware" in header and "# Batch" in header
+
+
+@pytest.mark.parametrize("config_class", DRAWING, ids=lambda config_class: config_class.__name__)
+def test_one_file_names_stable_diffusion_for_every_script_that_draws(config_class: type) -> None:
+    given = read_yaml(STABLE_DIFFUSION)
+    plain = to_dict(parse_config(config_class, []))
+    assert set(given) == MODELS and all(plain[name] != given[name] for name in MODELS)
+    read = to_dict(parse_config(config_class, ["--config", str(STABLE_DIFFUSION)]))
+    assert read == {**plain, **given}
 
 
 @pytest.mark.parametrize(("stage", "pictures"), [("global", 64), ("local", 32)])

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from elite.files import write_atomically, write_json
+from elite.files import check_writable, write_atomically, write_json
 
 TENSORS = {"weight": torch.arange(20_000.0)}  # 80 kB
 
@@ -47,6 +47,50 @@ def test_half_written_file_is_never_seen_under_its_name(tmp_path):
 
     write_atomically(path, write)
     assert path.read_text() == "half"
+
+
+def test_where_nothing_can_be_written_is_seen_before(tmp_path, monkeypatch):
+    check_writable(tmp_path / "new" / "folder")
+    assert not any(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "new" / "folder"):
+        with pytest.raises(ValueError, match=rf"^{folder}: cannot be .*file: Not a directory\)"):
+            check_writable(folder)
+    with pytest.raises(ValueError, match="File name too long"):
+        check_writable(tmp_path / ("x" * 1000))
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(ValueError, match=r"new: cannot be written .*Permission denied"):
+        check_writable(tmp_path / "new")
+
+
+@pytest.fixture
+def umask():
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+def rights(path) -> str:
+    return f"{path.stat().st_mode & 0o777:o}"
+
+
+def test_weights_may_be_read_by_those_who_read_the_rest(tmp_path, umask, mappers, pipe):
+    """safetensors lets their owner alone."""
+    write_atomically(tmp_path / "a.safetensors", lambda path: save_file(TENSORS, path))
+
+    def checkpoint(folder):
+        folder.mkdir()
+        save_file(TENSORS, folder / "weights.safetensors")
+
+    write_atomically(tmp_path / "checkpoint", checkpoint)
+    mappers[0].save_pretrained(tmp_path / "mapper")
+    pipe.save_pretrained(tmp_path / "pipe")
+    found = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len([path for path in found if path.suffix == ".safetensors"]) == 9
+    assert {rights(path) for path in found} == {"644"}
+    os.umask(0o077)
+    write_atomically(tmp_path / "mine.safetensors", lambda path: save_file(TENSORS, path))
+    assert rights(tmp_path / "mine.safetensors") == "600"
 
 
 WRITERS = {

@@ -11,6 +11,7 @@ from elite.images import (
     CLIP_MEAN,
     CLIP_STD,
     cut_out,
+    doubt,
     fit_mask,
     object_views,
     patch_mask,
@@ -103,6 +104,40 @@ def test_transparent_mask_pixels_are_not_object(tmp_path):
     Image.fromarray(rgba).save(tmp_path / "mask.png")
     mask = read_mask(tmp_path / "mask.png")
     assert mask[:, :2].all() and not mask[:, 2:].any()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_alpha_that_varies_is_the_mask(tmp_path, mode):
+    """What background removers write of an object with black parts; RGB names a clear colour."""
+    expected = np.zeros((6, 8), dtype=bool)
+    expected[1:5, 2:7] = True
+    rgba = np.full((6, 8, 4), (40, 90, 60, 0), dtype=np.uint8)
+    rgba[expected] = (0, 0, 0, 255)
+    rgba[2, 3:5] = (255, 255, 255, 128)
+    image = Image.fromarray(rgba)
+    if mode == "P":
+        image = image.quantize(4)
+    elif mode == "RGB":
+        image = image.convert("RGB")
+    else:
+        image = image.convert(mode)
+    image.save(tmp_path / "mask.png", **({"transparency": (40, 90, 60)} if mode == "RGB" else {}))
+    np.testing.assert_array_equal(read_mask(tmp_path / "mask.png"), expected)
+
+
+def test_alpha_that_says_nothing_leaves_the_colours(tmp_path):
+    rgba = np.full((4, 4, 4), 255, dtype=np.uint8)
+    rgba[:, 2:, :3] = 0
+    Image.fromarray(rgba).save(tmp_path / "mask.png")
+    assert read_mask(tmp_path / "mask.png").tolist() == [[True, True, False, False]] * 4
+
+
+def test_masks_that_may_not_be_meant_are_doubted():
+    mask = np.zeros((20, 30), dtype=bool)
+    mask[5:15, :20] = True
+    assert not doubt(mask)
+    assert "inverted" in doubt(~np.pad(mask[5:15, 5:20], 8))
+    assert "every pixel is object" in doubt(np.ones((20, 30), dtype=bool))
 
 
 def test_mask_of_the_same_aspect_is_resized():

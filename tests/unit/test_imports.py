@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # A module of elite/ imports only from lines above its own.
 LAYERS = (
     ("defaults", "files", "wording"),
-    ("cards",),
+    ("cards", "text"),
     (
         "augment",
         "console",
@@ -24,10 +24,9 @@ LAYERS = (
         "settings",
         "sheets",
         "stream",
-        "text",
     ),
     ("attention", "checkpoint", "concept", "config", "data", "masks", "open_images"),
-    ("compat", "named_concepts", "run_folder"),
+    ("compat", "named_concepts", "run_folder", "sam"),
     ("latents", "objectives", "pipeline", "training"),
     ("encoding",),
     ("drawing",),

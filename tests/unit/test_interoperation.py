@@ -99,7 +99,7 @@ def test_fused_lora_draws_as_a_loaded_one(pipe, concept, make_lora):
 
 
 def test_a_lora_that_was_fused_and_unloaded_is_not_in_elites_projections(pipe, concept, make_lora):
-    """It has gone into weights that ELITE does not read: a limit that the README names."""
+    """It has gone into weights that ELITE does not read: a limit that docs/diffusers.md names."""
     expected = draw(pipe, concept=concept)
     pipe.load_lora_weights(make_lora(CROSS_KV))
     pipe.fuse_lora()
@@ -110,18 +110,19 @@ def test_a_lora_that_was_fused_and_unloaded_is_not_in_elites_projections(pipe, c
 # --- the prompt -----------------------------------------------------------------------------------
 
 
-def test_words_of_textual_inversion_beside_a_concept(pipe, concept):
+@pytest.mark.parametrize("name", ["<mug>", "<Mug>"])
+def test_words_of_textual_inversion_beside_a_concept(pipe, concept, name):
     torch.manual_seed(3)
     plain = draw(pipe, "a photo of a S and a dog", concept=concept)
     pipe.load_textual_inversion({"<cat>": torch.randn(1, 24)}, token="<cat>")
-    pipe.load_textual_inversion({"<mug>": torch.randn(2, 24)}, token="<mug>")
+    pipe.load_textual_inversion({name: torch.randn(2, 24)}, token=name)
     cat, mug = (
-        draw(pipe, f"a photo of a S and a {word}", concept=concept) for word in ("<cat>", "<mug>")
+        draw(pipe, f"a photo of a S and a {word}", concept=concept) for word in ("<cat>", name)
     )
     assert relative(cat, plain) > 1e-3 and relative(mug, cat) > 1e-3
-    before = draw(pipe, "a <mug> and a S", concept=concept)
+    before = draw(pipe, f"a {name} and a S", concept=concept)
     pipe.text_encoder.get_input_embeddings().weight.data[-1].neg_()  # 2nd vector of <mug>
-    assert relative(draw(pipe, "a <mug> and a S", concept=concept), before) > 1e-3
+    assert relative(draw(pipe, f"a {name} and a S", concept=concept), before) > 1e-3
     pipe.unload_textual_inversion()
     assert torch.equal(draw(pipe, "a photo of a S and a dog", concept=concept), plain)
 
@@ -143,9 +144,9 @@ def test_clip_skip_is_read_as_without_a_concept(model_folder):
 
 
 def test_negative_prompt_is_its_embeddings(pipe, concept):
-    expected = draw(pipe, concept=concept, negative_prompt="a red critter")
+    expected = draw(pipe, concept=concept, negative_prompt="a red mug")
     ids = pipe.tokenizer(
-        "a red critter", padding="max_length", max_length=tiny.TEXT_LENGTH, return_tensors="pt"
+        "a red mug", padding="max_length", max_length=tiny.TEXT_LENGTH, return_tensors="pt"
     )["input_ids"]
     with torch.no_grad():
         negative = pipe.text_encoder(ids).last_hidden_state
@@ -321,6 +322,6 @@ COMPATIBLES = [
 def test_every_scheduler_of_diffusers_draws(pipe, concept, name):
     (scheduler,) = (cls for cls in pipe.scheduler.compatibles if cls.__name__ == name)
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
-    options = {"seed": [7, 7], "num_images_per_prompt": 2, "num_inference_steps": 4}
+    options = {"seed": None, "num_images_per_prompt": 2, "num_inference_steps": 4}
     a, b = draw(pipe, concept=concept, generator=torch.Generator().manual_seed(0), **options)
     assert torch.isfinite(a).all() and torch.isfinite(b).all()

@@ -53,7 +53,7 @@ def test_projections_run_at_each_step_where_the_text_may_change(pipe, concept):
     [
         {},
         {"guidance_scale": 1.0},
-        {"negative_prompt": "a red critter"},
+        {"negative_prompt": "a red mug"},
         {"num_images_per_prompt": 2, "seed": [7, 8]},
         {"words": "all", "lambda_": 0.3},
         {"lambda_": 0.0},
@@ -115,7 +115,7 @@ def test_each_change_shows_in_the_next_picture(pipe, concept):
         draw(pipe, concept=other),
         draw(pipe, "close-up of a S", concept=concept),
         draw(pipe, concept=concept, lambda_=0.2),
-        draw(pipe, concept=concept, negative_prompt="a critter"),
+        draw(pipe, concept=concept, negative_prompt="a mug"),
     ]
     with torch.no_grad():
         for mapper, name in ((pipe.global_mapper, "to_k"), (pipe.local_mapper, "to_v")):

@@ -1,49 +1,38 @@
 """Masks by GrabCut: what it starts from, what it finds, and where it says that it cannot."""
 
-from dataclasses import replace
+import time
+from contextlib import suppress
 
 import cv2
 import numpy as np
 import pytest
 
-from elite.masks import Box, centred_prior, grab_cut, prior_of_box, without_specks
+from elite.masks import (
+    Box,
+    centred_prior,
+    find_object,
+    grab_cut,
+    prior_of_box,
+    without_specks,
+)
 from small_world import masks
 from small_world.render import Pose, draw
-from small_world.world import Body, Critter
+from small_world.world import Thing
 
-CRITTER = Critter(
-    body="round",
-    numbers=Body(),
-    pattern="solid",
-    angle=0.0,
-    colour="purple",
-    second=None,
-    trim=None,
-    head="none",
-    top="none",
-    eyes="two eyes",
-    mouth="smile",
-    side="none",
-    bottom="none",
-    tail="none",
-)
+HEART = Thing("heart", "solid", "purple", None)
 
 
 def render(
-    x: float = 0.5,
-    y: float = 0.5,
-    half_width: float = 0.32,
-    size: int = 96,
-    critter: Critter = CRITTER,
+    x: float = 0.5, y: float = 0.5, half_width: float = 0.32, size: int = 96, thing: Thing = HEART
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A critter on snow, uint8 (H, W, 3), and its true mask, bool (H, W)."""
+    """A thing on wood, uint8 (H, W, 3), and its true mask, bool (H, W)."""
     rng = np.random.default_rng(0)
-    image, mask = draw(critter, "snow", rng, size, Pose(x, y, half_width, 5, False))
+    image, mask = draw(thing, "table", rng, size, Pose(x, y, half_width, 5, False))
     return image, mask > 0
 
 
 def overlap(one: np.ndarray, other: np.ndarray) -> float:
-    """Intersection over union. At 96 px half covered pixels cost 3 to 4 points."""
+    """Intersection over union."""
     return float((one & other).sum() / (one | other).sum())
 
 
@@ -98,13 +87,13 @@ def test_centred_prior_has_object_in_the_middle_and_background_at_the_border(hei
 
 def test_object_in_the_middle_is_found_without_a_box():
     image, mask = render()
-    assert overlap(grab_cut(image, centred_prior(*mask.shape)), mask) > 0.95
+    assert overlap(grab_cut(image, centred_prior(*mask.shape)), mask) > 0.97
 
 
-def test_hole_in_a_handle_is_no_object():
-    image, mask = render(size=256, critter=replace(CRITTER, side="handle", trim="yellow"))
+def test_hole_of_a_mug_is_no_object():
+    image, mask = render(thing=Thing("mug", "solid", "blue", None))
     found = grab_cut(image, centred_prior(*mask.shape))
-    assert overlap(found, mask) > 0.95
+    assert overlap(found, mask) > 0.97
     holes = cv2.connectedComponents((~found).astype(np.uint8), connectivity=4)[0] - 1
     assert holes == 2, "the background, and the one in the handle"
 
@@ -113,7 +102,7 @@ def test_object_at_the_border_needs_a_box():
     image, mask = render(x=0.2, y=0.2, half_width=0.15)
     with pytest.raises(ValueError, match="give it a box"):
         grab_cut(image, centred_prior(*mask.shape))
-    assert overlap(grab_cut(image, prior_of_box(*mask.shape, around(mask))), mask) > 0.95
+    assert overlap(grab_cut(image, prior_of_box(*mask.shape, around(mask))), mask) > 0.97
 
 
 def test_large_pictures_keep_their_size_and_find_the_same(monkeypatch):
@@ -124,8 +113,22 @@ def test_large_pictures_keep_their_size_and_find_the_same(monkeypatch):
     assert overlap(found, mask[:150]) > 0.95
 
 
+@pytest.mark.parametrize("grain", [16, 100, 400])
+def test_a_picture_takes_two_seconds_at_most(grain):
+    """Colours that are alike on both sides are the slow ones: 10 to 18 s before they were read at
+    320 px."""
+    image, _ = render(size=1024)
+    texture = np.random.default_rng(0).normal(90, 60, (grain, grain, 3))
+    texture = cv2.resize(texture, (1024, 1024), interpolation=cv2.INTER_CUBIC)
+    image = (0.4 * image + texture).clip(0, 255).astype(np.uint8)
+    begin = time.process_time()
+    with suppress(ValueError):  # where nothing can be found
+        find_object(image)
+    assert time.process_time() - begin < 2
+
+
 def test_same_picture_same_mask():
-    image, mask = render(critter=replace(CRITTER, pattern="striped", second="red"))
+    image, mask = render(thing=Thing("umbrella", "striped", "blue", "red"))
     noisy = np.random.default_rng(1).normal(image, 30).clip(0, 255).astype(np.uint8)
     found = set()
     for seed in range(6):  # other draws would give other colour models here
@@ -145,10 +148,10 @@ def test_small_parts_are_dropped_and_large_ones_kept():
 
 
 def test_speck_of_the_objects_colour_is_no_object():
-    image, mask = render(half_width=0.22)
-    image[71:74, 71:74] = image[60, 48]
-    assert not mask[67:77, 67:77].any()
-    assert not grab_cut(image, centred_prior(*mask.shape))[67:77, 67:77].any()
+    image, mask = render(half_width=0.25)
+    image[70:73, 70:73] = image[48, 48]
+    assert not mask[65:75, 65:75].any()
+    assert not grab_cut(image, centred_prior(*mask.shape))[65:75, 65:75].any()
 
 
 # --- what it cannot find --------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def subject(tmp_path):
     mask.paste(255, (2, 0, 4, 4))
     mask.save(tmp_path / "0_bg.png")
     paths = (tmp_path / "0.png", tmp_path / "1.png")
-    return Subject("critter", "green", pair_of(paths[0]), paths)
+    return Subject("thing", "green", pair_of(paths[0]), paths)
 
 
 # --- cosines by hand ------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def noise(width, height, seed=0):
 @torch.no_grad()
 def test_clip_cosines_are_those_of_the_model_itself(clip_folder):
     """logits_per_image of transformers' CLIPModel are the cosines times its temperature."""
-    clip, picture, text = Clip(clip_folder), noise(32, 32), "a red critter on the grass"
+    clip, picture, text = Clip(clip_folder), noise(32, 32), "a red mug on the grass"
     model = CLIPModel.from_pretrained(clip_folder).eval()
     pixels = torch.tensor(np.asarray(picture) / 255, dtype=torch.float32).permute(2, 0, 1)
     pixels = (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[
@@ -144,10 +144,10 @@ def test_clip_cosines_are_those_of_the_model_itself(clip_folder):
 
 
 def test_texts_of_a_batch_are_those_of_single_calls(clip_folder):
-    clip, texts = Clip(clip_folder), ["a critter", "a blue and yellow striped critter on the grass"]
+    clip, texts = Clip(clip_folder), ["a mug", "a blue and yellow striped mug on the grass"]
     alone = torch.cat([clip.texts([text]) for text in texts])
     assert torch.allclose(clip.texts(texts), alone, atol=1e-6)
-    assert clip.texts(["a critter " * 40]).shape == (1, 8)  # longer texts are cut
+    assert clip.texts(["a mug " * 40]).shape == (1, 8)  # longer texts are cut
 
 
 @torch.no_grad()
@@ -205,11 +205,11 @@ def test_subjects_with_more_pictures_weigh_more():
 
 def test_summary_leaves_out_what_does_not_apply():
     rows = [
-        {"subject": "a", "prompt": "a {}", "seed": 1, "body": 1.0, "second": None},
-        {"subject": "b", "prompt": "a {}", "seed": 1, "body": 0.0, "second": 1.0},
+        {"subject": "a", "prompt": "a {}", "seed": 1, "shape": 1.0, "second": None},
+        {"subject": "b", "prompt": "a {}", "seed": 1, "shape": 0.0, "second": 1.0},
     ]
     summary = summarise(rows)
-    assert summary["body"]["mean"] == 0.5 and summary["body"]["pictures"] == 2
+    assert summary["shape"]["mean"] == 0.5 and summary["shape"]["pictures"] == 2
     assert summary["second"] == {"mean": 1.0, "interval": [1.0, 1.0], "pictures": 1}
     assert "| second | 1.0000 | 1.0000 to 1.0000 | 1 | 2 |" in markdown(summary, 2)
     assert summarise([]) == {}

@@ -15,6 +15,7 @@ from tests.conftest import REPOSITORY
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python-headless", "yaml": "pyyaml"}
+TAKEN_IF_THERE = {"pillow_heif"}
 IMPORTED_BY_OTHERS = {"scipy", "tensorboard"}  # diffusers' LMS, torch's SummaryWriter
 
 
@@ -42,7 +43,7 @@ def imported_by_elite() -> set[str]:
 
 def test_dependencies_are_what_the_package_imports():
     needed = versions(PROJECT["dependencies"], ">=").keys()
-    assert imported_by_elite() | IMPORTED_BY_OTHERS == needed
+    assert imported_by_elite() | IMPORTED_BY_OTHERS == needed | TAKEN_IF_THERE
 
 
 def test_the_tested_versions_are_allowed():
@@ -74,7 +75,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(installed):
     (about,) = installed.glob("*.dist-info/METADATA")
     text = about.read_text(encoding="utf-8")
     assert f"Version: {PROJECT['version']}\n" in text and "License-Expression: Apache-2.0" in text
-    assert len(re.findall(r"Requires-Dist: (?!peft|gradio)", text)) == len(PROJECT["dependencies"])
+    needed = re.findall(r"Requires-Dist: (?!peft|pillow-heif|gradio)", text)
+    assert len(needed) == len(PROJECT["dependencies"])
 
 
 def test_the_wheel_draws_away_from_the_checkout(installed, tmp_path):
@@ -83,7 +85,7 @@ def test_the_wheel_draws_away_from_the_checkout(installed, tmp_path):
         "import elite\n"
         "assert elite.__file__.startswith(sys.argv[1]), elite.__file__\n"
         "pipe = elite.ElitePipeline.from_stable_diffusion(sys.argv[2])\n"
-        "print(pipe('a critter', num_inference_steps=1, seed=0).images[0].size)\n"
+        "print(pipe('a mug', num_inference_steps=1, seed=0).images[0].size)\n"
     )
     model = REPOSITORY / "checkpoints" / "small_world"
     run = [sys.executable, "-c", code, str(installed), str(model)]

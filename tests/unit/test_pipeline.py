@@ -16,6 +16,7 @@ from elite.loading import SCHEDULERS, load_parts, make_scheduler
 from elite.named_concepts import pick_words
 from elite.settings import SAMPLERS
 from elite.text import encode_text
+from elite.wording import Note
 from tests import tiny
 from tests.conftest import make_pipe
 from tests.tiny import STEPS, draw, relative
@@ -28,6 +29,14 @@ BATCH_TOLERANCE = 1e-4
 @pytest.fixture
 def concepts(pipe) -> list[Concept]:
     return [pipe.encode_concept(*tiny.picture(seed)) for seed in (1, 2, 3)]
+
+
+def test_a_mask_that_is_all_object_gets_a_hint(pipe, recwarn):
+    image, mask = tiny.picture(0)
+    pipe.encode_concept(image, mask)
+    assert not recwarn.list
+    with pytest.warns(Note, match="corgi: every pixel is object"):
+        pipe.encode_concept(image, np.ones_like(mask), name="corgi")
 
 
 # --- beside other pipelines -----------------------------------------------------------------------
@@ -364,6 +373,44 @@ def test_images_and_arrays_are_the_same_concept(pipe, concept):
         assert torch.equal(again.feature_tokens, concept.feature_tokens)
 
 
+def test_files_and_masks_of_three_channels_are_the_same_concept(pipe, concept, pairs, tmp_path):
+    image, mask = tiny.picture(0)
+    concept.save(path := tmp_path / "x.safetensors")
+    again = [
+        pipe.encode_concept(pairs / "pair0.png", str(pairs / "pair0_bg.png")),
+        pipe.encode_concept(image, mask[..., None].repeat(3, axis=2).astype(np.uint8) * 255),
+    ]
+    assert all(torch.equal(one.words, concept.words) for one in again)
+    drawn = draw(pipe, concept=concept, regions={"S": mask})
+    region = str(pairs / "pair0_bg.png")
+    assert torch.equal(draw(pipe, concept=path, regions={"S": region}), drawn)
+    assert torch.equal(draw(pipe, concepts={"S": [str(path)]}, regions={"S": mask}), drawn)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda image: image / 255.0, r"image is float64 of shape \(40, 40, 3\); expected a path"),
+        (lambda image: image[..., [0, 1, 2, 0]], r"image is uint8 of shape \(40, 40, 4\)"),
+        (lambda image: image[..., 0], r"image is uint8 of shape \(40, 40\); .* uint8 of shape"),
+        (lambda image: None, r"image is object of shape \(\)"),
+    ],
+)
+def test_arrays_that_are_no_pictures_are_refused(pipe, change, message):
+    image, mask = tiny.picture(0)
+    with pytest.raises(ValueError, match=message):
+        pipe.encode_concept(change(image), mask)
+
+
+@pytest.mark.parametrize("shape", [(40,), (40, 40, 2), (1, 40, 40, 3), (0, 40)])
+def test_arrays_that_are_no_masks_are_refused(pipe, concept, shape):
+    with pytest.raises(ValueError, match=r"corgi is float64 of shape \(.*expected a path"):
+        pipe.encode_concept(tiny.picture(0)[0], np.ones(shape), name="corgi")
+    assert "region of S is" in complaint(
+        pipe, "a S", concept=concept, regions={"S": np.ones(shape)}
+    )
+
+
 def test_masked_out_patches_are_zero_tokens(concept):
     """The rectangle of the picture covers the middle 2 x 2 of 4 x 4 patches."""
     alive = concept.feature_tokens[0].abs().sum(dim=1).reshape(4, 4) > 0
@@ -416,3 +463,54 @@ def test_wrong_prompts_and_counts_are_refused(pipe, concept, concepts):
     )
     assert "2 seeds for 3 pictures" in complaint(pipe, PROMPTS, concept=concepts, seed=[1, 2])
     assert "word 3 does not exist" in complaint(pipe, "a S", concept=concept, words=3)
+    assert "word ALL does not exist" in complaint(pipe, "a S", concept=concept, words="ALL")
+    assert "concept is 5; expected" in complaint(pipe, "a S", concept=5)
+    assert "concepts are [1]; expected" in complaint(pipe, "a S", concepts=[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lamda_", "lamda_: unknown argument; did you mean lambda_?"),
+        ("guidance", "guidance: unknown argument; did you mean guidance_scale?"),
+        ("callbacks", "callbacks: unknown argument; did you mean callback?"),
+        ("xyzzy", "xyzzy: unknown argument"),
+        ("kwargs", "kwargs: unknown argument"),
+        (
+            "ip_adapter_image",
+            "ip_adapter_image: not taken; pass what encode_concept makes of it",
+        ),
+    ],
+)
+def test_unknown_arguments_are_refused(pipe, concept, name, message):
+    """Diffusers' **kwargs swallow them."""
+    assert complaint(pipe, "a S", concept=concept, **{name: 0.3}) == message
+
+
+def test_unknown_arguments_of_condition_are_refused(pipe, concept):
+    with pytest.raises(ValueError, match=r"lamda_: unknown argument; did you mean lambda_\?"):
+        pipe.condition("a S", concept=concept, lamda_=0.3)
+
+
+def test_one_seed_counts_up_through_the_pictures_of_a_prompt(pipe, concept):
+    prompts = ["a S", "a photo of a S"]
+    several = {"concept": concept, "num_images_per_prompt": 2}
+    first, second, *others = draw(pipe, prompts, **several, seed=np.int64(3))
+    assert relative(first, second) > 0.1
+    assert torch.equal(
+        torch.stack([first, second, *others]), draw(pipe, prompts, **several, seed=[3, 4, 3, 4])
+    )
+    alone = draw(pipe, "a S", concept=concept, seed=torch.tensor(4))[0]
+    assert relative(second, alone) < BATCH_TOLERANCE
+
+
+@pytest.mark.parametrize("other", ["generator", "latents"])
+def test_a_seed_beside_other_noise_is_refused(pipe, concept, other):
+    given = {"generator": torch.Generator(), "latents": torch.zeros(1, 4, 16, 16)}[other]
+    message = complaint(pipe, "a S", concept=concept, **{other: given})
+    assert message == f"seed and {other} are both given; leave one of them out"
+
+
+@pytest.mark.parametrize("seed", [1.5, "one", [None], 2**70])
+def test_seeds_that_are_none_are_refused(pipe, concept, seed):
+    assert "expected whole numbers" in complaint(pipe, "a S", concept=concept, seed=seed)

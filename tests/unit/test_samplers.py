@@ -12,11 +12,11 @@ from small_world.samplers import Sampler, evaluated, fewest, markdown
 
 
 def sampler(
-    name: str, steps: int, body: float, scene: float, differences: tuple[float, ...] = (1.0, 3.0)
+    name: str, steps: int, shape: float, scene: float, differences: tuple[float, ...] = (1.0, 3.0)
 ) -> Sampler:
     scores = {
         metric: {"mean": mean, "interval": [mean - 0.05, mean + 0.05]}
-        for metric, mean in (("body", body), ("scene", scene))
+        for metric, mean in (("shape", shape), ("scene", scene))
     }
     return Sampler(name, steps, scores, np.array(differences))
 
@@ -25,11 +25,11 @@ REFERENCE = sampler("lms", 100, 0.70, 0.90)
 
 
 @pytest.mark.parametrize(
-    ("body", "scene", "good"),
+    ("shape", "scene", "good"),
     [(0.70, 0.90, True), (0.66, 0.86, True), (0.64, 0.95, False), (0.90, 0.84, False)],
 )
-def test_as_good_in_every_metric(body, scene, good):
-    assert sampler("dpm++", 10, body, scene).as_good_as(REFERENCE) is good
+def test_as_good_in_every_metric(shape, scene, good):
+    assert sampler("dpm++", 10, shape, scene).as_good_as(REFERENCE) is good
 
 
 def test_a_single_far_picture_is_not_as_good():
@@ -39,10 +39,10 @@ def test_a_single_far_picture_is_not_as_good():
 
 def test_differences_of_pictures(tmp_path):
     for folder, value in (("lms_100", 100), ("dpm++_8", 92)):
-        (tmp_path / folder / "heart").mkdir(parents=True)
+        (tmp_path / folder / "mug").mkdir(parents=True)
         picture = np.full((4, 4, 3), 100, dtype=np.uint8)
         picture[:2] = value
-        Image.fromarray(picture).save(tmp_path / folder / "heart" / "00_00042.png")
+        Image.fromarray(picture).save(tmp_path / folder / "mug" / "00_00042.png")
     found = samplers.picture_differences(tmp_path / "dpm++_8", tmp_path / "lms_100")
     assert found.tolist() == [4.0]
 

@@ -1,393 +1,416 @@
-"""Small world: what is held out, what is said, what is drawn."""
+"""Small world: what is held out, what is drawn, what the data writer leaves, how judging counts."""
 
-from collections import Counter
-from dataclasses import replace
-from itertools import combinations
+import csv
+import json
+from functools import partial
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import torch
 
-from elite.open_images import PHOTO_TEMPLATES
-from small_world import render
-from small_world.captions import (
-    BARE,
-    CLASS_WORD,
-    describe,
-    fill,
-    place,
-    random_noun,
-    random_template,
-    with_article,
+from data_scripts import make_small_world as writer
+from elite.data import PairFolder
+from elite.images import read_image, read_mask
+from elite.open_images import OpenImagesBoxes, OpenImagesMasks, load_mask_boxes
+from small_world.classifier import JUDGED, Judge, JudgeObjective, disturbed, load_judge
+from small_world.models import build_clip
+from small_world.objectives import ImageEncoderObjective
+from small_world.pretrain import recoloured, token_ids
+from small_world.render import Pose, draw, draw_scene
+from small_world.samples import labels
+from small_world.score import (
+    KINDS,
+    Row,
+    draw_concepts,
+    draw_prompts,
+    draw_renders,
+    load_pipelines,
+    make_cases,
+    markdown,
+    score_model,
+    score_rows,
+    verdicts,
+    wilson,
 )
-from small_world.render import LINE, Pose, draw, draw_scene
-from small_world.tokenizer import MAX_LENGTH, build_tokenizer, world_words
+from small_world.tokenizer import build_tokenizer, world_words
 from small_world.world import (
-    ATTRIBUTES,
+    ALL_SHAPES,
     COLOURS,
-    FAMILIES,
-    HELD_OUT_INTERVALS,
-    HELD_OUT_KINDS,
-    PARTS,
-    POOLS,
     SCENES,
-    Body,
-    Critter,
-    has_trim,
-    is_held_out,
-    labels,
-    random_critter,
-    unseen_kinds,
+    SHAPES,
+    UNSEEN_SHAPES,
+    Thing,
+    held_out,
+    things,
+    unseen_things,
 )
+from tests.tiny import save_mappers, save_model_folder
 
-PLAIN = Critter(
-    body="round",
-    numbers=Body(aspect=1.1),
-    pattern="dotted",
-    angle=0.0,
-    colour="red",
-    second="white",
-    trim="blue",
-    head="none",
-    top="cat ears",
-    eyes="two eyes",
-    mouth="smile",
-    side="arms",
-    bottom="two legs",
-    tail="long tail",
-)
-POSE = Pose(0.5, 0.5, 0.4, 5, mirrored=True)
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED_JUDGE = ROOT / "checkpoints" / "small_world_judge"
 
 
-@pytest.fixture(scope="module")
-def critters() -> dict[str, list[Critter]]:
-    """A thousand of each pool."""
-    found = {}
-    for number, pool in enumerate(POOLS):
-        rng = np.random.default_rng(number)
-        found[pool] = [random_critter(rng, pool) for _ in range(1000)]
-    return found
+# --- the world ------------------------------------------------------------------------------------
 
 
-# --- what is held out -----------------------------------------------------------------------------
+def test_every_thing_is_either_trained_or_held_out():
+    trained, kept = things(held_out_only=False), things(held_out_only=True)
+    combinations = 8 * 8 + 2 * 8 * 8 * 7
+    assert len({*trained, *kept}) == len(trained) + len(kept) == combinations
+    assert not any(map(held_out, trained)) and all(map(held_out, kept))
+    assert 0.1 < len(kept) / combinations < 0.25
 
 
-def inside(value: float, interval: str) -> bool:
-    low, high = HELD_OUT_INTERVALS[interval]
-    return low <= value <= high
+@pytest.mark.parametrize("held_out_only", [True, False])
+def test_each_shape_and_colour_is_in_both_halves(held_out_only):
+    pool = things(held_out_only)
+    assert {thing.shape for thing in pool} == set(SHAPES)
+    assert {thing.colour for thing in pool} == set(COLOURS)
 
 
-def test_nothing_held_out_is_trained(critters):
-    for critter in critters["trained"]:
-        assert not is_held_out(critter) and not unseen_kinds(critter)
-        assert not inside(critter.angle % 90, "angle")
-        assert critter.body is None or not inside(critter.numbers.aspect, "aspect")
+def test_nothing_is_trained_on_unseen_silhouettes():
+    pool = unseen_things()
+    assert {thing.shape for thing in pool} == set(UNSEEN_SHAPES)
+    assert not {*pool} & {*things(False), *things(True)}
+    assert not set(UNSEEN_SHAPES) & set(world_words())
 
 
-def test_the_intervals_are_drawn_where_they_may_be(critters):
-    """So that the test above has something to miss."""
-    for pool in ("combinations", "kinds", "any"):
-        assert any(inside(critter.angle % 90, "angle") for critter in critters[pool])
-        assert any(inside(critter.numbers.aspect, "aspect") for critter in critters[pool])
+def test_words_name_both_colours():
+    assert Thing("mug", "solid", "red").words == "red mug"
+    assert Thing("mug", "striped", "blue", "yellow").words == "blue and yellow striped mug"
 
 
-def test_one_combination_in_six_is_held_out(critters):
-    known = [critter for critter in critters["any"] if not unseen_kinds(critter)]
-    # 3.7 points are three deviations of these few; the hash itself gives 17.
-    assert 0.13 < np.mean([is_held_out(critter) for critter in known]) < 0.21
-    assert all(is_held_out(critter) for critter in critters["combinations"])
-    assert not any(unseen_kinds(critter) for critter in critters["combinations"])
-
-
-def test_every_trained_kind_appears_and_no_other(critters):
-    for pool in ("trained", "combinations"):
-        for name, kinds in ATTRIBUTES.items():
-            if name != "scene":
-                seen = {getattr(critter, name) for critter in critters[pool]} - {None}
-                assert seen == set(kinds) - set(HELD_OUT_KINDS.get(name, ())), (pool, name)
-
-
-def test_new_kinds_come_one_at_a_time_and_all_of_them(critters):
-    found = Counter()
-    for critter in critters["kinds"]:
-        (name,) = unseen_kinds(critter)
-        found[name, getattr(critter, name)] += 1
-    assert found.keys() == {
-        (name, kind) for name, kinds in HELD_OUT_KINDS.items() for kind in kinds
-    }
-    assert min(found.values()) > 60
-    rng = np.random.default_rng(0)
-    asked = [random_critter(rng, "kinds", "tail") for _ in range(20)]
-    assert {critter.tail for critter in asked} == set(HELD_OUT_KINDS["tail"])
-
-
-def test_any_kind_may_be_judged(critters):
-    for name, kinds in ATTRIBUTES.items():
-        if name != "scene":
-            assert {getattr(critter, name) for critter in critters["any"]} >= set(kinds), name
-
-
-def test_bodies_of_new_kinds_have_the_numbers_of_their_family(critters):
-    for critter in critters["kinds"]:
-        assert (critter.numbers.exponent < 1.2) == (critter.body == "diamond")
-        assert (critter.numbers.waist > 0.4) == (critter.body == "peanut")
-
-
-def test_blends_never_look_like_a_held_out_body(critters):
-    """A diamond has an exponent of 1 or four middling lobes, a peanut a waist."""
-    blends = [critter.numbers for critter in critters["trained"] if critter.body is None]
-    assert 0.1 < len(blends) / 1000 < 0.2
-    assert min(numbers.exponent for numbers in blends) > 1.5
-    assert max(numbers.waist for numbers in blends) < 0.3
-    assert min(numbers.lobes for numbers in blends) >= 5
-    assert all(critter.body for pool in ("combinations", "kinds") for critter in critters[pool])
-
-
-def test_unknown_pool_is_named():
-    with pytest.raises(ValueError, match="pool 'test': expected one of trained, combinations"):
-        random_critter(np.random.default_rng(0), "test")
-
-
-# --- labels ---------------------------------------------------------------------------------------
-
-
-def test_labels_number_the_kinds(critters):
-    for critter in critters["any"][:200]:
-        numbers = labels(critter, "moon")
-        for (name, kinds), number in zip(ATTRIBUTES.items(), numbers, strict=True):
-            kind = "moon" if name == "scene" else getattr(critter, name)
-            assert number == -1 if kind is None else kinds[number] == kind
-
-
-def test_labels_are_minus_one_where_there_is_nothing_to_see():
-    def nothing(critter: Critter, scene: str | None) -> set[str]:
-        return {n for n, x in zip(ATTRIBUTES, labels(critter, scene), strict=True) if x == -1}
-
-    assert nothing(PLAIN, "snow") == set()
-    assert nothing(PLAIN, None) == {"scene"}
-    bare = replace(PLAIN, body=None, pattern="solid", second=None, trim=None)
-    assert nothing(bare, "snow") == {"body", "second", "trim"}
-
-
-def test_solid_critters_have_no_second_colour(critters):
-    for critter in critters["any"]:
-        assert (critter.second is None) == (critter.pattern == "solid")
-        colours = [c for c in (critter.colour, critter.second, critter.trim) if c is not None]
-        assert len(set(colours)) == len(colours)
-
-
-# --- what is said ---------------------------------------------------------------------------------
-
-
-def phrases(noun: str) -> tuple[list[str], list[str]]:
-    """The words up to 'critter', and the parts without articles."""
-    before, _, after = noun.partition(f"{CLASS_WORD} with ")
-    listed = after.replace(" and ", ", ").split(", ") if after else []
-    words = before.removesuffix(CLASS_WORD).replace(" and ", " ").split()
-    return words, [phrase.removeprefix("a ").removeprefix("an ") for phrase in listed]
-
-
-def without_trim(phrase: str, critter: Critter) -> str:
-    return " ".join(word for word in phrase.split() if word != critter.trim)
-
-
-def test_a_description_names_every_part_and_no_other(critters):
-    for critter in critters["any"]:
-        words, parts = phrases(describe(critter))
-        adjectives = [critter.colour, critter.second, critter.pattern, critter.body]
-        assert words == [w for w in adjectives if w not in (None, "solid")]
-        shown = [getattr(critter, name) for name in PARTS if getattr(critter, name) != "none"]
-        assert [without_trim(phrase, critter) for phrase in parts] == shown
-        coloured = [phrase for phrase in parts if critter.trim in phrase.split()]
-        assert len(coloured) == (critter.trim is not None)
-
-
-def test_descriptions():
-    assert describe(PLAIN) == (
-        "red and white dotted round critter with blue cat ears, two eyes, a smile, arms, two legs "
-        "and a long tail"
-    )
-    other = replace(PLAIN, body=None, pattern="solid", second=None, trim="green", head="round head")
-    other = replace(other, top="leaf", eyes="one eye", mouth="open mouth", side="none")
-    other = replace(other, bottom="four legs", tail="none")
-    assert describe(other) == (
-        "red critter with a round head, a leaf, one eye, an open mouth and four green legs"
-    )
-
-
-def test_random_nouns_never_name_what_is_not_there(critters):
-    rng = np.random.default_rng(0)
-    for critter in critters["any"]:
-        words, parts = phrases(random_noun(critter, rng))
-        assert set(words) <= {critter.colour, critter.second, critter.pattern, critter.body}
-        there = [getattr(critter, name) for name in PARTS]
-        assert {without_trim(phrase, critter) for phrase in parts} <= set(there) - {"none"}
-        shown = len(there) - there.count("none")
-        assert len(parts) < 3 or len(parts) == shown, "three parts are complete"
-
-
-def test_random_nouns_vary_in_detail_and_order():
-    rng = np.random.default_rng(0)
-    nouns = [random_noun(PLAIN, rng) for _ in range(1000)]
-    counts = Counter(nouns)
-    assert BARE - 0.03 < counts[CLASS_WORD] / 1000 < BARE + 0.05  # some come to no more by chance
-    assert len(counts) > 300
-    assert {len(phrases(noun)[1]) for noun in nouns} == {0, 2, 6}
-    assert {len(phrases(noun)[0]) for noun in nouns} == {0, 1, 2, 3, 4}
-
-
-def test_articles():
-    assert with_article("red critter") == "a red critter"
-    assert with_article("orange critter") == "an orange critter"
-    assert fill("a {}", "orange critter") == "an orange critter"
-    assert fill("a photo of the {} at night", "orange critter") == (
-        "a photo of the orange critter at night"
-    )
-    assert fill("a photo of a {}", "orange critter") == "a photo of an orange critter"
-
-
-def test_templates_hold_the_noun_once():
-    rng = np.random.default_rng(0)
-    templates = {random_template(rng) for _ in range(500)}
-    assert "a {}" in templates and len(templates) > 20
-    assert all(text.count("{}") == 1 for text in templates)
-    assert place(None) == "" and {place(scene) for scene in SCENES} == {
-        f" {words}" for words in SCENES.values()
-    }
-
-
-def test_every_word_of_the_world_is_one_token(critters):
+def test_every_word_of_the_world_is_one_token():
     tokenizer = build_tokenizer()
-    for word in [*world_words(), "S", ","]:
+    for word in [*world_words(), "S"]:
         assert len(tokenizer(word).input_ids) == 3, word  # start, word, end
-    said = {word for critter in critters["trained"] for word in describe(critter).split()}
-    assert {word.strip(",") for word in said} <= set(world_words())
-
-
-def test_words_of_held_out_kinds_are_no_words_of_the_world():
-    words = set(world_words())
-    for name, kinds in HELD_OUT_KINDS.items():
-        trained = {w for kind in ATTRIBUTES[name] if kind not in kinds for w in kind.split()}
-        for kind in kinds:
-            own = set(kind.split()) - trained
-            assert own and not own & words, kind
-
-
-def test_the_longest_caption_is_read_whole(critters):
-    tokenizer = build_tokenizer()
-
-    def longest(texts) -> str:
-        return max(texts, key=lambda text: len(tokenizer(text).input_ids))
-
-    noun = longest(describe(critter) for critter in critters["trained"])
-    templates = [*PHOTO_TEMPLATES, "a far away photo of a {}", "close up photo of a {}"]
-    caption = fill(longest(templates), noun) + longest(map(place, SCENES))
-    assert 40 < len(tokenizer(caption).input_ids) <= MAX_LENGTH, caption
 
 
 # --- drawing --------------------------------------------------------------------------------------
 
-
-def on_magenta(monkeypatch) -> None:
-    magenta = np.array((255, 0, 255), np.uint8)
-    monkeypatch.setattr(
-        render, "draw_scene", lambda scene, rng, size: np.tile(magenta, (size, size, 1))
-    )
+POSE = Pose(0.5, 0.5, 0.4, 5, mirrored=True)
 
 
-def test_mask_covers_all_that_differs_from_the_scene(critters, monkeypatch):
-    on_magenta(monkeypatch)
-    for number, critter in enumerate(critters["any"][:60]):
-        image, mask = draw(critter, "grass", np.random.default_rng(number), 96)
-        changed = np.abs(image.astype(int) - (255, 0, 255)).max(axis=2) > 10
-        edge = cv2.dilate(mask, np.ones((3, 3), np.uint8))  # half covered pixels are mixed
-        assert set(np.unique(mask)) == {0, 255} and mask.mean() > 255 * 0.08
-        assert not changed[edge == 0].any()
-        assert changed[mask > 0].all()
-
-
-def test_critters_lie_inside_the_picture(critters, monkeypatch):
-    """Each at half its size in the middle of a larger picture, where nothing is cut off: no more
-    than its outline leaves the frame."""
-    on_magenta(monkeypatch)
-    size = 128
-    line = round(size * LINE)
-    middle = slice(size // 4 - line - 1, 3 * size // 4 + line + 1)
-    for number, critter in enumerate(critters["any"][:60]):
-        pose = Pose.random(np.random.default_rng(number))
-        assert 0.62 <= 2 * pose.half <= 0.95
-        smaller = replace(pose, x=0.25 + pose.x / 2, y=0.25 + pose.y / 2, half=pose.half / 2)
-        _, mask = draw(critter, "grass", np.random.default_rng(number), size, smaller)
-        assert mask.any() and mask[middle, middle].sum() == mask.sum()
-
-
-def test_the_longer_side_is_that_of_the_pose():
-    for half in (0.3, 0.45):
-        _, mask = draw(PLAIN, "grass", np.random.default_rng(0), 200, replace(POSE, half=half))
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        longer = max(np.ptp(rows), np.ptp(columns)) + 1
-        assert longer == pytest.approx(2 * half * 200, abs=3 * 200 * LINE)
+@pytest.mark.parametrize("shape", ALL_SHAPES)
+def test_mask_covers_all_that_differs_from_the_scene(shape):
+    image, mask = draw(Thing(shape, "solid", "red"), "grass", np.random.default_rng(3), 64, POSE)
+    scene = draw_scene("grass", np.random.default_rng(3), 64)
+    changed = (image != scene).any(axis=2)
+    assert changed.sum() > 300
+    assert not changed[mask == 0].any()
+    assert changed[mask > 0].mean() > 0.9
+    assert set(np.unique(mask)) == {0, 255}
 
 
 @pytest.mark.parametrize(("pattern", "second"), [("solid", None), ("striped", "white")])
-def test_colours_are_those_of_the_critter(pattern, second):
-    critter = replace(PLAIN, pattern=pattern, second=second, trim="green")
-    image, mask = draw(critter, "road", np.random.default_rng(0), 128, POSE)
-    inner = image[mask > 0].astype(int)
-    for name, colour in COLOURS.items():
-        near = (np.abs(inner - colour).max(axis=1) <= 35).mean()  # shades, and light from above
-        if name in ("red", "green", second):
-            assert near > 0.05, name
-        elif name not in ("white", "brown"):  # of the eyes; of edges between red and ink
-            assert near < 0.02, name
-
-
-def test_trim_shows_where_it_is_named(critters):
-    """Another trim changes the picture of exactly those critters that have one."""
-    seen = set()
-    for critter in critters["any"][:150]:
-        trims = [colour for colour in COLOURS if colour != critter.colour][:2]
-        one, other = (
-            draw(replace(critter, trim=trim), "snow", np.random.default_rng(1), 64, POSE)[0]
-            for trim in trims
-        )
-        assert (one != other).any() == has_trim(critter) == (critter.trim is not None)
-        seen.add(has_trim(critter))
-    assert seen == {True, False}
-
-
-def middling(family: str) -> Body:
-    return Body(**{name: (low + high) / 2 for name, (low, high) in FAMILIES[family].items()})
-
-
-@pytest.mark.parametrize("name", [name for name in ATTRIBUTES if name != "scene"])
-def test_every_kind_looks_different(name):
-    critter = replace(PLAIN, colour="purple", second="yellow")
-    pictures = {}
-    for kind in ATTRIBUTES[name]:
-        numbers = {"numbers": middling(kind)} if name == "body" else {}
-        drawn = replace(critter, **{name: kind}, **numbers)
-        pictures[kind] = draw(drawn, "grass", np.random.default_rng(2), 64, POSE)[0].astype(int)
-    for one, other in combinations(pictures, 2):
-        differing = np.abs(pictures[one] - pictures[other]).max(axis=2) > 30
-        assert differing.sum() > 20, (one, other)
+def test_colours_are_those_of_the_thing(pattern, second):
+    thing = Thing("star", pattern, "blue", second)
+    image, mask = draw(thing, "road", np.random.default_rng(0), 64, POSE)
+    for name in COLOURS:
+        distance = np.abs(image[mask > 0].astype(int) - COLOURS[name]).max(axis=1)
+        assert ((distance <= 10).mean() > 0.1) == (name in (thing.colour, second)), name
 
 
 def test_drawing_depends_on_the_seed_alone():
+    thing = Thing("mug", "dotted", "pink", "green")
     first, again, other = (
-        draw(PLAIN, "snow", np.random.default_rng(seed), 64) for seed in (1, 1, 2)
+        draw(thing, "snow", np.random.default_rng(seed), 64)[0] for seed in (1, 1, 2)
     )
-    assert (first[0] == again[0]).all() and (first[1] == again[1]).all()
-    assert (first[0] != other[0]).any() and (first[1] != other[1]).any()
-
-
-def test_every_scene_is_another_one():
-    for seed in range(3):
-        pictures = [draw_scene(scene, np.random.default_rng(seed), 32) for scene in SCENES]
-        assert all(picture.shape == (32, 32, 3) for picture in pictures)
-        assert len({picture.tobytes() for picture in pictures}) == len(SCENES) == 12
+    assert (first == again).all() and (first != other).any()
 
 
 def test_unknown_scene_is_named():
-    with pytest.raises(ValueError, match="'teapot'"):
-        draw_scene("teapot", np.random.default_rng(0), 32)
+    with pytest.raises(ValueError, match="'moon'"):
+        draw_scene("moon", np.random.default_rng(0), 32)
+
+
+# --- the data writer ------------------------------------------------------------------------------
+
+COUNT = 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("world") / "open_images"
+    writer.make_open_images(root, COUNT, seed=1, size=256, workers=1)
+    return root
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def test_folder_depends_on_the_seed_and_not_on_the_workers(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "CHUNK", 1)
+    writer.make_open_images(tmp_path / "two", COUNT, seed=1, size=256, workers=2)
+    writer.make_open_images(tmp_path / "other", COUNT, seed=2, size=256, workers=2)
+    assert files_of(tmp_path / "two") == files_of(folder)
+    assert files_of(tmp_path / "other") != files_of(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "two"]  # nothing temporary
+
+
+def test_datasets_read_the_folder(folder):
+    boxes = OpenImagesBoxes(folder, resolution=32, clip_size=64)
+    masks = OpenImagesMasks(folder, resolution=32, clip_size=64, latent_size=8)
+    assert 0 < len(boxes) <= COUNT and 0 < len(masks) <= COUNT
+    for dataset in (boxes, masks):
+        sample = dataset.sample(0, np.random.default_rng(0))
+        assert sample["pixels"].shape == (3, 32, 32)
+
+
+def test_boxes_are_those_of_the_masks(folder):
+    with open(folder / "annotations" / "test-annotations-object-segmentation.csv") as file:
+        rows = {row["MaskPath"]: row for row in csv.DictReader(file)}
+    index = load_mask_boxes(folder / "segs" / "test_bbox_dict.npy")
+    assert len(index) == len(rows) == COUNT
+    for name, top, bottom, left, right in index:
+        mask = read_mask(folder / "segs" / "test" / name)
+        assert mask[top:bottom, left:right].sum() == mask.sum() > 0
+        row = rows[name]
+        box = [float(row[f"Box{side}"]) * 256 for side in ("XMin", "XMax", "YMin", "YMax")]
+        assert np.allclose(box, (left, right, top, bottom), atol=1e-3)
+        assert read_image(folder / "images" / "test" / f"{row['ImageID']}.jpg").shape[:2] == (
+            256,
+            256,
+        )
+
+
+def test_only_things_that_may_be_trained_on_are_drawn(tmp_path, monkeypatch):
+    drawn = []
+
+    def noting(thing, *args):
+        drawn.append(thing)
+        return draw(thing, *args)
+
+    monkeypatch.setattr(writer, "draw", noting)
+    for folder in ("images/test", "segs/test"):
+        (tmp_path / folder).mkdir(parents=True)
+    for number in range(30):
+        writer.write_picture(tmp_path, 1, 32, number)
+    assert len(drawn) == 30 and not any(map(held_out, drawn))
+
+
+def test_finished_folder_is_not_overwritten(folder):
+    before = files_of(folder)
+    with pytest.raises(ValueError, match="is there already; remove it"):
+        writer.main([str(folder), "--count", "2"])
+    assert files_of(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "nothing to make"), (["x", "--count", "0"], "--count 0: expected 1 or more")],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        writer.main(arguments)
+
+
+# --- the test objects -----------------------------------------------------------------------------
+
+
+def test_test_objects_are_held_out_and_varied():
+    concepts = [thing for thing, _ in writer.TEST_OBJECTS]
+    assert len(set(concepts)) == 12 and all(map(held_out, concepts))
+    assert {thing.shape for thing in concepts} == set(SHAPES)
+    assert {thing.pattern for thing in concepts} == {"solid", "striped", "dotted"}
+    assert {scene for _, scene in writer.TEST_OBJECTS} == set(SCENES)
+
+
+def test_shipped_test_objects_are_what_the_script_draws(tmp_path):
+    writer.make_test_datasets(tmp_path, 256)
+    made, shipped = PairFolder(tmp_path), PairFolder(ROOT / "test_datasets")
+    names = [pair.name for pair in made.pairs]
+    assert [pair.name for pair in shipped.pairs] == names and len(names) == 12
+    for number in range(12):
+        (image, mask), (own_image, own_mask) = made.read(number), shipped.read(number)
+        assert (mask == own_mask).all()
+        assert cv2.absdiff(image, own_image).max() < 24  # other JPEG libraries round otherwise
+        assert 0.1 < mask.mean() < 0.6
+
+
+# --- the judge ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("right", "total", "interval"),
+    [(8, 10, (0.4902, 0.9433)), (0, 10, (0.0, 0.2775)), (10, 10, (0.7225, 1.0))],
+)
+def test_wilson_interval_against_published_values(right, total, interval):
+    assert wilson(right, total) == pytest.approx(interval, abs=1e-4)
+
+
+def test_wilson_interval_of_nothing_says_nothing():
+    assert wilson(0, 0) == (0, 1)
+
+
+def test_labels_of_a_solid_thing_have_no_second_colour():
+    assert labels(Thing("fish", "solid", "yellow"), None) == [2, 0, 2, -1, -1]
+    assert labels(Thing("fish", "dotted", "red", "blue"), "snow") == [2, 2, 0, 4, 2]
+
+
+def test_labels_of_minus_one_carry_no_loss():
+    torch.manual_seed(0)
+    objective = JudgeObjective(Judge(widths=(8, 8)))
+    pixels = torch.randn(2, 3, 32, 32)
+    seen = torch.tensor([[0, 1, 2, 3, 4], [1, 1, 1, -1, -1]])
+    objective({"pixels": pixels, "labels": seen})["loss"].backward()
+    gradient = objective.judge.heads["scene"].weight.grad.clone()
+    objective.zero_grad()
+    unseen = seen.clone()
+    unseen[0, 4] = -1
+    out = objective({"pixels": pixels, "labels": unseen})
+    out["loss"].backward()
+    assert gradient.abs().sum() > 0
+    assert objective.judge.heads["scene"].weight.grad.abs().sum() == 0
+    assert torch.isfinite(out["loss"])
+
+
+def test_disturbing_keeps_range_and_shape_and_follows_the_seed():
+    pixels = torch.rand(3, 32, 32) * 2 - 1
+    first, again, other = (disturbed(pixels, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    assert first.shape == pixels.shape and first.abs().max() <= 1
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_cases_change_the_scene_and_keep_to_their_kind():
+    for kind in KINDS:
+        cases = make_cases(50, kind, seed=0)
+        shapes = UNSEEN_SHAPES if kind == "unseen" else SHAPES
+        assert all(case.thing.shape in shapes for case in cases)
+        if kind != "unseen":
+            assert all(held_out(case.thing) == (kind == "held out") for case in cases)
+        assert all(case.scene != case.source_scene for case in cases)
+        assert cases == make_cases(50, kind, seed=0) != make_cases(50, kind, 1)
+
+
+def test_prompts_of_a_case():
+    case = make_cases(1, "held out", 0)[0].__class__(
+        Thing("car", "striped", "orange", "blue"), "snow", "grass", 0
+    )
+    assert case.prompt == "an orange and blue striped car in the snow"
+    assert case.class_prompt == "a car in the snow"
+    assert case.concept_prompt == "a S in the snow"
+
+
+class Oracle(torch.nn.Module):
+    """Says of every picture that it shows one certain thing in one certain scene."""
+
+    def __init__(self, answer: list[int]) -> None:
+        super().__init__()
+        self.answer = torch.nn.Parameter(torch.tensor(answer, dtype=torch.float32))
+
+    def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {
+            name: torch.eye(count)[int(value)].expand(len(pixels), count)
+            for (name, count), value in zip(JUDGED.items(), self.answer, strict=True)
+        }
+
+
+def test_rows_count_what_is_right():
+    cases = make_cases(40, "held out", 0)
+    first = next(case for case in cases if case.thing.second is not None)
+    judge = Oracle(labels(first.thing, first.scene))
+    blank = Row("blank", cases, lambda some: torch.zeros(len(some), 3, 32, 32))
+    scores = score_rows(judge, [blank], batch_size=7)["blank"]
+    shapes = sum(case.thing.shape == first.thing.shape for case in cases)
+    assert (scores["shape"]["right"], scores["shape"]["total"]) == (shapes, 40)
+    assert scores["second"]["total"] == sum(case.thing.second is not None for case in cases) < 40
+    wanted = torch.tensor([labels(first.thing, first.scene)])
+    one = verdicts(judge, torch.zeros(1, 3, 64, 64), wanted)  # any size
+    assert all(int(verdict) == 1 for verdict in one.values())
+    assert f"{100 * shapes / 40:.1f} (" in markdown({"blank": scores})
+
+
+def test_renders_that_are_judged_are_repeatable():
+    cases = make_cases(3, "held out", 0)
+    assert torch.equal(draw_renders(cases), draw_renders(cases))
+    assert draw_renders(cases).shape == (3, 3, 32, 32)
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory) -> Path:
+    folder = save_model_folder(tmp_path_factory.mktemp("tiny"))
+    save_mappers(folder, folder)
+    return folder
+
+
+def test_score_of_a_tiny_model_has_every_row(tiny_model):
+    judge = Judge(widths=(8, 8)).eval()
+    options = {"guidance_scale": 5.0, "num_inference_steps": 1}
+    scores = score_model(
+        judge, *load_pipelines(tiny_model), samples=2, seed=0, batch_size=2, **options
+    )
+    assert len(scores) == 8
+    assert all(row["shape"]["total"] == 2 for row in scores.values())
+    assert json.loads(json.dumps(scores)) == scores
+
+
+def test_pictures_do_not_depend_on_the_batch(tiny_model):
+    base, elite = load_pipelines(tiny_model)
+    cases = make_cases(2, "held out", 0)
+    for draw_cases in (
+        partial(draw_prompts, base, lambda case: case.prompt, num_inference_steps=1),
+        partial(draw_concepts, elite, 0.8, num_inference_steps=1),
+    ):
+        together = draw_cases(cases)
+        assert together.shape == (2, 3, 32, 32) and not torch.equal(together[0], together[1])
+        assert torch.allclose(together[1:], draw_cases(cases[1:]), atol=1e-4)
+
+
+def test_model_without_mappers_has_no_elite(tiny_model):
+    (tiny_model / "global_mapper").rename(tiny_model / "kept")
+    try:
+        assert load_pipelines(tiny_model)[1] is None
+    finally:
+        (tiny_model / "kept").rename(tiny_model / "global_mapper")
+
+
+def test_judge_keeps_its_verdicts_through_its_file(tmp_path):
+    torch.manual_seed(0)
+    judge = Judge(widths=(8, 8)).eval()
+    judge.save_pretrained(tmp_path / "judge")
+    pixels = torch.randn(2, 3, 32, 32)
+    loaded = load_judge(tmp_path / "judge")(pixels)
+    assert all(torch.equal(logits, loaded[name]) for name, logits in judge(pixels).items())
+    with pytest.raises(ValueError, match=r"no judge .*; make it with python"):
+        load_judge(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("kind", ["held out", "unseen"])
+def test_shipped_judge_is_right_on_fresh_renders_and_small(kind):
+    judge = load_judge(SHIPPED_JUDGE)
+    row = Row("renders", make_cases(300, kind, seed=5), draw_renders)
+    scores = score_rows(judge, [row], batch_size=100)["renders"]
+    assert all(scores[name]["accuracy"] > 0.95 for name in ("shape", "pattern", "colour", "scene"))
+    assert sum(path.stat().st_size for path in SHIPPED_JUDGE.iterdir()) < 3_000_000
+
+
+def test_recoloured_pictures_keep_shape_and_pattern_alone():
+    image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    labels = torch.tensor([3, 1, 5, 2, 7])
+    found = [recoloured(image, labels, np.random.default_rng(i)) for i in range(40)]
+    assert all(kept.tolist() == [3, 1, -1, -1, -1] for _, kept in found)
+    channels = {x[..., i].tobytes() for x, _ in found for i in range(3)}
+    assert channels == {
+        picture[..., i].tobytes() for picture in (image, 255 - image) for i in range(3)
+    }
+
+
+def test_captions_of_recoloured_pictures_play_no_part():
+    """The contrastive loss sees only pictures that still have their colour."""
+    torch.manual_seed(0)
+    objective = ImageEncoderObjective(build_clip(build_tokenizer())).eval()
+    batch = {
+        "clip_pixels": torch.randn(3, 3, 64, 64),
+        "labels": torch.tensor([[0, 1, 2, 3, 4], [1, 0, 3, -1, 2], [2, 2, -1, -1, -1]]),
+        "input_ids": token_ids(build_tokenizer(), ["a red mug", "a car", "a fish"]),
+    }
+    with torch.no_grad():
+        first = objective(batch)["contrastive"]
+        batch["input_ids"][2] = batch["input_ids"][0]
+        assert objective(batch)["contrastive"] == first
+        batch["input_ids"][1] = batch["input_ids"][0]
+        assert objective(batch)["contrastive"] != first

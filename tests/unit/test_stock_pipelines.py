@@ -112,7 +112,7 @@ def test_several_pictures_of_a_prompt_equal_single_ones(model_folder, pipe, conc
     [
         {},
         {"guidance_scale": 1.0},
-        {"negative_prompt": "a red critter"},
+        {"negative_prompt": "a red mug"},
         {"words": "all", "lambda_": 0.3},
         {"regions": {"S": np.array([[True, False]])}},
     ],

@@ -4,13 +4,10 @@ import pytest
 from PIL import Image
 
 from elite.config import REPOSITORY
-from evaluation.cases import Case
+from elite.wording import Note
 from evaluation.subjects import read_prompts, read_subjects
-from small_world.attributes import AttributeScores, scene_of
-from small_world.captions import CLASS_WORD
-from small_world.classifier import Judge
-from small_world.objects import NUM_OBJECTS, critter_of
-from small_world.world import ATTRIBUTES, SCENES, labels
+from small_world.attributes import scene_of, thing_of
+from small_world.world import SCENES, things
 from tests import tiny
 
 DREAMBENCH = """Classes
@@ -57,9 +54,8 @@ def test_bundled_prompts(name):
         assert prompts.of("clock") != prompts.of("cat")
     else:
         subjects = read_subjects(REPOSITORY / "test_datasets", prompts.classes, "object")
-        assert len(subjects) == NUM_OBJECTS == len(prompts.classes)
-        assert {critter_of(s.name) is not None and s.class_word for s in subjects} == {CLASS_WORD}
-        assert [scene_of(text) for text in prompts.of(CLASS_WORD)] == list(SCENES)
+        assert {s.class_word for s in subjects} == {thing_of(s.name).shape for s in subjects}
+        assert [scene_of(text) for text in prompts.of("mug")] == list(SCENES)
 
 
 @pytest.mark.parametrize(
@@ -115,27 +111,34 @@ def test_subject_without_any_mask_is_named(tmp_path):
         read_subjects(tmp_path, {}, "thing")
 
 
-def case(subject: str, template: str) -> Case:
-    found = read_subjects(REPOSITORY / "test_datasets", {}, CLASS_WORD)
-    return Case(next(s for s in found if s.name == subject), 0, template, 42)
+def test_things_by_name():
+    for thing in things(True):
+        words = [thing.pattern, thing.shape, thing.colour, thing.second]
+        assert thing_of("_".join(filter(None, words))) == thing
 
 
-def test_pictures_are_judged_by_what_their_subject_and_prompt_are():
-    """With a judge that finds everything, a solid critter has no second colour to be right in."""
-    cases = [
-        case("02_pink_solid_heart", "a {} on the moon"),
-        case("08_pink_blue_dotted_heart", "a {} at night"),
-    ]
-    scores = AttributeScores(Judge(widths=(8, 8)), cases)
-    for one, scene in zip(cases, ("moon", "night"), strict=True):
-        assert scores.wanted[one] == labels(critter_of(one.subject.name), scene)
-    found = scores([Image.new("RGB", (32, 32))] * 2, cases)
-    assert found.keys() == ATTRIBUTES.keys()
-    assert found["second"][0] is None and found["second"][1] in (0.0, 1.0)
-    with pytest.raises(ValueError, match="names no scene of the small world"):
-        AttributeScores(Judge(widths=(8, 8)), [case("02_pink_solid_heart", "a {} in a teapot")])
+@pytest.mark.parametrize("name", ["corgi", "striped_mug_red", "solid_mug_red_blue", "dotted_mug"])
+def test_other_names_are_no_things(name):
+    with pytest.raises(ValueError, match=f"{name}: not a thing of the small world"):
+        thing_of(name)
 
 
 def test_other_prompts_are_no_scenes():
     with pytest.raises(ValueError, match="names no scene of the small world"):
         scene_of("a {} in a teapot")
+
+
+def test_pairs_beside_folders_of_pictures_stay_the_subjects(tmp_path):
+    tiny.save_pairs(tmp_path, 2)
+    tiny.save_pairs(tmp_path / "originals", 1)
+    with pytest.warns(Note, match="originals is left out, and 0 more"):
+        subjects = read_subjects(tmp_path, {}, "object")
+    assert [subject.name for subject in subjects] == ["pair0", "pair1"]
+
+
+def test_a_stray_picture_beside_folders_is_left_out(tmp_path):
+    tiny.save_pairs(tmp_path / "dog", 1)
+    Image.new("RGB", (8, 8)).save(tmp_path / "poster.jpg")
+    with pytest.warns(Note, match=r"poster\.jpg is left out, and 0 more"):
+        subjects = read_subjects(tmp_path, {}, "object")
+    assert [subject.name for subject in subjects] == ["dog"]

@@ -4,7 +4,17 @@ import pytest
 import torch
 from transformers import CLIPTextModel
 
-from elite.text import encode_text, find_placeholder, inject_words, injected, tokenize
+from elite.text import (
+    contains_word,
+    encode_text,
+    find_placeholder,
+    inject_words,
+    injected,
+    read_prompt,
+    spell_out,
+    tokenize,
+)
+from elite.wording import Note
 from tests import tiny
 
 LENGTH = tiny.TEXT_LENGTH
@@ -130,9 +140,69 @@ def test_words_must_fit(tokenizer, num_words):
             tokenize(tokenizer, [prompt_with_placeholder_at(position)], "S", num_words)
 
 
-def test_long_tail_is_cut_off_and_the_placeholder_stays(tokenizer):
-    input_ids, index = tokenize(tokenizer, ["a S" + " and a photo" * 60], "S", 5)
-    assert index.tolist() == [2] and input_ids.shape == (1, LENGTH)
+@pytest.mark.parametrize("num_words", [1, 2, 5])
+def test_long_tail_is_cut_off_and_told(tokenizer, num_words):
+    """The start, S and what moves S's neighbours take 1 + num_words of the tokens; one is the end's
+    until words move that out."""
+    read = LENGTH - 1 - max(num_words, 2)
+    told: list[str] = []
+    tokenize(tokenizer, ["S" + " a" * read], "S", num_words, told.append)
+    assert not told
+    prompt = "S" + " a" * read + " red photo"
+    with pytest.warns(Note, match=r"too long: .* reads 77 tokens and leaves out 'red photo'"):
+        input_ids, index = tokenize(tokenizer, [prompt], "S", num_words)
+    assert index.tolist() == [1] and input_ids.shape == (1, LENGTH)
+
+
+# --- learned words --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def learned():
+    """Knows <Cat> of two vectors, and oto and <Cat>2 of one."""
+    tokenizer = tiny.build_tokenizer()
+    tokenizer.model_max_length = LENGTH
+    tokenizer.add_tokens(["<Cat>", "<Cat>_1", "<Cat>2", "oto"])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("text", "spelled"),
+    [
+        ("a <Cat>, far away", "a <Cat> <Cat>_1, far away"),
+        ("a <cat> and a <CAT>s", "a <Cat> <Cat>_1 and a <Cat> <Cat>_1s"),
+        ("a <Cat> <cat>_1", "a <Cat> <Cat>_1"),
+        ("a <cat>_1", "a <Cat>_1"),
+        ("a <cat>2 on an oto", "a <Cat>2 on an oto"),
+        ("a Photo of S", "a Photo of S"),
+    ],
+)
+def test_learned_words_are_spelled_out_once(learned, text, spelled):
+    assert spell_out(text, learned) == spell_out(spelled, learned) == spelled
+
+
+def test_other_texts_stay_as_they_are(tokenizer):
+    assert spell_out("a <Cat> of S", tokenizer) == "a <Cat> of S"
+
+
+def test_a_word_that_is_read_in_another_is_told(learned):
+    with pytest.warns(Note, match="the learned word 'oto' in 'photo'"):
+        spell_out("a photo", learned)
+    assert not contains_word("a photo, a fotoo", "oto")
+    assert contains_word("a photo of Oto", "oto") and contains_word("two <cat>s", "<Cat>")
+
+
+def test_what_is_too_long_is_told_and_learned_words_must_fit(learned, recwarn):
+    fits = " ".join(["a"] * 73 + ["<cat>"])
+    assert read_prompt([fits, "a"], learned) == [spell_out(fits, learned), "a"]
+    assert not recwarn.list
+    with pytest.warns(Note, match="leaves out 'on the beach'"):
+        read_prompt(fits + " on the beach", learned)
+    for prompt in ("a " + fits, "word " * 90 + "<Cat>"):
+        with pytest.raises(ValueError, match=r"too long: the learned word '<Cat>', 2 token"):
+            read_prompt(prompt, learned)
+    with pytest.raises(ValueError, match=r"too long: the learned word 'oto', 1 token"):
+        tokenize(learned, ["S " + "a " * 75 + "oto"], "S")
 
 
 # --- words into the prompt ------------------------------------------------------------------------

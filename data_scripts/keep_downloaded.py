@@ -1,0 +1,91 @@
+"""Keep the annotations of those Open Images files that are there, to train on a partial download.
+
+    python data_scripts/keep_downloaded.py OPEN_IMAGES_ROOT [--set_name test]
+
+Writes the tables of boxes and of masks anew, without rows whose image or mask is not on the disk;
+the whole ones stay as `annotations/*.all.csv`, so that it can be run again once there is more. Exit
+code 2: nothing was written.
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
+
+from elite.console import OK, run
+from elite.files import write_atomically
+from elite.open_images import csv_opened, file_key, files_in, image_file
+
+TABLES = ("annotations-bbox", "annotations-object-segmentation")
+
+
+def rows_of(path: Path, root: Path, set_name: str) -> Iterator[tuple[list[str], bool]]:
+    """The rows of a table, its header first, and whether their files are there."""
+    masks = {file_key(m.name.encode()) for m in files_in(root / "segs" / set_name, ".png")}
+
+    @cache
+    def is_image(image_id: str) -> bool:
+        return image_file(root / "images" / set_name, image_id).exists()
+
+    with csv_opened(path) as (header, lines):
+        if "ImageID" not in header:
+            raise KeyError("ImageID")
+        image, mask = (header.index(n) if n in header else None for n in ("ImageID", "MaskPath"))
+        yield header, True
+        for row in csv.reader(map(bytes.decode, lines)):
+            is_mask = mask is None or file_key(row[mask].encode()) in masks
+            yield row, is_mask and is_image(row[image])
+
+
+def keep(table: Path, root: Path, set_name: str) -> int:
+    """Writes a table anew, unless nothing of it is there. Returns the number of rows kept.
+
+    Raises:
+        ValueError: it is damaged, or cannot be written.
+    """
+    whole = table.with_suffix(".all.csv")
+    source = whole if whole.exists() else table
+    kept = sum(is_there for _, is_there in rows_of(source, root, set_name)) - 1
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            rows = rows_of(source, root, set_name)
+            csv.writer(file, lineterminator="\n").writerows(row for row, there in rows if there)
+        source.rename(whole)
+
+    if kept:
+        write_atomically(table, write)
+    return kept
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="Open Images root")
+    parser.add_argument(
+        "--set_name", default="test", help="test, validation or train (default test)"
+    )
+    args = parser.parse_args(arguments)
+    root, set_name = args.folder, args.set_name
+    kept = {}
+    for name in TABLES:
+        table = root / "annotations" / f"{set_name}-{name}.csv"
+        if table.exists() or table.with_suffix(".all.csv").exists():
+            kept[table] = keep(table, root, set_name)
+    if not any(kept.values()):
+        raise ValueError(
+            f"{root}: no annotations/{set_name}-{TABLES[0]}.csv with an image in images/{set_name}/"
+            "; expected an Open Images folder, some of it downloaded"
+        )
+    for table, count in kept.items():
+        print(f"{table}: {count} rows kept" if count else f"{table}: left as it is, none is there")
+    return OK
+
+
+if __name__ == "__main__":
+    run(main)
