@@ -109,10 +109,9 @@ def cut_out(content: bytes) -> Image.Image | None:
     except (UnidentifiedImageError, OSError):
         return None
     solid = np.asarray(image)[..., 3] > 127
-    if not OPAQUE[0] < solid.mean() < OPAQUE[1] or not solid.any():
+    if not OPAQUE[0] < solid.mean() < OPAQUE[1]:
         return None
-    box = Image.fromarray(solid).getbbox()
-    image = image.crop(box)
+    image = image.crop(Image.fromarray(solid).getbbox())
     if min(image.size) < MIN_SIDE:
         return None
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
@@ -132,8 +131,8 @@ def emoji_names() -> dict[str, str]:
     }
 
 
-def fetch(source: Source, folder: Path, names: dict[str, str] | None) -> int:
-    """Writes the source's pictures. Returns how many.
+def fetch(source: Source, folder: Path, names: dict[str, str] | None) -> None:
+    """Writes the source's pictures.
 
     Args:
         names: of emoji by file name; others are left out. None keeps all, by their own names.
@@ -148,7 +147,6 @@ def fetch(source: Source, folder: Path, names: dict[str, str] | None) -> int:
             picture = cut_out(content) if stem else None
             if picture is not None:
                 picture.save(folder / f"{stem}.png")
-    return len(list(folder.glob("*.png")))
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -165,7 +163,6 @@ def main(arguments: list[str] | None = None) -> int:
     names = emoji_names() if any(SOURCES[name].is_emoji for name in wanted) else None
     for name in wanted:
         source = SOURCES[name]
-        args.output_dir.mkdir(parents=True, exist_ok=True)
 
         def write(folder: Path, source: Source = source) -> None:
             folder.mkdir()

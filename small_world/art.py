@@ -34,11 +34,11 @@ from small_world.score import (
     LAMBDAS,
     Case,
     Row,
-    batches,
     draw_concepts,
     draw_renders,
+    draw_row,
     draw_through_vae,
-    gallery,
+    mean_directions,
     same_critter,
     share,
 )
@@ -105,31 +105,28 @@ def make_art_cases(folder: Path, count: int, seed: int) -> list[ArtCase]:
     return cases
 
 
-@torch.no_grad()
-def seen_labels(judge: Judge, case: ArtCase) -> list[int]:
-    """What the judge sees in the thing itself, on average over some pictures; the scene is the one
-    asked for."""
-    logits, _ = judged(judge, case.views)
+def seen_labels(logits: dict[str, Tensor], scene: str) -> list[int]:
+    """What the judge sees in a thing, on average over pictures of it; the scene is the one asked
+    for."""
     seen = {name: int(logits[name].softmax(1).mean(0).argmax()) for name in ATTRIBUTES}
-    return [*list(seen.values())[:-1], list(SCENES).index(case.scene)]
+    return [*list(seen.values())[:-1], list(SCENES).index(scene)]
 
 
+@torch.no_grad()
 def score_art(
     judge: Judge, rows: list[Row], cases: list[ArtCase], batch_size: int
 ) -> tuple[dict[str, dict], dict[str, Tensor]]:
     """Shares that are right by row, and each row's pictures (N, 3, 32, 32)."""
-    known = gallery(judge, cases)
-    wanted = torch.tensor([seen_labels(judge, case) for case in cases])
+    seen = [judged(judge, case.views) for case in cases]
+    known = mean_directions([directions for _, directions in seen])
+    wanted = torch.tensor(
+        [seen_labels(logits, case.scene) for (logits, _), case in zip(seen, cases, strict=True)]
+    )
     scores, pictures = {}, {}
     with tqdm(total=len(rows) * len(cases), unit="picture") as progress:
         for row in rows:
-            drawn = []
-            for some in batches(row.cases, batch_size):
-                drawn.append(row.draw(some).cpu())
-                progress.update(len(some))
-            pictures[row.name] = torch.cat(drawn)
-            with torch.no_grad():
-                logits, directions = judged(judge, pictures[row.name])
+            pictures[row.name] = draw_row(row, batch_size, progress)
+            logits, directions = judged(judge, pictures[row.name])
             found = right_ones(logits, wanted)
             found["identity"] = same_critter(directions.cpu(), known)
             scores[row.name] = {name: share(found[name]) for name in ASKED}

@@ -16,9 +16,13 @@ grid.png). Exit code 2: bad input.
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from elite.console import OK, quiet_libraries, run
 from elite.files import check_writable
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 
@@ -55,7 +59,6 @@ def score(args: argparse.Namespace) -> None:
 
 
 def couples(args: argparse.Namespace) -> None:
-    from elite.files import write_atomically, write_json
     from small_world.classifier import load_judge
     from small_world.couples import make_couples, markdown, score_couples, sheet
     from small_world.score import load_pipelines
@@ -70,18 +73,11 @@ def couples(args: argparse.Namespace) -> None:
         judge, elite, pairs, args.batch_size, lambda_=args.llambda, **options
     )
     about = {"model": str(args.model), "scheduler": "dpm++", "samples": args.samples}
-    about |= {"seed": args.seed, "lambda": args.llambda, **options}
-    write_json(args.output_dir / "couples.json", {**about, "halves": counts})
-    text = markdown(counts)
-    write_atomically(
-        args.output_dir / "couples.md", lambda path: path.write_text(text, encoding="utf-8")
-    )
-    write_atomically(args.output_dir / "grid.png", sheet(pairs, pictures).save)
-    print(text)
+    about |= {"seed": args.seed, "lambda": args.llambda, **options, "halves": counts}
+    _report(args.output_dir / "couples", about, markdown(counts), sheet(pairs, pictures))
 
 
 def art(args: argparse.Namespace) -> None:
-    from elite.files import write_atomically, write_json
     from small_world.art import ASKED, art_rows, make_art_cases, score_art, sheet
     from small_world.classifier import load_judge
     from small_world.score import load_pipelines, markdown
@@ -93,11 +89,17 @@ def art(args: argparse.Namespace) -> None:
     judge = load_judge(args.judge).to(base.device)
     scores, pictures = score_art(judge, rows, cases, args.batch_size)
     about = {"model": str(args.model), "art": str(args.art), "samples": len(cases)}
-    about |= {"seed": args.seed, **options}
-    write_json(args.output_dir / "art.json", {**about, "rows": scores})
-    text = markdown(scores, ASKED)
-    write_atomically(args.output_dir / "art.md", lambda path: path.write_text(text, "utf-8"))
-    write_atomically(args.output_dir / "grid.png", sheet(cases, pictures).save)
+    about |= {"seed": args.seed, **options, "rows": scores}
+    _report(args.output_dir / "art", about, markdown(scores, ASKED), sheet(cases, pictures))
+
+
+def _report(path: Path, content: dict, text: str, grid: "Image.Image") -> None:
+    """Writes PATH.json, PATH.md and grid.png beside them, and shows the text."""
+    from elite.files import write_atomically, write_json, write_text
+
+    write_json(path.with_suffix(".json"), content)
+    write_text(path.with_suffix(".md"), text)
+    write_atomically(path.with_name("grid.png"), grid.save)
     print(text)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from elite.console import quiet_libraries, run
-from elite.files import check_writable, write_atomically
+from elite.files import check_writable, write_text
 from elite.images import read_image
 
 REPOSITORY = Path(__file__).parents[1]
@@ -122,9 +122,7 @@ def main() -> int:
     quiet_libraries()
     reference = evaluated(*REFERENCE, args)
     text = markdown(reference, [evaluated(*candidate, args) for candidate in CANDIDATES])
-    write_atomically(
-        args.work_dir / "samplers.md", lambda path: path.write_text(text, encoding="utf-8")
-    )
+    write_text(args.work_dir / "samplers.md", text)
     print(text)
     return 0
 

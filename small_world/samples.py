@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from elite.files import write_atomically
+from elite.files import write_text
 from elite.images import to_pixels
 from small_world.captions import fill, place, random_noun, random_template
 from small_world.render import draw
@@ -120,8 +120,7 @@ def render_samples(folder: Path, count: int, pool: str, seed: int = 0, workers: 
             views[start : start + CHUNK] = pictures[: count - start]
             records += described[: count - start]
     views.flush()
-    text = json.dumps(records)
-    write_atomically(folder / "records.json", lambda path: path.write_text(text, "utf-8"))
+    write_text(folder / "records.json", json.dumps(records))
 
 
 def load_samples(folder: Path) -> tuple[np.ndarray, list[dict]]:

@@ -245,8 +245,12 @@ def judge_pictures(
 @torch.no_grad()
 def gallery(judge: Judge, cases: Sequence[Case]) -> Tensor:
     """The direction in which the judge sees each case's critter, over some renders, (N, 64)."""
-    seen = [judged(judge, case.views)[1].mean(0) for case in cases]
-    return F.normalize(torch.stack(seen), dim=-1).cpu()
+    return mean_directions([judged(judge, case.views)[1] for case in cases])
+
+
+def mean_directions(seen: Sequence[Tensor]) -> Tensor:
+    """Directions of the views of each of N critters, (views, 64), to one each, (N, 64)."""
+    return F.normalize(torch.stack([views.mean(0) for views in seen]), dim=-1).cpu()
 
 
 def same_critter(directions: Tensor, known: Tensor) -> Tensor:
@@ -268,13 +272,20 @@ def columns(found: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def score_row(judge: Judge, row: Row, batch_size: int, progress: tqdm) -> dict[str, dict]:
-    """Shares that are right over the row's cases, by column and attribute."""
+def draw_row(row: Row, batch_size: int, progress: tqdm) -> Tensor:
+    """The row's pictures, (N, 3, H, W)."""
     drawn = []
     for cases in batches(row.cases, batch_size):
         drawn.append(row.draw(cases).cpu())
         progress.update(len(cases))
-    found = judge_pictures(judge, row.cases, torch.cat(drawn), gallery(judge, row.cases))
+    return torch.cat(drawn)
+
+
+@torch.no_grad()
+def score_row(judge: Judge, row: Row, batch_size: int, progress: tqdm) -> dict[str, dict]:
+    """Shares that are right over the row's cases, by column and attribute."""
+    drawn = draw_row(row, batch_size, progress)
+    found = judge_pictures(judge, row.cases, drawn, gallery(judge, row.cases))
     counted = columns(found) | {name: found[name][found[name] >= 0] for name in PARTS}
     return {name: share(values) for name, values in counted.items()}
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from elite.files import write_atomically, write_json
+from elite.files import write_atomically, write_json, write_text
 from elite.images import to_pixels
 from small_world.claims import Verdicts, judge_claims
 from small_world.classifier import Judge
@@ -189,9 +189,7 @@ class Table:
         claims = judge_claims(rows, LAMBDAS)
         costs = {method.name: self._cost(method) for method in self.methods}
         text = f"{score_table(rows, costs)}\n\n{claims_table(claims)}"
-        write_atomically(
-            self.folder / "results.md", lambda path: path.write_text(text + "\n", encoding="utf-8")
-        )
+        write_text(self.folder / "results.md", text + "\n")
         results = {
             "settings": {**self.settings, "inversions": len(self.inverted)},
             "seconds": self.seconds,

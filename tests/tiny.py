@@ -33,10 +33,27 @@ from elite import Concept, ElitePipeline, GlobalMapper, LocalMapper
 from elite.loading import load_parts
 from elite.mappers import Mapper
 from small_world.tokenizer import build_tokenizer
+from small_world.world import Body, Critter
 
 HIDDEN_LAYERS = (4, 8)  # as a release checkpoint of three levels has them
 TEXT_LENGTH = 77
 STEPS = 3  # of `draw`
+CRITTER = Critter(
+    body="round",
+    numbers=Body(),
+    pattern="solid",
+    angle=0.0,
+    colour="purple",
+    second=None,
+    trim=None,
+    head="none",
+    top="none",
+    eyes="two eyes",
+    mouth="smile",
+    side="none",
+    bottom="none",
+    tail="none",
+)
 
 
 def build_models(

@@ -14,6 +14,7 @@ from PIL import Image
 
 from data_scripts import fetch_art
 from small_world.art import art_rows, composite, make_art_cases, score_art, seen_labels, sheet
+from small_world.attributes import judged
 from small_world.classifier import Judge
 from small_world.score import draw_renders
 from small_world.world import ATTRIBUTES, SCENES
@@ -74,7 +75,7 @@ def test_a_folder_without_things_is_refused(tmp_path):
 def test_right_is_what_the_judge_sees_in_the_thing_itself(art):
     torch.manual_seed(0)
     judge, cases = Judge().eval(), make_art_cases(art, 3, seed=0)
-    wanted = seen_labels(judge, cases[0])
+    wanted = seen_labels(judged(judge, cases[0].views)[0], cases[0].scene)
     assert len(wanted) == len(ATTRIBUTES) and wanted[-1] == list(SCENES).index(cases[0].scene)
     rows = [row for row in art_rows(None, None, cases) if "VAE" not in row.name]
     scores, pictures = score_art(judge, rows, cases, batch_size=2)

@@ -1,6 +1,7 @@
 """The judge: what it learns from, what is asked, how right answers are counted."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +35,8 @@ from small_world.score import (
     score_rows,
     wilson,
 )
-from small_world.world import ATTRIBUTES, PARTS, Body, Critter, is_held_out, unseen_kinds
+from small_world.world import ATTRIBUTES, PARTS, is_held_out, unseen_kinds
+from tests import tiny
 from tests.tiny import save_mappers, save_model_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,21 +140,14 @@ def test_cases_change_the_scene_and_keep_to_their_kind():
         assert cases == make_cases(50, kind, seed=0) != make_cases(50, kind, 1)
 
 
-CRITTER = Critter(
+CRITTER = replace(
+    tiny.CRITTER,
     body="pear",
-    numbers=Body(),
-    pattern="solid",
-    angle=0.0,
     colour="orange",
-    second=None,
     trim="blue",
-    head="none",
     top="horns",
     eyes="one eye",
-    mouth="smile",
     side="fins",
-    bottom="none",
-    tail="none",
 )
 
 

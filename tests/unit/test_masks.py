@@ -18,24 +18,8 @@ from elite.masks import (
 )
 from small_world import masks
 from small_world.render import Pose, draw
-from small_world.world import Body, Critter
-
-CRITTER = Critter(
-    body="round",
-    numbers=Body(),
-    pattern="solid",
-    angle=0.0,
-    colour="purple",
-    second=None,
-    trim=None,
-    head="none",
-    top="none",
-    eyes="two eyes",
-    mouth="smile",
-    side="none",
-    bottom="none",
-    tail="none",
-)
+from small_world.world import Critter
+from tests.tiny import CRITTER
 
 
 def render(
