@@ -161,7 +161,7 @@ def draw(page, button: str = "draw") -> list[np.ndarray]:
     return fetched(page, "#gallery .grid-container img")
 
 
-def said(page, control: str, text: str) -> None:
+def said(page, control: str, text: str | re.Pattern) -> None:
     sync_api.expect(page.locator(f"#{control}")).to_contain_text(text, timeout=PATIENCE)
 
 
@@ -265,7 +265,7 @@ def test_stop_stops(visit, pairs):
     views(page)
     settings(page, steps=100, count=8)
     page.click("#draw")
-    sync_api.expect(page.locator("#status")).to_contain_text(re.compile(r"about \d+ s left"))
+    said(page, "status", re.compile(r"about \d+ s left"))
     page.locator("#gallery .grid-container button").nth(1).wait_for()
     page.click("#stop_button")
     said(page, "status", "stopped after")
