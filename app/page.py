@@ -1,6 +1,8 @@
 """The page of app_gradio.py: its controls, and what wires them to `AppHandlers`."""
 
+import math
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,7 +11,7 @@ import gradio as gr
 from gradio.data_classes import FileData, ImageData
 from gradio.utils import get_upload_folder
 
-from app.handlers import AppHandlers, Stop, Values, example_pictures
+from app.handlers import AppHandlers, Stop, Tell, Values, example_pictures
 from app.studio import MAX_GUIDANCE, MAX_LAMBDA, MAX_STEPS
 from elite.defaults import DEFAULT_SAMPLER, DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA
 from elite.settings import SAMPLERS
@@ -17,6 +19,7 @@ from elite.speed import RUNGS
 
 T = TypeVar("T", gr.Image, gr.File)
 ASSETS = Path(__file__).with_name("assets")
+PAUSE = 0.2  # seconds between two messages of a drawing
 SMALL = 128  # pictures of a side below this are shown with their pixels
 KEEP_FILES = (600, 3600)  # every so many seconds, files older than so many seconds are deleted
 INTRODUCTION = (
@@ -111,6 +114,22 @@ def build_page(handlers: AppHandlers) -> gr.Blocks:
             control.elem_id = name  # for the style sheet and the tests
         _wire(controls, handlers)
     return page
+
+
+def seldom(tell: Tell) -> Tell:
+    """Passes on every PAUSE seconds what is told, and the last of it: a browser that redraws the
+    page for each of a hundred steps a second falls behind the drawing."""
+    last = -math.inf
+
+    def told(at: tuple[int, int], **words: str) -> None:
+        nonlocal last
+        done, total = at
+        now = time.monotonic()
+        if done == total or now - last >= PAUSE:
+            last = now
+            tell(at, **words)
+
+    return told
 
 
 def _object_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
@@ -340,7 +359,7 @@ def _wire(controls: dict[str, Any], handlers: AppHandlers) -> None:
     def work(handler: Callable[..., Iterator[Values]]) -> Callable:
         def working(data: dict, tell: Any = gr.Progress()) -> Iterator[dict]:  # noqa: B008
             with tempfile.TemporaryDirectory() as folder:
-                for answered in handler(values(data), Path(folder), tell):
+                for answered in handler(values(data), Path(folder), seldom(tell)):
                     yield parts(answered)
 
         return working

@@ -8,7 +8,7 @@ from PIL import Image
 
 from app.handlers import BROKEN, DIMMED, SWEEP, AppHandlers, Stop, data_url, dimmed, message
 from app.marking import Shown
-from app.page import build_page
+from app.page import PAUSE, build_page, seldom
 from app.studio import Order, Studio
 from elite import ElitePipeline
 from elite.data import PairFolder
@@ -123,6 +123,15 @@ def test_prompts_are_checked(handlers, values):
     assert handlers.check(values) == {"prompt_message": ""}
     said = handlers.check({**values, "prompts": "a <b>S</b> S"})["prompt_message"]
     assert "2 times the placeholder" in said and "<b>" not in said and "&lt;b&gt;" in said
+
+
+def test_a_fast_drawing_does_not_flood_the_page(monkeypatch):
+    clock, passed = iter((0, 0.1, 0.1 + PAUSE, 0.2 + PAUSE, 0.25 + PAUSE)), []
+    monkeypatch.setattr("app.page.time.monotonic", lambda: next(clock))
+    tell = seldom(lambda at, desc: passed.append((*at, desc)))
+    for done in range(1, 6):
+        tell((done, 5), desc=f"step {done}")
+    assert passed == [(1, 5, "step 1"), (3, 5, "step 3"), (5, 5, "step 5")]
 
 
 def test_text_that_is_cut_off_is_told(handlers, values):
