@@ -17,6 +17,7 @@ from small_world.world import ATTRIBUTES
 
 OBJECT_WEIGHT = 4.0  # of the base model's loss, beside 1 everywhere: parts are a few latents
 MAX_WORDS = 5  # of a concept in a caption
+WORD_SCALE = 0.1  # of these words: that of a mapper under stage 1's penalty, near the vocabulary's
 
 
 class VAEObjective(nn.Module):
@@ -122,9 +123,11 @@ class BaseModelObjective(nn.Module):
     """Text encoder and UNet together: epsilon prediction, weighted by 1 / (1 + SNR) (Choi et al.
     2022, "Perception prioritized training"), so that noisy steps, which decide outlines, count.
 
-    Of every batch, one half reads captions; in the other, one to five words, made of the image
+    Of every batch, one half reads captions; in the other, one, two or five words, made of the image
     encoder's features of another view by a head that is thrown away afterwards, stand for the
     critter. So the model learns to read any point of the space of words, not only its vocabulary.
+    They are as large as words that a mapper can afford: without a bound the head made them sixty
+    times as large, and stage 1, whose penalty keeps words small, found none of what they told.
     """
 
     def __init__(
@@ -169,7 +172,8 @@ class BaseModelObjective(nn.Module):
         told = (len(seeds) + 1) // 2
         input_ids = torch.where(empty, self.empty_ids, batch["input_ids"])[:told]
         words = self.word_head(batch["features"][told:]).unflatten(1, (MAX_WORDS, WIDTH))
-        num_words = int(seeds[0]) % MAX_WORDS + 1
+        words = WORD_SCALE * F.layer_norm(words, (WIDTH,))
+        num_words = MAX_WORDS // (int(seeds[0]) % MAX_WORDS + 1)  # 1 in three of five, 2, 5
         shown = encode_text(
             self.text_encoder,
             batch["concept_ids"][told:],
