@@ -32,8 +32,8 @@ from small_world.scenes import draw_scene
 from small_world.score import (
     FRESH,
     LAMBDAS,
-    Case,
     Row,
+    Task,
     draw_concepts,
     draw_renders,
     draw_row,
@@ -42,22 +42,21 @@ from small_world.score import (
     same_critter,
     share,
 )
-from small_world.world import ATTRIBUTES, SCENES, random_critter
+from small_world.world import ATTRIBUTES, SCENES
 
 ASKED = ("colour", "pattern", "scene", "identity")
 SHOWN = 12  # things on the sheet
 
 
 @dataclass(frozen=True)
-class ArtCase(Case):
-    """A thing in place of the critter, which stands for it alone as a Case needs one."""
+class ArtTask(Task):
+    """The task of a thing that somebody drew: a PNG with transparency."""
 
-    file: Path | None = None
+    file: Path
 
     def picture(
         self, scene: str, rng: np.random.Generator, size: int = 2 * SIDE
     ) -> tuple[np.ndarray, np.ndarray]:
-        assert self.file is not None
         with Image.open(self.file) as opened:
             return composite(np.asarray(opened.convert("RGBA")), scene, rng, size)
 
@@ -84,7 +83,7 @@ def composite(
     return image.round().clip(0, 255).astype(np.uint8), mask
 
 
-def make_art_cases(folder: Path, count: int, seed: int) -> list[ArtCase]:
+def make_art_tasks(folder: Path, count: int, seed: int) -> list[ArtTask]:
     """Things of the folder in a random order, each in a scene other than that of its source.
 
     Raises:
@@ -97,12 +96,11 @@ def make_art_cases(folder: Path, count: int, seed: int) -> list[ArtCase]:
             "data_scripts/fetch_art.py"
         )
     rng = np.random.default_rng((FRESH, seed))
-    cases = []
+    tasks = []
     for i in rng.permutation(len(files))[:count]:
         scene, source = (str(name) for name in rng.choice(list(SCENES), size=2, replace=False))
-        nobody = random_critter(rng, "any")
-        cases.append(ArtCase(nobody, scene, source, int(rng.integers(2**31)), files[i]))
-    return cases
+        tasks.append(ArtTask(scene, source, int(rng.integers(2**31)), files[i]))
+    return tasks
 
 
 def seen_labels(logits: dict[str, Tensor], scene: str) -> list[int]:
@@ -114,16 +112,16 @@ def seen_labels(logits: dict[str, Tensor], scene: str) -> list[int]:
 
 @torch.no_grad()
 def score_art(
-    judge: Judge, rows: list[Row], cases: list[ArtCase], batch_size: int
+    judge: Judge, rows: list[Row[ArtTask]], tasks: list[ArtTask], batch_size: int
 ) -> tuple[dict[str, dict], dict[str, Tensor]]:
     """Shares that are right by row, and each row's pictures (N, 3, 32, 32)."""
-    seen = [judged(judge, case.views) for case in cases]
+    seen = [judged(judge, task.views) for task in tasks]
     known = mean_directions([directions for _, directions in seen])
     wanted = torch.tensor(
-        [seen_labels(logits, case.scene) for (logits, _), case in zip(seen, cases, strict=True)]
+        [seen_labels(logits, task.scene) for (logits, _), task in zip(seen, tasks, strict=True)]
     )
     scores, pictures = {}, {}
-    with tqdm(total=len(rows) * len(cases), unit="picture") as progress:
+    with tqdm(total=len(rows) * len(tasks), unit="picture") as progress:
         for row in rows:
             pictures[row.name] = draw_row(row, batch_size, progress)
             logits, directions = judged(judge, pictures[row.name])
@@ -133,27 +131,27 @@ def score_art(
     return scores, pictures
 
 
-def sheet(cases: list[ArtCase], pictures: dict[str, Tensor]) -> Image.Image:
+def sheet(tasks: list[ArtTask], pictures: dict[str, Tensor]) -> Image.Image:
     """The first things: what was read, and every row's picture of it."""
     rows = [
-        [Image.fromarray(case.source[0]), *(to_image(drawn[i]) for drawn in pictures.values())]
-        for i, case in enumerate(cases[:SHOWN])
+        [Image.fromarray(task.source[0]), *(to_image(drawn[i]) for drawn in pictures.values())]
+        for i, task in enumerate(tasks[:SHOWN])
     ]
     return tile_rows(rows, ["read", *pictures], "read in one scene, drawn in another")
 
 
 def art_rows(
-    base: StableDiffusionPipeline, elite: ElitePipeline | None, cases: list[ArtCase], **options
-) -> list[Row]:
+    base: StableDiffusionPipeline, elite: ElitePipeline | None, tasks: list[ArtTask], **options
+) -> list[Row[ArtTask]]:
     """The thing itself in the scene, through the VAE, another thing in its place, and ELITE."""
-    other = {case: cases[(i + 1) % len(cases)] for i, case in enumerate(cases)}
+    other = {task: tasks[(i + 1) % len(tasks)] for i, task in enumerate(tasks)}
     rows = [
-        Row("the thing itself", cases, draw_renders),
-        Row("the same through the VAE", cases, partial(draw_through_vae, base)),
-        Row("another thing", cases, partial(draw_renders, shown_for=other.__getitem__)),
+        Row("the thing itself", tasks, draw_renders),
+        Row("the same through the VAE", tasks, partial(draw_through_vae, base)),
+        Row("another thing", tasks, partial(draw_renders, shown_for=other.__getitem__)),
     ]
     if elite is not None:
         draw = partial(draw_concepts, elite, **options)
-        rows.append(Row("ELITE, all words", cases, partial(draw, 0.0, words="all")))
-        rows += [Row(f"ELITE, lambda {x}", cases, partial(draw, x)) for x in LAMBDAS]
+        rows.append(Row("ELITE, all words", tasks, partial(draw, 0.0, words="all")))
+        rows += [Row(f"ELITE, lambda {x}", tasks, partial(draw, x)) for x in LAMBDAS]
     return rows

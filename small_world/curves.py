@@ -7,14 +7,13 @@ Each argument is FOLDER:METRIC, where the folder holds the metrics.jsonl of a ru
 over windows of steps, each with its 95 % interval.
 """
 
-import argparse
 import json
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from elite.console import run
+from elite.console import run, script_parser
 from elite.files import check_writable, write_atomically
 
 
@@ -72,9 +71,7 @@ def parse_curve(text: str) -> tuple[Path, str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("curves", nargs="+", metavar="FOLDER:METRIC")
     parser.add_argument("--windows", type=int, default=20)
     parser.add_argument("--output", type=Path, default=Path("curves.png"))

@@ -18,7 +18,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from elite.console import OK, quiet_libraries, run
+from elite.console import OK, quiet_libraries, run, script_parser
 from elite.files import check_writable
 
 if TYPE_CHECKING:
@@ -78,19 +78,19 @@ def couples(args: argparse.Namespace) -> None:
 
 
 def art(args: argparse.Namespace) -> None:
-    from small_world.art import ASKED, art_rows, make_art_cases, score_art, sheet
+    from small_world.art import ASKED, art_rows, make_art_tasks, score_art, sheet
     from small_world.classifier import load_judge
     from small_world.score import load_pipelines, markdown
 
-    cases = make_art_cases(args.art, args.samples, args.seed)
+    tasks = make_art_tasks(args.art, args.samples, args.seed)
     base, elite = load_pipelines(args.model, args.global_mapper_path, args.local_mapper_path)
     options = {name: getattr(args, name) for name in ("guidance_scale", "num_inference_steps")}
-    rows = art_rows(base, elite, cases, **options)
+    rows = art_rows(base, elite, tasks, **options)
     judge = load_judge(args.judge).to(base.device)
-    scores, pictures = score_art(judge, rows, cases, args.batch_size)
-    about = {"model": str(args.model), "art": str(args.art), "samples": len(cases)}
+    scores, pictures = score_art(judge, rows, tasks, args.batch_size)
+    about = {"model": str(args.model), "art": str(args.art), "samples": len(tasks)}
     about |= {"seed": args.seed, **options, "rows": scores}
-    _report(args.output_dir / "art", about, markdown(scores, ASKED), sheet(cases, pictures))
+    _report(args.output_dir / "art", about, markdown(scores, ASKED), sheet(tasks, pictures))
 
 
 def _report(path: Path, content: dict, text: str, grid: "Image.Image") -> None:
@@ -104,9 +104,7 @@ def _report(path: Path, content: dict, text: str, grid: "Image.Image") -> None:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     commands = parser.add_subparsers(required=True, metavar="train | score | couples | art")
     train_parser = commands.add_parser(
         "train", help="render critters of all kinds and train the judge"

@@ -6,14 +6,13 @@ picture and from a box 6 px wider than the object.
 Prints a Markdown table: per case the median intersection over union and how many masks exceed 0.9.
 """
 
-import argparse
 from functools import partial
 
 import cv2
 import numpy as np
 from tqdm import tqdm
 
-from elite.console import OK, run
+from elite.console import OK, run, script_parser
 from elite.masks import Box, find_object
 from small_world.render import Pose, draw
 from small_world.world import SCENES, random_critter
@@ -70,9 +69,7 @@ def measure(case: str, count: int, size: int) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("--count", type=int, default=40, help="renders of each case")
     parser.add_argument("--size", type=int, default=256, help="side of the renders in pixels")
     args = parser.parse_args(arguments)

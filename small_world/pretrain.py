@@ -10,7 +10,6 @@ with the project's own loop and leave metrics, previews and checkpoints in WORK_
 Interrupted parts go on from their last checkpoint.
 """
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModel
 
-from elite.console import OK, Stopped, command_again, run
+from elite.console import OK, Stopped, command_again, run, script_parser
 from elite.files import check_writable, write_atomically
 from elite.images import to_clip_pixels
 from elite.loading import NOISE_SCHEDULE, make_scheduler, stock_pipeline
@@ -343,9 +342,7 @@ def assemble(work_dir: Path, target: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = script_parser(__doc__)
     trainers = {
         "vae": train_vae,
         "vae_decoder": train_vae_decoder,

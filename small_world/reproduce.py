@@ -12,16 +12,14 @@ stopped. Exit code 2: bad input.
 import argparse
 from pathlib import Path
 
-from elite.console import OK, quiet_libraries, run
+from elite.console import OK, quiet_libraries, run, script_parser
 from elite.files import check_writable
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("--model", type=Path, default=CHECKPOINTS / "small_world")
     parser.add_argument("--judge", type=Path, default=CHECKPOINTS / "small_world_judge")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/reproduce"))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from elite.console import quiet_libraries, run
+from elite.console import quiet_libraries, run, script_parser
 from elite.files import check_writable, write_text
 from elite.images import read_image
 
@@ -110,9 +110,7 @@ def _cell(score: Mapping) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("--work_dir", type=Path, default=Path("runs/small_world/samplers"))
     parser.add_argument("--num_images", type=int, default=4, help="seeds per object and prompt")
     parser.add_argument("--batch_size", type=int, default=16)

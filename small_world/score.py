@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -43,14 +44,55 @@ Z = 1.959964  # of a 95 % interval
 
 
 @dataclass(frozen=True)
-class Case:
-    """One picture to draw: the critter, the scene asked for, and the scene its concept is read
-    in."""
+class Task:
+    """One picture to draw: the scene asked for, and the scene in which the thing's concept is
+    read. What the thing is, `picture` knows."""
 
-    critter: Critter
     scene: str
     source_scene: str
     seed: int
+
+    def picture(
+        self, scene: str, rng: np.random.Generator, size: int = 2 * SIDE
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A fresh picture of the thing, with its mask."""
+        raise NotImplementedError
+
+    @property
+    def concept_prompt(self) -> str:
+        return f"a S{place(self.scene)}"
+
+    @property
+    def rng(self) -> np.random.Generator:
+        return np.random.default_rng((FRESH, self.seed))
+
+    @cached_property
+    def source(self) -> tuple[np.ndarray, np.ndarray]:
+        """The picture and mask that a concept is read from."""
+        return self.picture(self.source_scene, self.rng, CONCEPT_SIDE)
+
+    @property
+    def views(self) -> Tensor:
+        """Pictures of the thing in other scenes than the one asked for, (GALLERY_VIEWS, 3, 32,
+        32)."""
+        rng = np.random.default_rng((FRESH + 1, self.seed))
+        scenes = [scene for scene in SCENES if scene != self.scene]
+        chosen = rng.choice(scenes, GALLERY_VIEWS, replace=False)
+        return torch.stack(
+            [small_pixels(whole_view(*self.picture(str(scene), rng))) for scene in chosen]
+        )
+
+
+@dataclass(frozen=True)
+class Case(Task):
+    """The task of a critter, which has a description too."""
+
+    critter: Critter
+
+    def picture(
+        self, scene: str, rng: np.random.Generator, size: int = 2 * SIDE
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return draw(self.critter, scene, rng, size)
 
     @property
     def prompt(self) -> str:
@@ -63,38 +105,8 @@ class Case:
         return with_article(CLASS_WORD) + place(self.scene)
 
     @property
-    def concept_prompt(self) -> str:
-        return f"a S{place(self.scene)}"
-
-    @property
     def wanted(self) -> list[int]:
         return labels(self.critter, self.scene)
-
-    @property
-    def rng(self) -> np.random.Generator:
-        return np.random.default_rng((FRESH, self.seed))
-
-    def picture(
-        self, scene: str, rng: np.random.Generator, size: int = 2 * SIDE
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """A fresh picture of the concept, with its mask."""
-        return draw(self.critter, scene, rng, size)
-
-    @cached_property
-    def source(self) -> tuple[np.ndarray, np.ndarray]:
-        """The picture and mask that a concept is read from."""
-        return self.picture(self.source_scene, self.rng, CONCEPT_SIDE)
-
-    @property
-    def views(self) -> Tensor:
-        """Pictures of the concept in other scenes than the one asked for, (GALLERY_VIEWS, 3, 32,
-        32)."""
-        rng = np.random.default_rng((FRESH + 1, self.seed))
-        scenes = [scene for scene in SCENES if scene != self.scene]
-        chosen = rng.choice(scenes, GALLERY_VIEWS, replace=False)
-        return torch.stack(
-            [small_pixels(whole_view(*self.picture(str(scene), rng))) for scene in chosen]
-        )
 
 
 def make_cases(count: int, kind: str, seed: int) -> list[Case]:
@@ -104,7 +116,7 @@ def make_cases(count: int, kind: str, seed: int) -> list[Case]:
     for _ in range(count):
         critter = random_critter(rng, KINDS[kind])
         scene, source = (str(name) for name in rng.choice(list(SCENES), size=2, replace=False))
-        cases.append(Case(critter, scene, source, int(rng.integers(2**31))))
+        cases.append(Case(scene, source, int(rng.integers(2**31)), critter))
     return cases
 
 
@@ -121,20 +133,18 @@ def same_colours(case: Case) -> Case:
 
 # --- who draws: cases to pixels (B, 3, 32, 32) in [-1, 1] -----------------------------------------
 
-Draw = Callable[[list[Case]], Tensor]
+T = TypeVar("T", bound=Task)
 
 
-def draw_renders(
-    cases: list[Case], shown_for: Callable[[Case], Case] = lambda case: case
-) -> Tensor:
-    """The renderer itself, of each case or of another shown for it."""
-    views = [whole_view(*shown_for(case).picture(case.scene, case.rng)) for case in cases]
+def draw_renders(tasks: Sequence[T], shown_for: Callable[[T], Task] = lambda task: task) -> Tensor:
+    """The renderer itself, of each thing or of another shown for it."""
+    views = [whole_view(*shown_for(task).picture(task.scene, task.rng)) for task in tasks]
     return torch.stack([small_pixels(view) for view in views])
 
 
-def draw_through_vae(pipe: StableDiffusionPipeline, cases: list[Case]) -> Tensor:
+def draw_through_vae(pipe: StableDiffusionPipeline, tasks: Sequence[Task]) -> Tensor:
     """Renders, encoded and decoded: the best that any picture of the model can be."""
-    pixels = draw_renders(cases).to(pipe.device)
+    pixels = draw_renders(tasks).to(pipe.device)
     return pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mean).sample
 
 
@@ -147,13 +157,13 @@ def draw_prompts(
     return 2 * pipe(prompts, generator=generators, output_type="pt", **options).images - 1
 
 
-def draw_concepts(pipe: ElitePipeline, lambda_: float, cases: list[Case], **options) -> Tensor:
+def draw_concepts(pipe: ElitePipeline, lambda_: float, tasks: Sequence[Task], **options) -> Tensor:
     """ELITE, with each concept read from one render in another scene."""
     out = pipe(
-        [case.concept_prompt for case in cases],
-        concept=[pipe.encode_concept(*case.source) for case in cases],
+        [task.concept_prompt for task in tasks],
+        concept=[pipe.encode_concept(*task.source) for task in tasks],
         lambda_=lambda_,
-        seed=[case.seed for case in cases],
+        seed=[task.seed for task in tasks],
         output_type="pt",
         **options,
     )
@@ -161,17 +171,17 @@ def draw_concepts(pipe: ElitePipeline, lambda_: float, cases: list[Case], **opti
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(Generic[T]):
     """A line of the report."""
 
     name: str
-    cases: list[Case]
-    draw: Draw
+    tasks: list[T]
+    draw: Callable[[list[T]], Tensor]
 
 
 def base_rows(
     pipe: StableDiffusionPipeline, known: list[Case], held_out: list[Case], **options
-) -> list[Row]:
+) -> list[Row[Case]]:
     """What needs no mapper."""
     by_text = partial(draw_prompts, pipe, lambda case: case.prompt, **options)
     by_class = partial(draw_prompts, pipe, lambda case: case.class_prompt, **options)
@@ -187,7 +197,7 @@ def base_rows(
 
 def elite_rows(
     pipe: ElitePipeline, held_out: list[Case], new_kinds: list[Case], **options
-) -> list[Row]:
+) -> list[Row[Case]]:
     """Where things are lost on held-out critters: all words, w0, the local branch; and kinds that
     the whole model has never seen."""
     concepts = partial(draw_concepts, pipe, **options)
@@ -213,9 +223,9 @@ def wilson(right: int, total: int) -> tuple[float, float]:
     return max((middle - half) / (1 + spread), 0.0), min((middle + half) / (1 + spread), 1.0)
 
 
-def batches(cases: list[Case], size: int) -> Iterator[list[Case]]:
-    for start in range(0, len(cases), size):
-        yield cases[start : start + size]
+def batches(tasks: list[T], size: int) -> Iterator[list[T]]:
+    for start in range(0, len(tasks), size):
+        yield tasks[start : start + size]
 
 
 @torch.no_grad()
@@ -243,9 +253,9 @@ def judge_pictures(
 
 
 @torch.no_grad()
-def gallery(judge: Judge, cases: Sequence[Case]) -> Tensor:
-    """The direction in which the judge sees each case's critter, over some renders, (N, 64)."""
-    return mean_directions([judged(judge, case.views)[1] for case in cases])
+def gallery(judge: Judge, tasks: Sequence[Task]) -> Tensor:
+    """The direction in which the judge sees each thing, over some renders, (N, 64)."""
+    return mean_directions([judged(judge, task.views)[1] for task in tasks])
 
 
 def mean_directions(seen: Sequence[Tensor]) -> Tensor:
@@ -272,20 +282,20 @@ def columns(found: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def draw_row(row: Row, batch_size: int, progress: tqdm) -> Tensor:
+def draw_row(row: Row[T], batch_size: int, progress: tqdm) -> Tensor:
     """The row's pictures, (N, 3, H, W)."""
     drawn = []
-    for cases in batches(row.cases, batch_size):
-        drawn.append(row.draw(cases).cpu())
-        progress.update(len(cases))
+    for tasks in batches(row.tasks, batch_size):
+        drawn.append(row.draw(tasks).cpu())
+        progress.update(len(tasks))
     return torch.cat(drawn)
 
 
 @torch.no_grad()
-def score_row(judge: Judge, row: Row, batch_size: int, progress: tqdm) -> dict[str, dict]:
+def score_row(judge: Judge, row: Row[Case], batch_size: int, progress: tqdm) -> dict[str, dict]:
     """Shares that are right over the row's cases, by column and attribute."""
     drawn = draw_row(row, batch_size, progress)
-    found = judge_pictures(judge, row.cases, drawn, gallery(judge, row.cases))
+    found = judge_pictures(judge, row.tasks, drawn, gallery(judge, row.tasks))
     counted = columns(found) | {name: found[name][found[name] >= 0] for name in PARTS}
     return {name: share(values) for name, values in counted.items()}
 
@@ -301,9 +311,9 @@ def share(values: Tensor) -> dict:
     }
 
 
-def score_rows(judge: Judge, rows: list[Row], batch_size: int) -> dict[str, dict]:
+def score_rows(judge: Judge, rows: list[Row[Case]], batch_size: int) -> dict[str, dict]:
     scores = {}
-    with tqdm(total=sum(len(row.cases) for row in rows), unit="picture") as progress:
+    with tqdm(total=sum(len(row.tasks) for row in rows), unit="picture") as progress:
         for row in rows:
             progress.set_description(row.name)
             scores[row.name] = score_row(judge, row, batch_size, progress)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from data_scripts import fetch_art
-from small_world.art import art_rows, composite, make_art_cases, score_art, seen_labels, sheet
+from small_world.art import art_rows, composite, make_art_tasks, score_art, seen_labels, sheet
 from small_world.attributes import judged
 from small_world.classifier import Judge
 from small_world.score import draw_renders
@@ -58,23 +58,23 @@ def test_a_thing_stands_in_the_scene_where_its_mask_says(size):
 
 
 def test_cases_are_drawn_by_seed_and_read_in_another_scene(art):
-    cases = make_art_cases(art, 10, seed=0)
+    cases = make_art_tasks(art, 10, seed=0)
     assert sorted(case.file.name for case in cases) == ["thing0.png", "thing1.png", "thing2.png"]
     assert all(case.scene != case.source_scene for case in cases)
-    assert [c.seed for c in cases] == [c.seed for c in make_art_cases(art, 10, seed=0)]
-    assert [c.seed for c in cases] != [c.seed for c in make_art_cases(art, 10, seed=1)]
+    assert [c.seed for c in cases] == [c.seed for c in make_art_tasks(art, 10, seed=0)]
+    assert [c.seed for c in cases] != [c.seed for c in make_art_tasks(art, 10, seed=1)]
     assert cases[0].source[0].shape == (256, 256, 3)
     assert not np.array_equal(cases[0].source[0], cases[1].source[0])
 
 
 def test_a_folder_without_things_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"expected a folder of PNGs .*fetch_art.py"):
-        make_art_cases(tmp_path, 3, seed=0)
+        make_art_tasks(tmp_path, 3, seed=0)
 
 
 def test_right_is_what_the_judge_sees_in_the_thing_itself(art):
     torch.manual_seed(0)
-    judge, cases = Judge().eval(), make_art_cases(art, 3, seed=0)
+    judge, cases = Judge().eval(), make_art_tasks(art, 3, seed=0)
     wanted = seen_labels(judged(judge, cases[0].views)[0], cases[0].scene)
     assert len(wanted) == len(ATTRIBUTES) and wanted[-1] == list(SCENES).index(cases[0].scene)
     rows = [row for row in art_rows(None, None, cases) if "VAE" not in row.name]

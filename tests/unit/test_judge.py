@@ -152,7 +152,7 @@ CRITTER = replace(
 
 
 def test_prompts_of_a_case():
-    case = Case(CRITTER, "snow", "grass", 0)
+    case = Case("snow", "grass", 0, CRITTER)
     assert case.prompt == (
         "an orange pear critter with horns, one eye, a smile and blue fins in the snow"
     )
