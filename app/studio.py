@@ -217,11 +217,10 @@ class Studio:
             concept = ConceptFolder(path).read(0)
             concept.check_mappers(self.pipe.fingerprint)
             width = self.pipe.text_encoder.config.hidden_size
-            shapes = [(1, self.num_words, width)]
-            if concept.feature_tokens is not None:
-                shapes.append((1, self.pipe.grid**2, width))
-            found = [t.shape for t in (concept.words, concept.feature_tokens) if t is not None]
-            if [tuple(shape) for shape in found] != shapes:
+            fits = concept.words.shape == (1, self.num_words, width)
+            if (tokens := concept.feature_tokens) is not None:  # of one picture or several
+                fits = fits and not tokens.shape[1] % self.pipe.grid**2
+            if not fits:
                 raise ValueError(f"{path}: concept of other sizes; encode it again")
             return concept
 

@@ -246,7 +246,7 @@ def check_sheet(path: Path, folder: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
-    pairs = PairFolder(args.folder)
+    pairs = PairFolder(args.folder, folders=False)
     pairs.check_names()
     check_sheet(args.sheet, args.folder)
     names = {pair.name for pair in pairs.pairs}

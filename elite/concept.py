@@ -25,7 +25,8 @@ class Concept:
 
     Args:
         words: w, (B, levels, D); w0 is the primary word.
-        feature_tokens: f after the mask, (B, patches, D); None without a local mapper.
+        feature_tokens: f after the mask, (B, patches, D), of an object read from several pictures
+            those of all, one picture after the other; None without a local mapper.
         fingerprint: of the mappers that made it.
     """
 
@@ -35,6 +36,11 @@ class Concept:
 
     def __len__(self) -> int:
         return len(self.words)
+
+    @property
+    def num_tokens(self) -> int:
+        """Feature tokens of an object, 0 without a local mapper."""
+        return 0 if self.feature_tokens is None else self.feature_tokens.shape[1]
 
     def __getitem__(self, row: int) -> "Concept":
         """One of several objects."""
@@ -51,6 +57,16 @@ class Concept:
         return Concept(
             self.words.expand(count, -1, -1),
             None if tokens is None else tokens.expand(count, -1, -1),
+            self.fingerprint,
+        )
+
+    def as_one(self) -> "Concept":
+        """These objects as pictures of the same one: its words are their mean, and its local branch
+        reads the feature tokens of all, (1, pictures x patches, D)."""
+        tokens = self.feature_tokens
+        return Concept(
+            self.words.mean(dim=0, keepdim=True),
+            None if tokens is None else tokens.flatten(0, 1)[None],
             self.fingerprint,
         )
 
@@ -129,15 +145,21 @@ class Concept:
 
     @staticmethod
     def stack(concepts: "list[Concept]") -> "Concept":
-        """One batch of concepts from several, all of the same mappers."""
+        """One batch of concepts from several, all of the same mappers and of equally many
+        pictures."""
         if len({concept.fingerprint for concept in concepts}) > 1:
             raise ValueError(
                 "concepts come from different mappers; encode them with the same pipeline"
             )
+        if len({concept.num_tokens for concept in concepts}) > 1:
+            raise ValueError(
+                "concepts of different numbers of pictures do not fit in one batch; draw them one "
+                "at a time"
+            )
         tokens = [c.feature_tokens for c in concepts if c.feature_tokens is not None]
         return Concept(
             torch.cat([concept.words for concept in concepts]),
-            torch.cat(tokens) if len(tokens) == len(concepts) else None,
+            torch.cat(tokens) if tokens else None,
             concepts[0].fingerprint,
         )
 

@@ -1,7 +1,7 @@
 """A folder of pictures with the masks of their objects."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +19,13 @@ OTHERS = {ending for endings in ENDINGS.values() for ending in endings} | set(
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture and the file its mask is expected in."""
+    """A picture and the file its mask is expected in, and perhaps more pictures of the object."""
 
     name: str
     image_path: Path
     mask_path: Path
     whole: bool = False  # the whole picture is the object, and no mask is read
+    others: tuple["Pair", ...] = ()
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         """Image uint8 (H, W, 3) and mask bool (H, W).
@@ -50,8 +51,10 @@ class Pair:
 
     @property
     def digest(self) -> str:
-        """A short name for what is in the files that `read` reads."""
-        return digest_files(self.image_path, *(() if self.whole else (self.mask_path,)))
+        """A short name for what is in the files that `read` reads, of the others too."""
+        pairs = (self, *self.others)
+        files = [(p.image_path,) if p.whole else (p.image_path, p.mask_path) for p in pairs]
+        return digest_files(*itertools.chain(*files))
 
 
 def pair_of(image_path: Path, whole: bool = False) -> Pair:
@@ -61,6 +64,18 @@ def pair_of(image_path: Path, whole: bool = False) -> Pair:
     masks = [image_path.with_name(f"{name}{ending}") for ending in endings]
     mask_path = next((path for path in masks if path.exists()), masks[0])
     return Pair(name, image_path, mask_path, whole)
+
+
+def pairs_of(folder: Path, whole: bool = False) -> Pair | None:
+    """The pictures of a folder as those of one object, NAME/1.jpg and NAME/1_bg.png: a pair that
+    has the name of the folder. Without a mask (unless `whole`) a picture is left out; None where
+    none is left."""
+    pairs = [pair_of(path, whole) for path in pictures_in(folder)]
+    kept = [pair for pair in pairs if whole or pair.mask_path.exists()]
+    if kept and len(kept) < len(pairs):
+        left_out = [pair.image_path.name for pair in pairs if pair not in kept]
+        note(f"{folder}: left out {brief(left_out)}; expected a mask NAME_bg.png for each")
+    return replace(kept[0], name=folder.name, others=tuple(kept[1:])) if kept else None
 
 
 def pictures_in(folder: Path) -> list[Path]:
@@ -81,23 +96,25 @@ def pictures_in(folder: Path) -> list[Path]:
 
 
 class PairFolder:
-    """The pairs NAME.jpg (or png, webp, ...) and NAME_bg.png of a folder, by name.
+    """The pairs NAME.jpg (or png, webp, ...) and NAME_bg.png of a folder, by name; a folder NAME in
+    it is one object, of which it holds several pictures.
 
     Args:
         whole: the whole picture is the object; no mask is read.
+        folders: whether folders in it count.
 
     Raises:
         ValueError: no such folder, or no picture in it.
     """
 
-    def __init__(self, root: Path | str, whole: bool = False) -> None:
+    def __init__(self, root: Path | str, whole: bool = False, folders: bool = True) -> None:
         folder = Path(root)
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder; expected NAME.jpg with NAME_bg.png in it")
-        self.pairs = [
-            pair_of(path, whole)
-            for path in sorted(pictures_in(folder), key=lambda path: (path.stem, path.suffix))
-        ]
+        pairs = [pair_of(path, whole) for path in pictures_in(folder)]
+        inside = folder.glob("[!.]*/") if folders else ()
+        pairs += filter(None, (pairs_of(path, whole) for path in inside))
+        self.pairs = sorted(pairs, key=lambda pair: (pair.name, pair.image_path))
         if not self.pairs:
             raise ValueError(
                 f"no image + mask pairs in {folder}; expected NAME.jpg with NAME_bg.png"
@@ -109,6 +126,11 @@ class PairFolder:
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Image and mask of a pair; see `Pair.read`."""
         return self.pairs[index].read()
+
+    def read_all(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """`read`, of every picture of the object."""
+        pair = self.pairs[index]
+        return [each.read() for each in (pair, *pair.others)]
 
     def digest(self, index: int) -> str:
         """A short name for image and mask of a pair; see `Pair.digest`."""

@@ -234,7 +234,8 @@ def draw_folder(
         entries = read_entries(pool, pipe, folder, list(left), batch_size, failed)
         writing: deque[Future] = deque()
         work = ((job, entry) for entry in entries for job in left[entry.index])
-        for batch in batches(work, batch_size):
+        alike = groupby(work, lambda drawn: drawn[1].concept.num_tokens)  # of as many pictures
+        for batch in (batch for _, group in alike for batch in batches(group, batch_size)):
             concepts = [entry.concept for _, entry in batch]
             its_seeds = [job.seed for job, _ in batch]
             pictures = drawing(pipe, [prompt] * len(batch), concepts, its_seeds)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import Image
@@ -22,12 +21,12 @@ from elite.concept import Concept, ConceptFolder, is_saved
 from elite.data import PairFolder
 from elite.files import write_atomically
 from elite.images import cut_out
-from elite.pipeline import ElitePipeline
+from elite.pipeline import ElitePipeline, stack_views
 from elite.sheets import SHEET_ROWS, fit_tile, label_tile, tile_rows
 
 T = TypeVar("T")
 PAIR_COLUMNS, CONCEPT_COLUMNS = ("input", "object"), ("concept",)
-ReadPair = tuple[int, np.ndarray, dict[str, Tensor]]  # index, picture, views
+ReadPair = tuple[int, np.ndarray, list[dict[str, Tensor]]]  # index, picture, views of each
 
 
 @dataclass(frozen=True)
@@ -96,15 +95,16 @@ def _read_concept(pipe: ElitePipeline, folder: ConceptFolder, index: int) -> Ent
 
 
 def _read_pair(pipe: ElitePipeline, pairs: PairFolder, index: int) -> ReadPair:
-    image, mask = pairs.read(index)
-    return index, image, pipe.concept_views(image, mask)
+    pictures = pairs.read_all(index)
+    return index, pictures[0][0], [pipe.concept_views(*picture) for picture in pictures]
 
 
 def _encode_pairs(pipe: ElitePipeline, pairs: list[ReadPair]) -> Iterator[Entry]:
-    views = [views for _, _, views in pairs]
-    concepts = pipe.encode_views(**{key: torch.cat([v[key] for v in views]) for key in views[0]})
-    for row, (index, image, _) in enumerate(pairs):
-        yield Entry(index, concepts[row], image)
+    encoded = pipe.encode_views(**stack_views([view for _, _, views in pairs for view in views]))
+    rows = iter(range(len(encoded)))
+    for index, image, views in pairs:
+        pictures = Concept.stack([encoded[next(rows)] for _ in views])
+        yield Entry(index, pictures.as_one(), image)
 
 
 def encode_folder(

@@ -182,22 +182,37 @@ class ElitePipeline(DiffusersPipeline):
     # --- encode -----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def encode_concept(self, image: ImageLike, mask: ImageLike, name: str = "mask") -> Concept:
+    def encode_concept(
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        mask: ImageLike | Sequence[ImageLike],
+        name: str = "mask",
+    ) -> Concept:
         """Reads one object: picture and mask to words and feature tokens (paper section 3). Warns
         where the mask looks inverted or is all object.
 
         Args:
-            image: file, PIL image, or uint8 (H, W, 3).
-            mask: file, PIL image, or array (H, W) or (H, W, 3); every non-zero pixel is object.
+            image: file, PIL image, or uint8 (H, W, 3); or a list of pictures of the same object,
+                whose words are averaged and whose feature tokens are read together.
+            mask: file, PIL image, or array (H, W) or (H, W, 3); every non-zero pixel is object. A
+                list with a list of pictures.
             name: what error messages call the mask.
 
         Raises:
             ValueError: either is something else, or the mask is empty or of another shape.
         """
-        mask = as_mask(mask, name)
-        if doubtful := doubt(mask):
-            note(f"{name}: {doubtful}")
-        return self.encode_views(**self.concept_views(image, mask, name))
+        images, masks = (x if isinstance(x, list | tuple) else [x] for x in (image, mask))
+        if len(images) != len(masks) or not images:
+            raise ValueError(
+                f"{len(images)} pictures and {len(masks)} masks; expected a mask for each picture"
+            )
+        views = []
+        for picture, given in zip(images, masks, strict=True):
+            mask = as_mask(given, name)
+            if doubtful := doubt(mask):
+                note(f"{name}: {doubtful}")
+            views.append(self.concept_views(picture, mask, name))
+        return self.encode_views(**stack_views(views)).as_one()
 
     def concept_views(
         self, image: ImageLike, mask: ImageLike, name: str = "mask"
@@ -523,6 +538,11 @@ class _Conditioning:
     context: list[Tensor]  # as `_encode_text` gives it; empty where a callback may change it
     local: list[Tensor]  # `local_inputs`, or empty
     kept: dict[str, KeysValues] = field(default_factory=dict)  # of all steps
+
+
+def stack_views(views: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """What `concept_views` gives of several pictures, for `encode_views` at once."""
+    return {key: torch.cat([view[key] for view in views]) for key in views[0]}
 
 
 def make_generators(seeds: Sequence[int]) -> list[torch.Generator]:

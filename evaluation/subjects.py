@@ -83,7 +83,7 @@ def read_subjects(root: Path | str, classes: Mapping[str, str], default: str) ->
         return [_read_folder(folder, classes.get(folder.name, default)) for folder in folders]
     return [
         Subject(pair.name, classes.get(pair.name, default), pair, (pair.image_path,))
-        for pair in PairFolder(root).pairs
+        for pair in PairFolder(root, folders=False).pairs
     ]
 
 

@@ -183,3 +183,11 @@ def test_stack():
     assert torch.equal(both.feature_tokens[:1], concepts[0].feature_tokens)
     with pytest.raises(ValueError, match="different mappers"):
         Concept.stack([make_concept("f00d"), make_concept("cafe")])
+
+
+def test_objects_of_one_and_of_two_pictures_do_not_stack():
+    one = make_concept(seed=1)
+    two = Concept.stack([one, make_concept(seed=2)]).as_one()
+    assert len(two) == 1 and two.num_tokens == 2 * one.num_tokens
+    with pytest.raises(ValueError, match="different numbers of pictures do not fit in one batch"):
+        Concept.stack([one, two])

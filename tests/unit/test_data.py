@@ -526,6 +526,29 @@ def test_pairs_are_sorted_and_read(tmp_path):
         folder.read(1)
 
 
+def test_a_folder_of_pictures_is_one_object(tmp_path):
+    for name in ("b.png", "b_bg.png", "a/1.png", "a/1_bg.png", "a/2.jpg", "a/2_bg.png", "a/3.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        picture(tmp_path / name)
+    for name in (".hidden", "empty", "no_mask"):
+        (tmp_path / name).mkdir()
+    picture(tmp_path / "no_mask/1.png")
+    with pytest.warns(Note, match=r"a: left out \['3.png'\]; expected a mask"):
+        folder = PairFolder(tmp_path)
+    assert [pair.name for pair in folder.pairs] == ["a", "b"]
+    assert [len(folder.read_all(i)) for i in range(2)] == [2, 1]
+    assert folder.pairs[0].image_path == tmp_path / "a/1.png"
+    before = [folder.digest(i) for i in range(2)]
+    picture(tmp_path / "a/2_bg.png", size=(6, 8))
+    assert folder.digest(0) != before[0] and folder.digest(1) == before[1]
+    with pytest.raises(ValueError, match=r"2_bg\.png: mask is 6 x 8"):
+        folder.read_all(0)
+    whole = PairFolder(tmp_path, whole=True)
+    assert [pair.name for pair in whole.pairs] == ["a", "b", "no_mask"]
+    assert [len(whole.read_all(i)) for i in range(3)] == [3, 1, 1]
+    assert [pair.name for pair in PairFolder(tmp_path, folders=False).pairs] == ["b"]
+
+
 def test_masks_are_found_by_their_name_and_are_no_pictures(tmp_path):
     for name in ("upper.jpg", "upper_bg.PNG", "lossy.jpg", "lossy_bg.jpg", "b.bmp", "b_BG.png"):
         picture(tmp_path / name)

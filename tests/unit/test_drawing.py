@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 
 from elite import ElitePipeline
 from elite import drawing as drawing_module
@@ -86,6 +86,24 @@ def test_pairs_are_encoded_once_and_together(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr(pipe, "encode_views", counting)
     draw(pipe, pairs, tmp_path / "out", batch_size=2)
     assert encoded == [2, 1]
+
+
+def test_a_folder_of_pictures_is_drawn_as_one_object(pipe, tmp_path):
+    """Also beside objects of one picture, in batches that take both."""
+    pairs, out = tiny.save_pairs(tmp_path / "pairs", count=4), tmp_path / "out"
+    (pairs / "pair1_and_2").mkdir()
+    for path in sorted(pairs.glob("pair[12]*.png")):
+        path.rename(pairs / "pair1_and_2" / path.name)
+    assert draw(pipe, pairs, out, batch_size=3) == []
+    pictures = [PairFolder(pairs).read_all(index) for index in range(3)]
+    assert [len(views) for views in pictures] == [1, 2, 1]
+    for index, views in enumerate(pictures):
+        concept = pipe.encode_concept(*map(list, zip(*views, strict=True)))
+        for seed in (1, 2):
+            (expected,) = QUICK(pipe, ["a S"], [concept], [seed])
+            with Image.open(out / f"{index:05d}_{seed:05d}.png") as found:
+                difference = ImageChops.difference(found, expected)
+            assert max(high for _, high in difference.getextrema()) <= 1
 
 
 def test_a_picture_that_cannot_be_written_stops_the_run(pipe, tmp_path, monkeypatch):

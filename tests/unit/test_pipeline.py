@@ -198,6 +198,33 @@ def test_batch_of_views_encodes_as_single_pictures(pipe, concepts):
     torch.testing.assert_close(together.feature_tokens, expected.feature_tokens)
 
 
+# --- several pictures of one object ---------------------------------------------------------------
+
+
+def test_pictures_of_one_object_add_up(pipe, concepts):
+    """Words are their mean, feature tokens stand side by side."""
+    pictures = [tiny.picture(seed) for seed in (1, 2, 3)]
+    one = pipe.encode_concept(*map(list, zip(*pictures, strict=True)))
+    torch.testing.assert_close(one.words, torch.stack([c.words for c in concepts]).mean(0))
+    tokens = torch.cat([c.feature_tokens for c in concepts], dim=1)
+    torch.testing.assert_close(one.feature_tokens, tokens)
+    assert relative(draw(pipe, concept=one), draw(pipe, concept=concepts[0])) > 0.01
+
+
+def test_a_picture_shown_twice_is_that_picture(pipe, concepts):
+    image, mask = tiny.picture(1)
+    twice = pipe.encode_concept([image, image], (mask, mask))
+    once = draw(pipe, concept=concepts[0])
+    assert relative(draw(pipe, concept=twice), once) < BATCH_TOLERANCE
+
+
+def test_each_picture_needs_its_mask(pipe):
+    image, mask = tiny.picture(1)
+    for images, masks in (([image, image], [mask]), ([image], [mask, mask]), ([], [])):
+        with pytest.raises(ValueError, match="expected a mask for each picture"):
+            pipe.encode_concept(images, masks)
+
+
 # --- what shapes a picture ------------------------------------------------------------------------
 
 
