@@ -9,7 +9,7 @@ from evaluation.metrics import bootstrap
 from small_world.world import ATTRIBUTES
 
 FIDELITY = tuple(name for name in ATTRIBUTES if name != "scene")
-MARGIN = 0.05  # a loss of no more than this counts as none
+MARGIN = 0.05  # a difference of no more than this counts as none
 
 Interval = tuple[float, float, float]  # mean, low, high of 95 %
 Verdicts = Mapping[str, np.ndarray]  # attribute to 1, 0 or -1 per case
@@ -27,8 +27,12 @@ def editability(verdicts: Verdicts) -> np.ndarray:
 
 
 def interval(values: np.ndarray) -> Interval:
-    """Mean with its bootstrap interval; every case is a concept of its own."""
-    return bootstrap(list(values), [str(i) for i in range(len(values))])
+    """Mean with its bootstrap interval; every case is a concept of its own. Where all cases are
+    equal, which a bootstrap takes for certainty, the rule of three bounds how rare others may be
+    (Hanley and Lippman-Hand 1983)."""
+    mean, low, high = bootstrap(list(values), [str(i) for i in range(len(values))])
+    rare = 3 / len(values) if low == high else 0.0
+    return mean, low - rare, high + rare
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,12 @@ class Condition:
 
     @property
     def verdict(self) -> str:
+        """Of a difference that has to be above 0, surely less than MARGIN either way is none."""
         _, low, high = self.difference
         if low > self.bound:
             return "reproduced"
-        return "not reproduced" if high < self.bound else "undecided"
+        is_none = low > -MARGIN and high < MARGIN
+        return "not reproduced" if high < self.bound or is_none else "undecided"
 
     def __str__(self) -> str:
         mean, low, high = (100 * value for value in self.difference)

@@ -31,6 +31,7 @@ from small_world.world import PARTS, SCENES, Critter, labels, random_critter, un
 FRESH = 7  # random stream of the judged cases, apart from every training render
 CONCEPT_SIDE = 256  # of the picture a concept is read from
 LAMBDAS = (0.8, 0.6)
+PICTURES = (2, 4)  # of one object
 KINDS = {"trained": "trained", "held out": "combinations", "new kinds": "kinds"}  # to the pool
 GALLERY = 100  # critters among which a picture has to find its own
 GALLERY_VIEWS = 4  # renders of each of them
@@ -70,6 +71,13 @@ class Task:
     def source(self) -> tuple[np.ndarray, np.ndarray]:
         """The picture and mask that a concept is read from."""
         return self.picture(self.source_scene, self.rng, CONCEPT_SIDE)
+
+    def sources(self, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The source, and further pictures of the thing in scenes that are not asked for."""
+        rng = np.random.default_rng((FRESH + 3, self.seed))
+        scenes = [scene for scene in SCENES if scene not in (self.scene, self.source_scene)]
+        chosen = rng.choice(scenes, count - 1, replace=False)
+        return [self.source, *(self.picture(str(name), rng, CONCEPT_SIDE) for name in chosen)]
 
     @property
     def views(self) -> Tensor:
@@ -134,6 +142,7 @@ def same_colours(case: Case) -> Case:
 # --- who draws: cases to pixels (B, 3, 32, 32) in [-1, 1] -----------------------------------------
 
 T = TypeVar("T", bound=Task)
+Item = TypeVar("Item")
 
 
 def draw_renders(tasks: Sequence[T], shown_for: Callable[[T], Task] = lambda task: task) -> Tensor:
@@ -157,11 +166,14 @@ def draw_prompts(
     return 2 * pipe(prompts, generator=generators, output_type="pt", **options).images - 1
 
 
-def draw_concepts(pipe: ElitePipeline, lambda_: float, tasks: Sequence[Task], **options) -> Tensor:
-    """ELITE, with each concept read from one render in another scene."""
+def draw_concepts(
+    pipe: ElitePipeline, lambda_: float, tasks: Sequence[Task], pictures: int = 1, **options
+) -> Tensor:
+    """ELITE, with each concept read from one render in another scene, or from several."""
+    read = (map(list, zip(*task.sources(pictures), strict=True)) for task in tasks)
     out = pipe(
         [task.concept_prompt for task in tasks],
-        concept=[pipe.encode_concept(*task.source) for task in tasks],
+        concept=[pipe.encode_concept(*pairs) for pairs in read],
         lambda_=lambda_,
         seed=[task.seed for task in tasks],
         output_type="pt",
@@ -206,8 +218,16 @@ def elite_rows(
         Row("ELITE, w0", held_out, partial(concepts, 0.0)),
         *(Row(f"ELITE, lambda {x}", held_out, partial(concepts, x)) for x in LAMBDAS),
     ]
-    name = f"ELITE, new kinds, lambda {LAMBDAS[0]}"
-    return [*rows, Row(name, new_kinds, partial(concepts, LAMBDAS[0]))]
+    faithful = partial(concepts, LAMBDAS[0])
+    rows += [
+        Row(
+            f"ELITE, lambda {LAMBDAS[0]}, of {n} pictures",
+            held_out,
+            partial(faithful, pictures=n),
+        )
+        for n in PICTURES
+    ]
+    return [*rows, Row(f"ELITE, new kinds, lambda {LAMBDAS[0]}", new_kinds, faithful)]
 
 
 # --- the score ------------------------------------------------------------------------------------
@@ -223,9 +243,9 @@ def wilson(right: int, total: int) -> tuple[float, float]:
     return max((middle - half) / (1 + spread), 0.0), min((middle + half) / (1 + spread), 1.0)
 
 
-def batches(tasks: list[T], size: int) -> Iterator[list[T]]:
-    for start in range(0, len(tasks), size):
-        yield tasks[start : start + size]
+def batches(items: list[Item], size: int) -> Iterator[list[Item]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
 @torch.no_grad()

@@ -63,8 +63,16 @@ def test_claims_that_fail():
     ] == ("not reproduced")
 
 
-def test_no_difference_decides_nothing():
-    assert verdicts(w0=row(0.5, 0.5))[0] == "undecided"
+def test_surely_no_difference_is_no_reproduction():
+    """Every scene right by both: of 200 pictures at most 3 could have told them apart."""
+    same = {"w0": row(0.5, 1.0), "all words": row(0.8, 1.0)}
+    assert verdicts(**same)[0] == "not reproduced"
+    assert interval(np.zeros(200)) == (0.0, -0.015, 0.015)
+
+
+def test_a_difference_of_few_pictures_decides_nothing():
+    few = {name: row(0.5, 1.0, 40) for name in rows()}
+    assert judge_claims(few, LAMBDAS)[0].verdict == "undecided"
     small = {name: row(0.5, 0.5, 4) for name in rows()}
     small["w0"] = row(0.5, 0.75, 4)
     assert judge_claims(small, LAMBDAS)[0].verdict == "undecided"
