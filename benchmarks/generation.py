@@ -241,8 +241,8 @@ def generation_peak(
 def time_tables(pipes: Pipelines, args: argparse.Namespace, resolution: int) -> list[Table]:
     """At the usual size over batch sizes, and one picture over resolutions."""
     steps, rounds = args.steps, args.rounds
-    by_batch = Table("Time of a denoising step, by pictures a batch", "s", GOAL)
-    by_side = Table("Time of a denoising step, by resolution, one picture", "s", GOAL)
+    by_batch = Table("Time of a denoising step, by pictures a batch", "s")
+    by_side = Table("Time of a denoising step, by resolution, one picture", "s")
     before = Table("Time before the first step: text, and K and V once", "s")
     attention = Table("Time of a step in its cross-attentions", "s")
     alike = Table("Step of the stock pipeline with the cross-attentions of each", "s", GOAL)
