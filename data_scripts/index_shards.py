@@ -128,8 +128,8 @@ def group_members(tar: tarfile.TarFile) -> dict[str, Sample]:
 def rows_of(
     tar: tarfile.TarFile, sample: Sample, image: int, whole: bool
 ) -> dict[str, list[tuple]]:
-    """The rows of a sample in all tables, `image` of them and 0 for the shard. Raises ValueError
-    where it is damaged."""
+    """The rows that a sample adds to the tables of a shard, which have `image` images so far. Raises
+    ValueError where it is damaged."""
     assert sample.image is not None
     name, masks = sample.image.name.encode("utf-8", "surrogateescape"), sorted(sample.masks.items())
     if len(name) > LONGEST_NAME:

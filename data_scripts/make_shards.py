@@ -19,7 +19,7 @@ import os
 import sys
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +38,14 @@ from data_scripts.index_shards import (
 )
 from elite.console import check_least, run, script_parser
 from elite.data import PairFolder
-from elite.files import check_writable, read_text, remove_leftovers, try_lock, write_atomically
+from elite.files import (
+    check_writable,
+    is_file,
+    read_text,
+    remove_leftovers,
+    try_lock,
+    write_atomically,
+)
 from elite.images import read_image, read_mask, resize
 from elite.open_images import OpenImagesFolder
 from elite.shards import key_of
@@ -72,19 +79,17 @@ class Item:
         return sum(path.stat().st_size for path in [self.image, *self.masks] if path.exists())
 
 
-@dataclass
 class PackedFolder:
     """An Open Images folder by image; `len` and `item`.
 
     Rows of the tables go into KEY.json, so that the index of the shards has their order.
+
+    Raises:
+        ValueError: it has neither boxes nor masks, or a table is damaged.
     """
 
-    folder: OpenImagesFolder
-    boxes: "Grouped" = field(init=False)
-    masks: "Grouped" = field(init=False)
-
-    def __post_init__(self) -> None:
-        folder, nothing = self.folder, np.zeros(0, "S1")
+    def __init__(self, folder: OpenImagesFolder) -> None:
+        self.folder, nothing = folder, np.zeros(0, "S1")
         tables = [
             folder.boxes() if folder.table("bbox").exists() else (nothing, nothing),
             folder.masks() if folder.mask_folder.is_dir() else (nothing, nothing),
@@ -166,17 +171,24 @@ def open_packed(source: Path, set_name: str) -> Packed:
 
 def packed(item: Item, side: int | None) -> Iterator[tuple[str, bytes]]:
     """The files of an item in a tar, by name. Raises ValueError where one cannot be read."""
-    image, masks = read_image(item.image), [path.read_bytes() for path in item.masks]
+    image, masks = read_image(item.image), [_bytes_of(path) for path in item.masks]
     content, ending = item.image.read_bytes(), item.image.suffix.lower()
     if side is not None and max(image.shape[:2]) > side:
         content, ending = _smaller(image, side), ".jpg"
     labels = item.labels
     if labels is None:
-        labels = labels_of_masks([read_mask(path) for path in item.masks])
+        named = zip(item.masks, masks, strict=True)
+        labels = labels_of_masks([read_mask(path, content=mask) for path, mask in named])
     yield f"{item.key}{ending}", content
     yield f"{item.key}.json", json.dumps(labels).encode()
     for number, mask in enumerate(masks):
         yield f"{item.key}.mask.{number}.png", mask
+
+
+def _bytes_of(path: Path) -> bytes:
+    if not is_file(path):  # a pipe would block
+        raise ValueError(f"{path}: no such file; expected a mask")
+    return path.read_bytes()
 
 
 def _smaller(image: np.ndarray, side: int) -> bytes:

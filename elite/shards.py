@@ -23,7 +23,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 
-from elite.files import read_text, sha256_of, write_atomically, write_json
+from elite.files import check_writable, read_text, sha256_of, write_atomically, write_json
 from elite.images import read_image, read_mask
 from elite.open_images import OpenImagesFolder, Source
 from elite.shard_cache import Cache, InPlace, Listed, Store
@@ -297,8 +297,8 @@ def open_source(
         window: shards whose samples are shuffled together.
 
     Raises:
-        ValueError: no index, or a damaged one; a URL without a cache; a cache that two windows and
-            the tables do not fit into.
+        ValueError: no index, or a damaged one; a URL without a cache; a cache that cannot be
+            written, or that two windows and the tables do not fit into.
     """
     location, is_url = str(location), "://" in str(location)
     location = location.rstrip("/") if is_url else location
@@ -318,6 +318,7 @@ def open_source(
         return OpenImagesShards(location, InPlace(Path(location)), index, window)
     limit = round(cache_gb * 1e9)
     check_room(index, window, limit)
+    check_writable(cache)
     url = location if is_url else Path(location).resolve().as_uri()
     return OpenImagesShards(location, Cache(url, Path(cache), limit), index, window)
 

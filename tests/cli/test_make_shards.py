@@ -4,7 +4,12 @@ refuse; and training from a URL of it as from the folder."""
 import hashlib
 import io
 import json
+import re
+import socket
+import subprocess
+import sys
 import tarfile
+import time
 
 import numpy as np
 import pytest
@@ -17,7 +22,8 @@ from elite.open_images import OpenImagesBoxes, OpenImagesMasks, load_mask_boxes,
 from elite.run_folder import checkpoints
 from elite.shards import open_source
 from tests import tiny
-from tests.conftest import run_script
+from tests.cli.test_docs import commands
+from tests.conftest import REPOSITORY, run_script
 from tests.open_images import UNREADABLE, as_jpeg, draw_object, encoded, make_open_images
 from tests.shards import served
 
@@ -454,3 +460,46 @@ def test_pairs_train(model_folder, mapper_folder, tmp_path):
     pairs = tiny.save_pairs(tmp_path / "pairs", count=4)
     assert run_script(PACK, pairs, tmp_path / "shards", *SMALL) == 0
     assert train("global", tmp_path / "shards", tmp_path / "run", model_folder, mapper_folder) == 0
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+def test_the_commands_of_the_page_run(tmp_path, capsys):
+    """As they stand, on four pictures and one process; the server is Python's own."""
+    page = (REPOSITORY / "docs/training.md").read_text(encoding="utf-8")
+    found = commands(page.split("## From shards\n")[1].split("\n## ")[0])
+    make_open_images(tmp_path / "small_world/open_images", n=4)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    servers, ran = [], []
+    try:
+        for words in found:
+            if words[0] == "accelerate":  # launch --config_file FILE
+                words = ["python", *words[4:], "--train_batch_size", "2"]
+            words = [re.sub("^runs/", f"{tmp_path}/", word).replace("8000", port) for word in words]
+            if "http.server" in words:
+                command = [sys.executable, *words[1:]]
+                servers.append(subprocess.Popen(command, stderr=subprocess.DEVNULL))
+                wait_for_port(int(port))
+            else:
+                more = ("--workers", "1") if words[1] in (PACK, INDEX) else ()
+                assert run_script(*words[1:], *more) == 0, capsys.readouterr().err
+                ran.append(words[1])
+    finally:
+        for server in servers:
+            server.kill()
+            server.wait()
+    assert ran == [PACK, "train_global.py", "train_local.py", INDEX, "train_global.py"]
+    assert list((tmp_path / "shard_cache").glob("*.tar"))
+
+
+def wait_for_port(port):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise AssertionError("no server came")
