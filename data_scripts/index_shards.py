@@ -128,7 +128,7 @@ def group_members(tar: tarfile.TarFile) -> dict[str, Sample]:
 def rows_of(
     tar: tarfile.TarFile, sample: Sample, image: int, whole: bool
 ) -> dict[str, list[tuple]]:
-    """The rows that a sample adds to the tables of a shard, which have `image` images so far. Raises
+    """The rows that a sample adds to the tables of a shard, the sample being its `image`-th. Raises
     ValueError where it is damaged."""
     assert sample.image is not None
     name, masks = sample.image.name.encode("utf-8", "surrogateescape"), sorted(sample.masks.items())
