@@ -37,7 +37,15 @@ from elite.files import check_writable
 from elite.images import read_mask
 from elite.open_images import usable_boxes, usable_masks
 from elite.shard_cache import Listed
-from elite.shards import INDEX, LONGEST_NAME, key_of, list_file, save_index, table_type
+from elite.shards import (
+    INDEX,
+    LONGEST_NAME,
+    key_of,
+    list_file,
+    save_index,
+    shards_in,
+    table_type,
+)
 from elite.wording import brief, one_line
 
 MOST_JSON = 2**22  # bytes of a KEY.json
@@ -274,7 +282,7 @@ def in_parallel(work: Callable[[T], R], tasks: Iterable[T], workers: int) -> Ite
 
 def index_shards(folder: Path, whole: bool, workers: int) -> list[Contents]:
     """The contents of all shards of a folder, in the order of their names."""
-    paths, found = sorted(folder.glob("*.tar")), []
+    paths, found = shards_in(folder), []
     with tqdm(total=len(paths), desc="index", unit="shard") as bar:
         for contents in in_parallel(partial(index_shard, whole=whole), paths, workers):
             found.append(contents)
@@ -312,7 +320,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
     check_least(args, workers=1)
-    if not any(args.folder.glob("*.tar")):
+    if not shards_in(args.folder):
         raise ValueError(f"{args.folder}: no *.tar in it; data_scripts/make_shards.py makes them")
     check_writable(args.folder)
     return report(args.folder, index_shards(args.folder, args.whole, args.workers), args.whole, [])

@@ -48,7 +48,7 @@ from elite.files import (
 )
 from elite.images import read_image, read_mask, resize
 from elite.open_images import OpenImagesFolder
-from elite.shards import key_of
+from elite.shards import key_of, shards_in
 
 PLAN, LOCK = "plan.json", "pack.lock"
 PLAN_FORMAT = "elite-shard-plan 1"  # to be counted up when what is packed changes
@@ -268,7 +268,7 @@ def check_plan(target: Path, fingerprint: str) -> None:
         with_plan = read_text(path, "expected what is packed here") == json.dumps(plan)
         other = None if with_plan else "shards of another source, or made with other options"
     else:
-        other = "shards made elsewhere" if any(target.glob("*.tar")) else None
+        other = "shards made elsewhere" if shards_in(target) else None
     if other is not None:
         raise ValueError(f"{target}: holds {other}; remove them or choose another folder")
     if not path.exists():

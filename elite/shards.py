@@ -88,6 +88,11 @@ def _save_table(table: np.ndarray, path: Path) -> None:
     np.save(path, table, allow_pickle=False)
 
 
+def shards_in(folder: Path) -> list[Path]:
+    """The shards of a folder by name; what is half-written has a name that begins with a dot."""
+    return sorted(path for path in folder.glob("*.tar") if path.name[0] != ".")
+
+
 def list_file(path: Path) -> Listed:
     """A file as an index lists it."""
     return Listed(path.name, path.stat().st_size, sha256_of(path))
@@ -303,10 +308,8 @@ def open_source(
     location, is_url = str(location), "://" in str(location)
     location = location.rstrip("/") if is_url else location
     if not is_url and not (Path(location) / INDEX).exists():
-        if next(Path(location).glob("*.tar"), None) is not None:
-            raise ValueError(
-                f"{location}: shards without {INDEX}; make it with {REINDEX} {location}"
-            )
+        if shards_in(Path(location)):
+            raise ValueError(f"{location}: shards without {INDEX}; run {REINDEX} {location}")
         return OpenImagesFolder(location)
     if is_url and cache is None:
         raise ValueError(

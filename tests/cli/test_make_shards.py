@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def shards(open_images, tmp_path):
 
 
 def tars(folder):
-    return sorted(folder.glob("*.tar"))
+    return sorted(folder.glob("[!.]*.tar"))
 
 
 def samples(folder):
@@ -182,7 +183,7 @@ def test_pairs_are_packed_with_the_boxes_of_their_masks(tmp_path):
     (files,) = samples(tmp_path / "shards").values()
     assert (files["jpg"], files["mask.0.png"]) == (image, mask)
     boxes = OpenImagesBoxes(open_source(tmp_path / "shards"), resolution=32)
-    assert boxes.boxes[0] == pytest.approx(box, abs=0.011)  # even sides: two pixels of 200
+    assert boxes.boxes[0] == pytest.approx(box, abs=0.013)  # even sides: two pixels of 160
     assert boxes.image_name(0).endswith("000000.tar/my%2Ecat 1.jpg")
     assert len(OpenImagesMasks(open_source(tmp_path / "shards"))) == 1
 
@@ -264,7 +265,7 @@ def test_masks_give_their_boxes(tmp_path):
     assert masks.name(0) == f"{tmp_path}/a.tar/folder/a.mask.3.png"
     assert masks.sample(0, np.random.default_rng(0))["object_mask"].any()
     boxes = OpenImagesBoxes(open_source(tmp_path), resolution=32)
-    assert boxes.boxes[0] == pytest.approx(box, abs=0.011)
+    assert boxes.boxes[0] == pytest.approx(box, abs=0.013)
 
 
 def test_indexing_packed_shards_again_gives_the_same_index(shards):
@@ -302,8 +303,8 @@ def test_names_and_links_of_a_tar_reach_no_file(tmp_path, capsys):
     after = sorted([*before, *(f"in/shards/{name}" for name in names)])
     assert everything(tmp_path) == after
     boxes = OpenImagesBoxes(open_source(folder), resolution=32, clip_size=28)
-    names = [boxes.image_name(row) for row in range(len(boxes))]
-    assert not any("link" in name or "device" in name for name in names)
+    names = [Path(boxes.image_name(row)).name for row in range(len(boxes))]
+    assert "fine.jpg" in names and not any(name[:4] in ("link", "devi") for name in names)
     for row in range(len(boxes)):
         boxes.sample(row, np.random.default_rng(0))
     assert everything(tmp_path) == after
