@@ -345,7 +345,7 @@ def _read_index(path: Path) -> str:
 
 def _fetch_text(url: str) -> str:
     try:
-        with fsspec.open(url, "rb").open() as file:
+        with fsspec.open(url, "rb") as file:
             parts = iter(lambda: file.read(2**20), b"")
             content = b"".join(itertools.islice(parts, MOST_INDEX // 2**20))
         return content.decode()
