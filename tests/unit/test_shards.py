@@ -132,6 +132,7 @@ def test_a_position_depends_on_seed_and_position_alone(shards):
     assert [backward.row(n) for n in reversed(range(40))][::-1] == forward
     assert rows_shown(Order(dataset, 1), 17, 5) == forward[17:22]
     assert rows_shown(Order(dataset, 2), 0, 40) != forward
+    assert len({tuple(Order(dataset, seed)._read_epoch(0)[0]) for seed in range(5)}) > 1
 
 
 @both
@@ -273,6 +274,19 @@ def test_the_cache_keeps_its_bound_and_fetches_each_shard_once_an_epoch(shards, 
         assert max(server.asked[name] for name in shard_names(shards)) <= 3  # and once ahead
         assert min(server.asked[name] for name in shard_names(shards)) >= 1
         assert sum(server.asked.values()) > len(shard_names(shards)), "nothing was evicted"
+
+
+def test_expected_shards_stay_and_the_others_leave_by_age(shards, tmp_path):
+    limit, cache = smallest_limit(shards, 2), tmp_path / "cache"
+    with served(shards) as server:
+        source = open_source(server.url, cache=cache, cache_gb=limit / 1e9, window=2)
+        *full, one_more = sorted(source.index.shards, key=lambda shard: -shard.bytes)[:5]
+        for age, shard in enumerate(full):
+            os.utime(source.store.path(shard), (age, age))
+        source.store.expect([*source.index.tables.values(), full[0], full[2]])
+        source.store.path(one_more)
+        left = {path.stem for path in cache.glob("*.tar")}
+        assert left == {shard.sha256 for shard in (full[0], full[2], full[3], one_more)}
 
 
 def test_the_next_window_is_fetched_while_this_one_is_shown(shards, tmp_path):
