@@ -442,7 +442,7 @@ def test_latents_are_cached_from_a_url(shards, model_folder, mapper_folder, tmp_
         ((), "lies elsewhere; give --shard_cache a folder"),
         (("--shard_cache", "cache"), "cannot be fetched (no such file); expected the URL of a"),
         (("--shard_window", "0"), "shard_window: got 0, expected at least 1"),
-        (("--shard_cache_gb", "0"), "shard_cache_gb: got 0.0, expected above 0"),
+        (("--shard_cache_gb", "0"), "shard_cache_gb: got 0.0, expected more than 0"),
     ],
 )
 def test_training_mistakes_give_one_line_and_2(
