@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 import fsspec
+from fsspec.callbacks import Callback
 
 from elite.files import sha256_of, try_lock
 
@@ -75,6 +76,19 @@ class InPlace:
 
     def expect(self, files: Sequence[Listed]) -> None:
         pass
+
+
+class AtMost(Callback):
+    """Ends a fetch that brings more bytes than it may."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def relative_update(self, inc: int = 1) -> None:
+        super().relative_update(inc)
+        if self.value > self.most:
+            raise ValueError("more bytes than the index lists")
 
 
 class Cache:
@@ -189,7 +203,7 @@ class Cache:
             time.sleep(pause)
             try:
                 system, url = fsspec.url_to_fs(f"{self.url}/{file.name}")
-                system.get_file(url, str(part))
+                system.get_file(url, str(part), callback=AtMost(file.bytes))
                 fault = file.fault(part)
             except FileNotFoundError:
                 fault = f"{file.kind} is missing"

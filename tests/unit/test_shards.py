@@ -244,6 +244,16 @@ def test_what_arrives_otherwise_than_listed_is_never_shown(spoiled, own_shards, 
         assert not list((tmp_path / "c").glob("*.part"))
 
 
+def test_a_server_that_sends_without_end_is_cut_off(own_shards, tmp_path):
+    with served(own_shards) as server:
+        first = shard_names(own_shards)[0]
+        server.spoil[first] = lambda content: content + bytes(20_000_000)
+        source = open_source(server.url, cache=tmp_path / "c", window=ALL)
+        with pytest.raises(ValueError, match="cannot be fetched .*more bytes than the index lists"):
+            source.store.path(source.index.shards[0])
+    assert not list((tmp_path / "c").glob("*.part"))
+
+
 # --- the cache ------------------------------------------------------------------------------------
 
 
