@@ -249,7 +249,7 @@ def test_a_server_that_sends_without_end_is_cut_off(own_shards, tmp_path):
         first = shard_names(own_shards)[0]
         server.spoil[first] = lambda content: content + bytes(20_000_000)
         source = open_source(server.url, cache=tmp_path / "c", window=ALL)
-        with pytest.raises(ValueError, match="cannot be fetched .*more bytes than the index lists"):
+        with pytest.raises(ValueError, match=r"cannot be fetched .*more bytes than the index"):
             source.store.path(source.index.shards[0])
     assert not list((tmp_path / "c").glob("*.part"))
 
@@ -342,6 +342,23 @@ def test_processes_share_a_fetch(shards, tmp_path):
             reader.join(60)
         assert [reader.exitcode for reader in readers] == [0, 0, 0]
         assert server.asked[first] == 1
+
+
+def test_a_process_forked_in_mid_fetch_waits_for_the_file(shards, tmp_path):
+    """Threads and their locks do not come along."""
+    with served(shards) as server:
+        source = open_source(server.url, cache=tmp_path / "cache", window=ALL)
+        shard = source.index.shards[0]
+        server.spoil[shard.name] = lambda content: time.sleep(1) or content
+        source.store.expect([shard])
+        while not server.asked[shard.name]:
+            time.sleep(0.01)
+        context = multiprocessing.get_context("fork")
+        reader = context.Process(target=source.store.path, args=(shard,))
+        reader.start()
+        reader.join(60)
+        reader.kill()
+        assert reader.exitcode == 0 and server.asked[shard.name] == 1
 
 
 def test_what_a_killed_process_left_half_fetched_is_fetched_anew(shards, tmp_path):
