@@ -4,6 +4,7 @@ refuse; and training from a URL of it as from the folder."""
 import hashlib
 import io
 import json
+import multiprocessing
 import re
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from PIL import Image
 
 from data_scripts import make_shards
 from data_scripts.index_shards import index_shard
+from elite.files import try_lock
 from elite.images import read_image, read_mask
 from elite.open_images import OpenImagesBoxes, OpenImagesMasks, load_mask_boxes, mask_boxes_path
 from elite.run_folder import checkpoints
@@ -219,6 +221,29 @@ def test_other_shards_are_not_mixed_in(open_images, tmp_path, capsys):
     assert "holds shards made elsewhere" in error_of(capsys)
 
 
+def hold(path, held):
+    with open(path, "ab") as file:
+        assert try_lock(file)
+        held.set()
+        time.sleep(600)
+
+
+def test_two_processes_do_not_pack_into_one_folder(open_images, tmp_path, capsys):
+    context = multiprocessing.get_context("fork")
+    held = context.Event()
+    holder = context.Process(target=hold, args=(tmp_path / "pack.lock", held))
+    holder.start()
+    try:
+        assert held.wait(60)
+        assert run_script(PACK, open_images, tmp_path, *SMALL) == 2
+        assert "another process packs into it" in error_of(capsys)
+        assert not tars(tmp_path)
+    finally:
+        holder.kill()
+        holder.join()
+    assert run_script(PACK, open_images, tmp_path, *SMALL) == 0
+
+
 # --- shards made elsewhere ------------------------------------------------------------------------
 
 
@@ -385,6 +410,20 @@ def test_a_file_that_is_no_whole_tar_is_named(change, tmp_path, capsys):
     line = error_of(capsys)
     assert line.startswith(f"error: {path}: no whole tar file") and line.endswith("copy it again")
     assert not (tmp_path / "index.json").exists()
+
+
+def test_a_member_of_negative_size_is_no_endless_loop(tmp_path, capsys):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        add(tar, "a.jpg", picture(1)[0])
+        add(tar, "b.jpg", pax_headers={"size": "-1024"})
+    assert run_script(INDEX, tmp_path, "--workers", "1") == 2
+    assert "no whole tar file (a member of negative size)" in error_of(capsys)
+
+
+def test_a_shard_whose_name_is_none_for_urls_is_named(tmp_path, capsys):
+    foreign(tmp_path / "my shard.tar")
+    assert run_script(INDEX, tmp_path, "--workers", "1") == 2
+    assert "'my shard.tar' has other letters than a to z" in error_of(capsys)
 
 
 def test_a_folder_without_tars_is_named(tmp_path, capsys):
