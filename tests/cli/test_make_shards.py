@@ -261,6 +261,7 @@ def foreign(path, with_boxes=True):
 
 def test_boxes_of_the_json_are_taken(tmp_path, capsys):
     foreign(tmp_path / "00000.tar")
+    (tmp_path / "._00000.tar").write_bytes(b"what macOS puts beside a file")
     assert run_script(INDEX, tmp_path, "--workers", "1") == 0
     assert "1 shards, 3 images, 3 boxes, 0 masks" in capsys.readouterr().out
     boxes = OpenImagesBoxes(open_source(tmp_path), resolution=32)
