@@ -33,7 +33,8 @@ FORMAT, INDEX = "elite-shards 1", "index.json"
 REINDEX = "python data_scripts/index_shards.py"
 MOST_INDEX = 2**26  # bytes of index.json, which has some 150 for each shard
 LONGEST_NAME = 250  # bytes of a name in a tar
-PLAIN = re.compile(r"\w[\w.\-]*", re.ASCII)  # file names that are no paths, and the same in URLs
+# Names of files that are no paths, the same in URLs, and known to the cache.
+PLAIN = re.compile(r"\w[\w.\-]*\.(tar|npy)", re.ASCII)
 EVICTED = 5  # times that a file may be gone between its name and its opening
 TABLES: Mapping[str, list[tuple]] = {
     "images": [("shard", "<u4"), ("offset", "<u8"), ("size", "<u4")],  # and name, S1 or wider

@@ -496,6 +496,7 @@ def listed(**changes):
         listed(name="/etc/passwd"),
         listed(name="http://elsewhere/a.tar"),
         listed(name=".."),
+        listed(name="000000.bin"),
         listed(sha256="../" * 20),
         listed(sha256=5),
         listed(bytes=-1),
