@@ -24,6 +24,7 @@ def main() -> int:
         mapper_to_train,
         pair_preview,
         publish,
+        training_data,
         training_side,
     )
 
@@ -38,7 +39,7 @@ def main() -> int:
 
     # On: objects in their boxes, with captions that hold the placeholder.
     boxes = OpenImagesBoxes(
-        config.train_data_dir,
+        training_data(config),
         resolution=training_side(config, parts),
         clip_size=parts["image_encoder"].config.image_size,
         placeholder_token=config.placeholder_token,

@@ -25,6 +25,7 @@ def main() -> int:
         mapper_to_train,
         pair_preview,
         publish,
+        training_data,
         training_side,
     )
 
@@ -41,7 +42,7 @@ def main() -> int:
     # On: objects with their masks, at random scales.
     resolution = training_side(config, parts)
     dataset = OpenImagesMasks(
-        config.train_data_dir,
+        training_data(config),
         resolution=resolution,
         clip_size=parts["image_encoder"].config.image_size,
         latent_size=resolution // pixels_per_latent(parts["vae"]),

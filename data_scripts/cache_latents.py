@@ -24,7 +24,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
-    parser.add_argument("train_data_dir", type=Path, help="Open Images root")
+    parser.add_argument("train_data_dir", help="Open Images root, or shards: folder or URL")
     parser.add_argument("out_dir", type=Path, help="folder for the latents")
     parser.add_argument(
         "--pretrained_model_name_or_path",
@@ -48,6 +48,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=int, default=0, help="processes that read images (default: this one)"
     )
+    parser.add_argument("--shard_cache", help="folder that shards are fetched to (default: none)")
+    parser.add_argument(
+        "--shard_cache_gb", type=float, default=20.0, help="most that it may hold (default 20)"
+    )
     parser.add_argument("--device", help="such as cpu, cuda:0 or mps (default: the fastest)")
     return parser.parse_args(arguments)
 
@@ -65,6 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     from elite.latents import cache_latents
     from elite.loading import load_part, load_stable_diffusion, side_for_training
     from elite.open_images import OpenImagesBoxes
+    from elite.shards import open_source
 
     model, hub = args.pretrained_model_name_or_path, {}
     if args.revision:
@@ -77,7 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
         vae = load_part(AutoencoderKL, model, "vae", **weights)
         unet_config = load_part(UNet2DConditionModel, model, "unet", loader="load_config", **hub)
     resolution = side_for_training(args.resolution, unet_config, vae)
-    boxes = OpenImagesBoxes(args.train_data_dir, resolution=resolution)
+    source = open_source(args.train_data_dir, cache=args.shard_cache, cache_gb=args.shard_cache_gb)
+    boxes = OpenImagesBoxes(source, resolution=resolution)
     failures = cache_latents(
         boxes,
         vae.to(pick_device(args.device)),

@@ -1,6 +1,7 @@
 """Files appear whole or not at all: everything is written to a temporary name, flushed to the disk
 and renamed."""
 
+import errno
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 from safetensors import SafetensorError
 
@@ -161,6 +163,34 @@ def read_text(path: Path | str, remedy: str, most: int = 2**18) -> str:
     except (OSError, ValueError) as error:  # a NUL in the path is a ValueError
         reason = getattr(error, "strerror", None) or str(error)
     raise ValueError(f"{path}: {reason}; {remedy}")
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def try_lock(file: IO) -> bool:
+    """Locks an open file against other processes until it is closed, or its process ends, however
+    that happens. Returns whether it could. Raises OSError where the disk knows no locks."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            # Far beyond what is written into it; Windows forbids reading what is locked.
+            file.seek(2**20)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            # Not flock: loader processes would inherit that and keep it when this one is killed.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        raise
+    return True
 
 
 def digest_files(*paths: Path) -> str:

@@ -4,6 +4,7 @@ path of ELITE.
 Scripts, app, training data and previews all go through here.
 """
 
+import io
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,13 +40,15 @@ MAX_PIXELS = 64_000_000  # of a file that nobody bounds tighter; its arrays stay
 SAME_ASPECT = 0.02
 
 
-def _open(path: Path | str, max_pixels: int | None = None) -> Image.Image:
+def _open(
+    path: Path | str, max_pixels: int | None = None, content: bytes | None = None
+) -> Image.Image:
     """The decoded picture, upright (EXIF rotation applied)."""
-    if not is_file(path):  # a pipe would block, a device never end
+    if content is None and not is_file(path):  # a pipe would block, a device never end
         raise ValueError(f"{path}: no such file; expected an image")
     most = max_pixels or MAX_PIXELS
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path if content is None else io.BytesIO(content), formats=FORMATS) as image:
             if image.width * image.height <= most:
                 image.load()
                 return ImageOps.exif_transpose(image)
@@ -87,15 +90,26 @@ def to_mask(image: Image.Image) -> np.ndarray:
     return np.any(values > 0, axis=2) if values.ndim == 3 else values > 0
 
 
-def read_image(path: Path | str, max_pixels: int | None = None) -> np.ndarray:
-    """RGB picture, uint8 (H, W, 3), upright. Raises ValueError naming the file where it cannot be
-    read, or has more than `max_pixels` (None: MAX_PIXELS), which are then not decoded."""
-    return to_rgb(_open(path, max_pixels))
+def read_image(
+    path: Path | str, max_pixels: int | None = None, content: bytes | None = None
+) -> np.ndarray:
+    """RGB picture, uint8 (H, W, 3), upright.
+
+    Args:
+        max_pixels: a file of more is not decoded; None means MAX_PIXELS.
+        content: the bytes of the file, where it lies in another one; `path` then only names it.
+
+    Raises:
+        ValueError: it cannot be read, or has too many pixels; the message names it.
+    """
+    return to_rgb(_open(path, max_pixels, content))
 
 
-def read_mask(path: Path | str, max_pixels: int | None = None) -> np.ndarray:
-    """Object mask, bool (H, W), upright. Raises ValueError as `read_image`."""
-    return to_mask(_open(path, max_pixels))
+def read_mask(
+    path: Path | str, max_pixels: int | None = None, content: bytes | None = None
+) -> np.ndarray:
+    """Object mask, bool (H, W), upright. Arguments and errors as those of `read_image`."""
+    return to_mask(_open(path, max_pixels, content))
 
 
 def as_image(image: ImageLike) -> np.ndarray:

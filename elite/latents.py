@@ -3,7 +3,8 @@
 A folder of safetensors shards. Shard k holds the rows `k * SHARD_ROWS` and on of `OpenImagesBoxes`:
 
     mean, std   (rows, C, h, w) in the dtype asked for; nan where the image could not be read
-    files       (rows, 2) int64: size in bytes and modification time in seconds of the image file
+    files       (rows, 2) int64: what tells whether the image has changed, of a file its size in
+                bytes and modification time in seconds
 
 and says in its metadata what they depend on: VAE, resolution, rows and boxes.
 """
@@ -33,7 +34,6 @@ from elite.stream import collate
 
 FORMAT = "elite-latents 1"  # to be counted up when the crop of a target changes
 SHARD_ROWS = 1024  # 134 MB in float32 with Stable Diffusion at 512 px
-NO_FILE = (-1, -1)
 STORED = ("F32", "F16", "BF16")  # as safetensors calls the types of mean and std
 SCRIPT = "python data_scripts/cache_latents.py"
 
@@ -115,7 +115,8 @@ def shards_of(boxes: OpenImagesBoxes, vae: AutoencoderKL, folder: Path | str) ->
     for number, start in enumerate(range(0, len(boxes), SHARD_ROWS)):
         rows = range(start, min(start + SHARD_ROWS, len(boxes)))
         here = slice(rows.start, rows.stop)
-        digest = hashlib.sha256(b"\n".join(boxes.image_ids[here].tolist()))
+        names = boxes.source.image_keys(boxes.image_ids[here])
+        digest = hashlib.sha256(b"\n".join(names.tolist()))
         digest.update(boxes.boxes[here].tobytes())
         needs = {
             "format": FORMAT,
@@ -124,7 +125,7 @@ def shards_of(boxes: OpenImagesBoxes, vae: AutoencoderKL, folder: Path | str) ->
             "rows": digest.hexdigest(),
         }
         path = Path(folder) / f"{number:06d}.safetensors"
-        files, names = file_states(boxes, rows), boxes.image_ids[here]
+        files = file_states(boxes, rows)
         shards.append(Shard(path, rows, needs, files, names, (len(rows), *latent)))
     return shards
 
@@ -140,19 +141,9 @@ def vae_fingerprint(vae: AutoencoderKL) -> str:
 
 
 def file_states(boxes: OpenImagesBoxes, rows: range) -> Tensor:
-    """Size and modification time of the image of each row, (rows, 2); `NO_FILE` without one."""
-    ids = boxes.image_ids[rows.start : rows.stop]
-    _, first, place = np.unique(ids, return_index=True, return_inverse=True)
-    states = [_file_state(boxes.image_path(rows.start + int(offset))) for offset in first]
-    return torch.tensor(states)[place]
-
-
-def _file_state(path: Path) -> tuple[int, int]:
-    try:
-        state = path.stat()
-    except OSError:
-        return NO_FILE
-    return state.st_size, int(state.st_mtime)
+    """`Source.image_state` of the image of each row, (rows, 2)."""
+    ids, place = np.unique(boxes.image_ids[rows.start : rows.stop], return_inverse=True)
+    return torch.tensor([boxes.source.image_state(image_id) for image_id in ids])[place]
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -263,6 +254,7 @@ class CachedBoxes:
                 f"{SCRIPT} with this model, dataset and resolution, or leave out --cache_latents"
             )
         self.boxes, self.paths = boxes, [shard.path for shard in shards]
+        self.shards = boxes.shards
         self._opened: dict[Path, Any] = {}  # memory-mapped, by each loader process for itself
 
     def __len__(self) -> int:
@@ -286,7 +278,7 @@ class CachedBoxes:
         mean, std = self._moments(index)
         if mean.isnan().any():
             raise ValueError(
-                f"{self.boxes.image_path(index)}: could not be read when latents were cached; "
+                f"{self.boxes.image_name(index)}: could not be read when latents were cached; "
                 f"delete {self._path(index)} and run {SCRIPT} again"
             )
         return {"latent_mean": mean, "latent_std": std, **self.boxes.view(crop, rng)}

@@ -1,7 +1,8 @@
 """Open Images as training data: boxes for stage 1, masks for stage 2, their captions, and the index
 of mask boxes.
 
-Another dataset needs what `OpenImagesBoxes` and `OpenImagesMasks` have: `len`, `sample` and `name`.
+Where their bytes come from is a `Source`: the folder, or shards of it (`elite/shards.py`). Another
+dataset needs what `OpenImagesBoxes` and `OpenImagesMasks` have: `len`, `sample` and `name`.
 """
 
 import csv
@@ -11,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from elite.augment import clip_view, object_view, scaled_target
 from elite.defaults import PLACEHOLDER
 from elite.files import write_atomically
 from elite.images import fit_mask, read_image, read_mask, resize, to_clip_pixels, to_pixels
+from elite.stream import Shards
 from elite.wording import brief
 
 # The 27 captions of textual inversion's "small" ImageNet set, which come from CLIP's prompts.
@@ -57,6 +60,7 @@ BOX_PADDING = 10  # pixels around a box of stage 1
 CSV_BLOCK = 16384  # rows held as text at a time
 LONGEST_TEXT = 250  # characters; a longer one would widen the array of all rows
 BOX_FIELDS = ("name", "hs", "he", "ws", "we")  # of the index of mask boxes
+NO_FILE = (-1, -1)
 REBUILD = "python data_scripts/cal_bbox_by_seg.py DIR"
 KEEP = "python data_scripts/keep_downloaded.py DIR"
 
@@ -147,6 +151,134 @@ def _narrowed(column: np.ndarray) -> np.ndarray:
     return texts
 
 
+class Source(Protocol):
+    """Where annotations and bytes come from. Ids of images and rows of masks are the source's own;
+    errors of reading are ValueErrors that name the file."""
+
+    def boxes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Image ids (N,) and boxes float32 (N, 4), x0 x1 y0 y1 in [0, 1], of stage 1."""
+
+    def masks(self) -> tuple[np.ndarray, np.ndarray]:
+        """Image ids (N,) and rows (N,) with hs, he, ws, we of stage 2."""
+
+    def image_name(self, image_id: Any) -> str:
+        """What a user knows an image by: its file."""
+
+    def image_keys(self, image_ids: np.ndarray) -> np.ndarray:
+        """The names of images in annotations, bytes (N,)."""
+
+    def image_state(self, image_id: Any) -> tuple[int, int]:
+        """Two numbers that change with an image; `NO_FILE` without one."""
+
+    def read_image(self, image_id: Any) -> np.ndarray:
+        """An image, uint8 (H, W, 3)."""
+
+    def mask_name(self, row: Any) -> str:
+        """The file of a mask."""
+
+    def read_mask(self, row: Any) -> np.ndarray:
+        """A mask, bool (H, W)."""
+
+    def shards_of(self, image_ids: np.ndarray) -> Shards | None:
+        """The shards that a dataset of these images lies in, one a row; None for a folder."""
+
+
+class OpenImagesFolder:
+    """The files of Open Images V6 on the disk, a `Source`.
+
+    Args:
+        root: folder with `images/test/ID.jpg`; of stage 1, `annotations/test-annotations-bbox.csv`;
+            of stage 2, `segs/test/` with masks in it or its subfolders, `segs/test_bbox_dict.npy`
+            and `annotations/test-annotations-object-segmentation.csv`.
+        set_name: `test`, `validation` or `train`, as in the names of files and folders.
+    """
+
+    def __init__(self, root: Path | str, set_name: str = "test") -> None:
+        self.root, self.set_name = Path(root), set_name
+        self.image_folder = self.root / "images" / set_name
+        self.mask_folder = self.root / "segs" / set_name
+
+    def table(self, name: str) -> Path:
+        """The file of the table of boxes, `bbox`, or of masks, `object-segmentation`."""
+        return self.root / "annotations" / f"{self.set_name}-annotations-{name}.csv"
+
+    def boxes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Raises ValueError: no such table, or no usable box in it."""
+        path = self.table("bbox")
+        image_ids, boxes = read_boxes(path)
+        if not len(boxes):
+            raise ValueError(f"{path}: no box covers 2 to 80 % of its image; nothing to train on")
+        return image_ids, boxes
+
+    def masks(self) -> tuple[np.ndarray, np.ndarray]:
+        """Raises ValueError: table or index is missing or pickled, or has no usable mask."""
+        path, index_path = self.table("object-segmentation"), self.mask_boxes_path
+        index = usable_masks(load_mask_boxes(index_path))
+        if not len(index):
+            raise ValueError(
+                f"{index_path}: no mask of 100 px or more with an aspect of 0.5 to 2; nothing to "
+                "train on"
+            )
+        blocks = read_blocks(path, ["MaskPath", "ImageID"])
+        mask_names, image_ids = map(np.concatenate, zip(*blocks, strict=True))
+        listed = [file_key(name) for name in mask_names.tolist()]
+        known = [file_key(name.encode()) for name in index["name"].tolist()]
+        _, rows, entries = np.intersect1d(listed, known, return_indices=True)
+        if not len(rows):
+            raise ValueError(
+                f"{path}: names none of the {len(index)} masks of {index_path}, such as "
+                f"{brief(str(index['name'][0]))}; get the table of this set, or run {REBUILD}"
+            )
+        return image_ids[rows], index[entries]
+
+    @property
+    def mask_boxes_path(self) -> Path:
+        return mask_boxes_path(self.root, self.set_name)
+
+    def image_path(self, image_id: bytes) -> Path:
+        return image_file(self.image_folder, image_id.decode())
+
+    def mask_path(self, row: np.void) -> Path:
+        return _inside(self.mask_folder, str(row["name"]))
+
+    def image_name(self, image_id: bytes) -> str:
+        return str(self.image_path(image_id))
+
+    def image_keys(self, image_ids: np.ndarray) -> np.ndarray:
+        return image_ids
+
+    def image_state(self, image_id: bytes) -> tuple[int, int]:
+        """Size in bytes and modification time in seconds."""
+        try:
+            state = self.image_path(image_id).stat()
+        except OSError:
+            return NO_FILE
+        return state.st_size, int(state.st_mtime)
+
+    def read_image(self, image_id: bytes) -> np.ndarray:
+        path = self.image_path(image_id)
+        if not path.exists():
+            raise ValueError(
+                f"{path}: no such file; where only some are downloaded, {KEEP} leaves out the "
+                "others"
+            )
+        return read_image(path)
+
+    def mask_name(self, row: np.void) -> str:
+        return str(self.mask_path(row))
+
+    def read_mask(self, row: np.void) -> np.ndarray:
+        return read_mask(self.mask_path(row))
+
+    def shards_of(self, image_ids: np.ndarray) -> None:
+        return None
+
+
+def as_source(source: Source | Path | str) -> Source:
+    """A source, or the Open Images folder of this path."""
+    return OpenImagesFolder(source) if isinstance(source, Path | str) else source
+
+
 class OpenImagesBoxes:
     """Stage 1: boxes that cover 2 to 80 % of their image, groups of objects included.
 
@@ -154,32 +286,28 @@ class OpenImagesBoxes:
     there.
 
     Args:
-        root: folder with `images/test/ID.jpg` and `annotations/test-annotations-bbox.csv`.
+        source: an Open Images folder, by its path, or another source.
         resolution: side of the target in pixels.
         clip_size: side of the CLIP input in pixels.
         placeholder_token: word that stands for the object in captions.
-        set_name: `test`, `validation` or `train`, as in the names of files and folders.
 
     Raises:
-        ValueError: no CSV file, or no usable box in it.
+        ValueError: no annotations, or no usable box in them.
     """
 
     def __init__(
         self,
-        root: Path | str,
+        source: Source | Path | str,
         *,
         resolution: int = 512,
         clip_size: int = 224,
         placeholder_token: str = PLACEHOLDER,
-        set_name: str = "test",
     ) -> None:
-        self.image_folder = Path(root) / "images" / set_name
+        self.source = as_source(source)
         self.resolution, self.clip_size = resolution, clip_size
         self.placeholder_token = placeholder_token
-        path = Path(root) / "annotations" / f"{set_name}-annotations-bbox.csv"
-        self.image_ids, self.boxes = read_boxes(path)  # (N,) bytes, (N, 4) x0 x1 y0 y1 in [0, 1]
-        if not len(self.boxes):
-            raise ValueError(f"{path}: no box covers 2 to 80 % of its image; nothing to train on")
+        self.image_ids, self.boxes = self.source.boxes()  # (N,), (N, 4) x0 x1 y0 y1 in [0, 1]
+        self.shards = self.source.shards_of(self.image_ids)
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -201,15 +329,15 @@ class OpenImagesBoxes:
     def name(self, index: int) -> str:
         """The file that a box lies in, and the box: x0, x1, y0, y1 relative to it."""
         place = ", ".join(f"{side:.3f}" for side in self.boxes[index])
-        return f"{self.image_path(index)} [{place}]"
+        return f"{self.image_name(index)} [{place}]"
 
-    def image_path(self, index: int) -> Path:
+    def image_name(self, index: int) -> str:
         """The file that a box lies in."""
-        return image_file(self.image_folder, self.image_ids[index].decode())
+        return self.source.image_name(self.image_ids[index])
 
     def crop(self, index: int) -> np.ndarray:
         """A box with 10 px around, uint8 (h, w, 3). Raises ValueError as `sample` does."""
-        image = _read(self.image_path(index))
+        image = self.source.read_image(self.image_ids[index])
         height, width = image.shape[:2]
         left, right, top, bottom = self.boxes[index] * (width, width, height, height)
         return image[padded((top, bottom, left, right), BOX_PADDING, height, width)]
@@ -234,12 +362,17 @@ def read_boxes(path: Path) -> tuple[np.ndarray, np.ndarray]:
     kept = []
     for image_ids, *sides in read_blocks(path, ["ImageID"], ["XMin", "XMax", "YMin", "YMax"]):
         boxes = np.stack(sides, axis=1).clip(0, 1)
-        width, height = boxes[:, 1] - boxes[:, 0], boxes[:, 3] - boxes[:, 2]
-        area = np.where((width > 0) & (height > 0), width * height, 0)
-        usable = (area >= 0.02) & (area <= 0.8)
+        usable = usable_boxes(boxes)
         kept.append((image_ids[usable], boxes[usable]))
     image_ids, boxes = map(np.concatenate, zip(*kept, strict=True))
     return image_ids, boxes
+
+
+def usable_boxes(boxes: np.ndarray) -> np.ndarray:
+    """Which boxes (N, 4), x0 x1 y0 y1 in [0, 1], cover 2 to 80 % of their image, bool (N,)."""
+    width, height = boxes[:, 1] - boxes[:, 0], boxes[:, 3] - boxes[:, 2]
+    area = np.where((width > 0) & (height > 0), width * height, 0)
+    return (area >= 0.02) & (area <= 0.8)
 
 
 def padded(
@@ -273,15 +406,6 @@ def file_key(path: bytes) -> bytes:
     return path.rpartition(b"/")[2].lower()
 
 
-def _read(path: Path) -> np.ndarray:
-    """An image of the annotations, as `read_image`."""
-    if not path.exists():
-        raise ValueError(
-            f"{path}: no such file; where only some are downloaded, {KEEP} leaves out the others"
-        )
-    return read_image(path)
-
-
 def _inside(folder: Path, name: str) -> Path:
     """The file of that name, or of that subfolder. Raises ValueError where a table names one
     outside the folder."""
@@ -298,51 +422,30 @@ class OpenImagesMasks:
     Sizes are those of the mask file, which may differ from the image's.
 
     Args:
-        root: folder with `images/test/ID.jpg`, `segs/test/` with masks in it or its subfolders,
-            `segs/test_bbox_dict.npy` and `annotations/test-annotations-object-segmentation.csv`.
+        source: an Open Images folder, by its path, or another source.
         resolution: side of the target in pixels.
         clip_size: side of the CLIP input in pixels.
         latent_size: side of the latent.
         placeholder_token: word that stands for the object in captions.
-        set_name: `test`, `validation` or `train`, as in the names of files and folders.
 
     Raises:
-        ValueError: a file of the index is missing or pickled, or no usable mask is in it.
+        ValueError: a table is missing or pickled, or no usable mask is in it.
     """
 
     def __init__(
         self,
-        root: Path | str,
+        source: Source | Path | str,
         *,
         resolution: int = 512,
         clip_size: int = 224,
         latent_size: int = 64,
         placeholder_token: str = PLACEHOLDER,
-        set_name: str = "test",
     ) -> None:
-        self.image_folder = Path(root) / "images" / set_name
-        self.mask_folder = Path(root) / "segs" / set_name
+        self.source = as_source(source)
         self.resolution, self.clip_size, self.latent_size = resolution, clip_size, latent_size
         self.placeholder_token = placeholder_token
-        path = Path(root) / "annotations" / f"{set_name}-annotations-object-segmentation.csv"
-        index_path = mask_boxes_path(root, set_name)
-        index = usable_masks(load_mask_boxes(index_path))
-        if not len(index):
-            raise ValueError(
-                f"{index_path}: no mask of 100 px or more with an aspect of 0.5 to 2; nothing to "
-                "train on"
-            )
-        blocks = read_blocks(path, ["MaskPath", "ImageID"])
-        mask_names, image_ids = map(np.concatenate, zip(*blocks, strict=True))
-        listed = [file_key(name) for name in mask_names.tolist()]
-        known = [file_key(name.encode()) for name in index["name"].tolist()]
-        _, rows, entries = np.intersect1d(listed, known, return_indices=True)
-        if not len(rows):
-            raise ValueError(
-                f"{path}: names none of the {len(index)} masks of {index_path}, such as "
-                f"{brief(str(index['name'][0]))}; get the table of this set, or run {REBUILD}"
-            )
-        self.image_ids, self.index = image_ids[rows], index[entries]
+        self.image_ids, self.index = self.source.masks()
+        self.shards = self.source.shards_of(self.image_ids)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -370,7 +473,7 @@ class OpenImagesMasks:
         object_image, object_mask = object_view(crop, mask, self.clip_size, rng)
         if not object_mask.any():
             raise ValueError(
-                f"{self._mask_path(index)}: no object pixel is left at {self.clip_size} px; "
+                f"{self.name(index)}: no object pixel is left at {self.clip_size} px; "
                 "remove the mask"
             )
         return {
@@ -384,23 +487,20 @@ class OpenImagesMasks:
 
     def name(self, index: int) -> str:
         """The file of a mask."""
-        return str(self._mask_path(index))
-
-    def _mask_path(self, index: int) -> Path:
-        return _inside(self.mask_folder, str(self.index["name"][index]))
+        return self.source.mask_name(self.index[index])
 
     def _crop(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Image uint8 (h, w, 3) and mask bool (h, w), the object with 10 to 19 px around."""
-        image = _read(image_file(self.image_folder, self.image_ids[index].decode()))
-        path = self._mask_path(index)
-        mask_file = read_mask(path)
-        mask = fit_mask(mask_file, image, str(path))
+        row, name = self.index[index], self.name(index)
+        image = self.source.read_image(self.image_ids[index])
+        mask_file = self.source.read_mask(row)
+        mask = fit_mask(mask_file, image, name)
         (height, width), (mask_height, mask_width) = mask.shape, mask_file.shape
         scale = np.repeat((height / mask_height, width / mask_width), 2)
-        hs, he, ws, we = (self.index[side][index] for side in ("hs", "he", "ws", "we"))
+        hs, he, ws, we = (row[side] for side in ("hs", "he", "ws", "we"))
         place = padded(scale * (hs, he, ws, we), int(rng.integers(10, 20)), height, width)
         if not mask[place].any():
-            raise ValueError(f"{path}: mask has changed since its box was found; run {REBUILD}")
+            raise ValueError(f"{name}: mask has changed since its box was found; run {REBUILD}")
         return image[place], mask[place]
 
 

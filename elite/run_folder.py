@@ -1,17 +1,14 @@
 """The folder of a training run: state, log and previews, whole checkpoints, one set of settings,
 one writer."""
 
-import errno
-import hashlib
 import json
 import math
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any, NoReturn, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +23,15 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from elite.config import save_config
-from elite.files import remove_leftovers, remove_whole, write_atomically, write_json, write_text
+from elite.files import (
+    remove_leftovers,
+    remove_whole,
+    sha256_of,
+    try_lock,
+    write_atomically,
+    write_json,
+    write_text,
+)
 from elite.stream import Failure, Samples
 
 HASHES = "hashes.json"
@@ -56,6 +61,8 @@ MAY_CHANGE = {
     "push_to_hub",
     "resume_from_checkpoint",
     "save_steps",
+    "shard_cache",
+    "shard_cache_gb",
     "train_batch_size",
     "validation_data_dir",
     "validation_steps",
@@ -348,7 +355,7 @@ def _step(checkpoint: Path) -> int:
 
 def seal(checkpoint: Path) -> None:
     """Writes the hashes by which `fault` knows later that every file is as it is now."""
-    hashes = {path.name: _sha256(path) for path in sorted(checkpoint.iterdir())}
+    hashes = {path.name: sha256_of(path) for path in sorted(checkpoint.iterdir())}
     (checkpoint / HASHES).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
 
 
@@ -357,7 +364,7 @@ def fault(checkpoint: Path) -> str | None:
     try:
         hashes = json.loads((checkpoint / HASHES).read_text(encoding="utf-8"))
         for name, expected in hashes.items():
-            if _sha256(checkpoint / name) != expected:
+            if sha256_of(checkpoint / name) != expected:
                 return f"{name} is damaged"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -366,11 +373,6 @@ def fault(checkpoint: Path) -> str | None:
     except (ValueError, AttributeError):  # no JSON, or not of a mapping
         return f"{HASHES} is damaged"
     return None
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find_checkpoint(output_dir: Path, resume: str, say: Callable[[str], object] = print) -> Path:
@@ -451,21 +453,6 @@ def check_settings(folder: Path, settings: Mapping[str, Any], resumes: bool) -> 
 # --- one writer -----------------------------------------------------------------------------------
 
 
-def _lock(file: IO[str]) -> None:
-    """Raises OSError where another process has the lock."""
-    if sys.platform == "win32":
-        import msvcrt
-
-        # Far beyond the owner's name, which others read; Windows forbids reading what is locked.
-        file.seek(2**20)
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        # Not flock: loader processes would inherit that and keep it when this one is killed.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Makes this process the one that writes a run into the folder, and clears away what a killed
@@ -477,18 +464,18 @@ def locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "a+", encoding="utf-8") as file:
         try:
-            _lock(file)
+            is_mine = try_lock(file)
         except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise ValueError(
-                    f"{folder}: cannot be locked ({error.strerror}); {ANOTHER_FOLDER}"
-                ) from None
+            raise ValueError(
+                f"{folder}: cannot be locked ({error.strerror}); {ANOTHER_FOLDER}"
+            ) from None
+        if not is_mine:
             file.seek(0)
             owner = file.read().strip() or "unknown"
             raise ValueError(
                 f"{folder}: another run writes into it (process {owner}); wait for its end or "
                 f"{ANOTHER_FOLDER}"
-            ) from None
+            )
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()

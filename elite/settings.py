@@ -155,7 +155,18 @@ class FitConfig(ModelFilesConfig):
 class TrainConfig(FitConfig):
     """What both stages of ELITE share."""
 
-    train_data_dir: str = required("Open Images folder with images/, segs/ and annotations/.")
+    train_data_dir: str = required(
+        "Open Images folder with images/, segs/ and annotations/, or shards of it from "
+        "data_scripts/make_shards.py: their folder or its URL."
+    )
+    shard_cache: str | None = setting(
+        None,
+        "Folder that shards are fetched to; None reads those of a local folder where they lie.",
+    )
+    shard_cache_gb: float = setting(20.0, "Most that shard_cache may hold, in GB.", above=0)
+    shard_window: int = setting(
+        8, "Shards whose samples are shuffled together, after the shards themselves.", at_least=1
+    )
     tokenizer_name: str | None = setting(
         None, "Tokenizer folder or hub name; None means the model's own."
     )

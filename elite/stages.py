@@ -21,8 +21,10 @@ from elite.loading import DTYPES, load_parts, make_scheduler, side_for_training
 from elite.mappers import Mapper
 from elite.named_concepts import Words
 from elite.objectives import DenoisingObjective, EliteObjective
+from elite.open_images import Source
 from elite.pipeline import ElitePipeline
 from elite.settings import FitConfig, TrainConfig
+from elite.shards import open_source
 from elite.sheets import tile_rows
 from elite.training import fit, make_accelerator
 
@@ -51,6 +53,16 @@ def mapper_to_train(
         return load_mapper(kind, path, unet, image_encoder).float()
     return kind.for_models(
         unet, image_encoder, config.mapper_hidden_size or 1024, config.hidden_layers
+    )
+
+
+def training_data(config: TrainConfig) -> Source:
+    """Where the images of the training come from."""
+    return open_source(
+        config.train_data_dir,
+        cache=config.shard_cache,
+        cache_gb=config.shard_cache_gb,
+        window=config.shard_window,
     )
 
 

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-ORDER, SAMPLES = 1, 2  # separate random streams of one seed
+ORDER, SAMPLES, SHARDS = 1, 2, 3  # separate random streams of one seed
+AT_HAND = 3  # windows whose rows are kept: the one shown and those it takes substitutes from
 
 
 class Samples(Protocol):
-    """What a training stream needs of a dataset."""
+    """What a training stream needs of a dataset; one that lies in shards has `shards`, too."""
 
     def __len__(self) -> int: ...
 
@@ -25,6 +26,19 @@ class Samples(Protocol):
 
     def name(self, index: int) -> str:
         """What a user knows the sample by: its file, say."""
+
+
+class Shards(Protocol):
+    """Which rows of a dataset lie in which of its S shards."""
+
+    sizes: np.ndarray  # (S,) rows of each, none of them 0
+    window: int  # shards whose rows are shuffled together
+
+    def rows(self, shards: Sequence[int]) -> Sequence[int]:
+        """Those of some shards, ascending."""
+
+    def expect(self, shards: Sequence[int]) -> None:
+        """Says which shards are to be at hand, now or soon, in the order of need."""
 
 
 class Failure(NamedTuple):
@@ -38,6 +52,89 @@ class Failure(NamedTuple):
         """What is wrong, the same words for every file: "not a readable image"."""
         wrong = self.message.partition(": ")[2] or self.message
         return re.sub(r"\d+", "N", re.split(r"; | \(", wrong)[0])
+
+
+class OneShard:
+    """`Shards` of a dataset that does not lie in any."""
+
+    window = 1
+
+    def __init__(self, length: int) -> None:
+        self.sizes = np.array([length])
+
+    def rows(self, shards: Sequence[int]) -> Sequence[int]:
+        return range(int(self.sizes[0]))
+
+    def expect(self, shards: Sequence[int]) -> None:
+        pass
+
+
+class Order:
+    """Which row of a dataset each position shows, a function of (seed, position) alone.
+
+    Every epoch takes the shards in another order, a window of them at a time, and shuffles the
+    rows of a window. Windows are counted through the epochs.
+    """
+
+    def __init__(self, dataset: Samples, seed: int) -> None:
+        self.shards: Shards = getattr(dataset, "shards", None) or OneShard(len(dataset))
+        self.seed, self.length = seed, len(dataset)
+        self.windows = -(-len(self.shards.sizes) // self.shards.window)  # of an epoch
+        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._rows: dict[int, Sequence[int]] = {}
+        self._shown, self._order, self._ahead = -1, np.zeros(0, dtype=np.int64), False
+
+    def row(self, position: int) -> int:
+        """The row at a position. Says what is needed next once a quarter of a window is through:
+        until then other processes may still be in the window before."""
+        window, place = self._find(position)
+        if window != self._shown:
+            self._shown, self._order, self._ahead = window, self._shuffled(window), False
+            self.shards.expect(self._shards_of(window))
+        if not self._ahead and 4 * place >= len(self._order):
+            self._ahead = True
+            self.shards.expect(self._shards_of(window) + self._shards_of(window + 1))
+        return int(self._rows_of(window)[int(self._order[place])])
+
+    def substitute(self, position: int, attempt: int, rng: np.random.Generator) -> int:
+        """A row to show where that of the position cannot be read: each attempt draws from a
+        window further on, so that a lost shard does not offer itself."""
+        rows = self._rows_of(self._find(position)[0] + attempt)
+        return int(rows[int(rng.integers(len(rows)))])
+
+    def _find(self, position: int) -> tuple[int, int]:
+        """The window of a position, and its place there."""
+        epoch, place = divmod(position, self.length)
+        starts = self._read_epoch(epoch)[1]
+        number = int(np.searchsorted(starts, place, "right")) - 1
+        return epoch * self.windows + number, place - int(starts[number])
+
+    def _read_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The order of the shards in an epoch, (S,), and the places where its windows start."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            sizes, step = self.shards.sizes, self.shards.window
+            order = np.random.default_rng((SHARDS, self.seed, epoch)).permutation(len(sizes))
+            ends = np.cumsum(np.add.reduceat(sizes[order], np.arange(0, len(sizes), step)))
+            self._epoch = epoch, order, np.concatenate([[0], ends[:-1]])
+        return self._epoch[1:]
+
+    def _shards_of(self, window: int) -> list[int]:
+        epoch, number = divmod(window, self.windows)
+        start = number * self.shards.window
+        return self._read_epoch(epoch)[0][start : start + self.shards.window].tolist()
+
+    def _rows_of(self, window: int) -> Sequence[int]:
+        if window not in self._rows:
+            while len(self._rows) >= AT_HAND:
+                del self._rows[min(self._rows)]
+            self._rows[window] = self.shards.rows(self._shards_of(window))
+        return self._rows[window]
+
+    def _shuffled(self, window: int) -> np.ndarray:
+        """A permutation of the rows of a window; with one window an epoch, that of all rows."""
+        epoch, number = divmod(window, self.windows)
+        key = (ORDER, self.seed, epoch) + ((number,) if number else ())
+        return np.random.default_rng(key).permutation(len(self._rows_of(window)))
 
 
 class TrainingStream(Dataset):
@@ -56,7 +153,7 @@ class TrainingStream(Dataset):
         if seed < 0:
             raise ValueError(f"seed {seed}: expected 0 or more; choose another")
         self.dataset, self.seed, self.max_attempts = dataset, seed, max_attempts
-        self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
+        self.order = Order(dataset, seed)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         """The dataset's sample with three more keys.
@@ -74,9 +171,10 @@ class TrainingStream(Dataset):
         for attempt in range(self.max_attempts):
             rng = np.random.default_rng((SAMPLES, self.seed, position, attempt))
             noise_seed = torch.tensor(int(rng.integers(2**63 - 1)))
-            index = (
-                self._shuffled(position) if attempt == 0 else int(rng.integers(len(self.dataset)))
-            )
+            if attempt == 0:
+                index = self.order.row(position)
+            else:
+                index = self.order.substitute(position, attempt, rng)
             try:
                 sample = self.dataset.sample(index, rng)
             except ValueError as error:
@@ -88,14 +186,6 @@ class TrainingStream(Dataset):
             f"{len(failures)} samples in a row could not be read; repair or remove them: "
             + "; ".join(failure.message for failure in failures)
         )
-
-    def _shuffled(self, position: int) -> int:
-        """The dataset's index at a position."""
-        epoch, place = divmod(position, len(self.dataset))
-        if epoch != self._epoch:
-            order = np.random.default_rng((ORDER, self.seed, epoch)).permutation(len(self.dataset))
-            self._epoch, self._order = epoch, order
-        return int(self._order[place])
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def script_of(words: list[str]) -> str | None:
     """The file that a command runs; None where it runs none of this repository's."""
     if "-m" in words and words[0] == "python":
         module = words[words.index("-m") + 1]
-        return None if module == "pytest" else module.replace(".", "/") + ".py"
+        return None if module in ("pytest", "http.server") else module.replace(".", "/") + ".py"
     return next((word for word in words if word.endswith((".py", ".sh"))), None)
 
 

@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from data_scripts.index_shards import index_shard
 from data_scripts.make_masks import read_boxes as read_grabs
 from elite.checkpoint import load_official
 from elite.concept import Concept
@@ -11,6 +12,7 @@ from elite.config import build_config, read_yaml
 from elite.images import read_image, read_mask
 from elite.open_images import load_mask_boxes, read_boxes
 from elite.settings import InferenceLocalConfig
+from elite.shards import parse_index
 from evaluation.subjects import read_prompts
 from textual_inversion.files import load_embeddings
 from textual_inversion.pictures import read_templates
@@ -28,6 +30,8 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "concept": ("a.safetensors", Concept.load),
     "embeddings": ("a.safetensors", load_embeddings),
     "checkpoint": ("a.pt", load_official),
+    "shard": ("a.tar", lambda path: index_shard(path, whole=True)),
+    "shard index": ("a.json", lambda path: parse_index(path.read_text("latin1"), str(path))),
 }
 
 

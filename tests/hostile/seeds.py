@@ -1,12 +1,32 @@
 """Whole files of every reader, from which fuzzers start."""
 
+import io
+import json
+import tarfile
+
 import torch
 from safetensors.torch import save
 
+from elite.shards import FORMAT, TABLES
 from tests.hostile.pictures import encoded
 from tests.hostile.tables import BOXES, GOOD_ROW, GRAB, good_index, saved
 from tests.hostile.weights import torch_bytes
 
+
+def tar_bytes() -> bytes:
+    """A picture with its boxes and a mask."""
+    file = io.BytesIO()
+    files = {"a.jpg": encoded(kind="JPEG"), "a.json": b'{"boxes": [[0, 1, 0, 1]]}'}
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, content in {**files, "b.png": encoded(), "b.mask.0.png": encoded()}.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return file.getvalue()
+
+
+LISTED = {"name": "000000.tar", "bytes": 7, "sha256": "0" * 64}
+SHARDS = {"format": FORMAT, "tables": dict.fromkeys(TABLES, LISTED), "shards": [LISTED]}
 CONCEPT = {"format": "elite-concept", "version": "1", "fingerprint": "0" * 16}
 SEEDS: dict[str, tuple[bytes, ...]] = {
     "image": (encoded(), encoded(kind="JPEG"), encoded(kind="WEBP")),
@@ -23,4 +43,6 @@ SEEDS: dict[str, tuple[bytes, ...]] = {
     "concept": (save({"words": torch.ones(1, 3, 4)}, CONCEPT),),
     "embeddings": (save({"<x>": torch.ones(1, 4)}),),
     "checkpoint": (torch_bytes({"a": torch.ones(2)}),),
+    "shard": (tar_bytes(),),
+    "shard index": (json.dumps(SHARDS).encode(),),
 }

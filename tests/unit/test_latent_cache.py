@@ -4,6 +4,7 @@ used."""
 import json
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -279,7 +280,7 @@ def test_other_boxes_and_rows(root, vae, cache):
 
 @pytest.mark.parametrize("change", ["time", "size", "gone"])
 def test_changed_image(boxes, vae, cache, change):
-    path = boxes.image_path(5)
+    path = Path(boxes.image_name(5))
     state = path.stat()
     if change == "time":
         os.utime(path, (state.st_atime, state.st_mtime + 5))
@@ -298,7 +299,7 @@ def test_states_of_files_follow_rows_of_which_several_share_an_image(root):
     path.write_text("\n".join([*lines, *lines[3:0:-1]]))
     boxes = boxes_of(root)
     for row in range(6):
-        os.utime(boxes.image_path(row), (row, row))
+        os.utime(Path(boxes.image_name(row)), (row, row))
     times = file_states(boxes, range(2, len(boxes)))[:, 1].tolist()
     assert len(times) == 18 and times[:4] == [2, 3, 4, 5] and times[-3:] == [2, 1, 0]
     assert -1 in times, "the missing one"
@@ -306,7 +307,7 @@ def test_states_of_files_follow_rows_of_which_several_share_an_image(root):
 
 def test_copied_folder_with_times_of_whole_seconds_fits(boxes, vae, cache):
     for row in range(len(boxes)):
-        if (path := boxes.image_path(row)).exists():
+        if (path := Path(boxes.image_name(row))).exists():
             os.utime(path, (0, int(path.stat().st_mtime)))
     CachedBoxes(boxes, cache, vae)
 
@@ -348,7 +349,7 @@ def test_empty_folder(boxes, vae, tmp_path):
 @pytest.mark.parametrize("name", UNREADABLE)
 def test_repaired_image_asks_for_its_shard_again(boxes, vae, cache, name):
     row = row_of(boxes, name)
-    boxes.image_path(row).write_bytes(as_jpeg(PICTURE))
+    Path(boxes.image_name(row)).write_bytes(as_jpeg(PICTURE))
     assert f"the image {name} has changed since (1 of 5" in refusal(boxes, cache, vae)
     assert len(cache_latents(boxes, vae, cache)) == 1, "the other one"
     assert CachedBoxes(boxes, cache, vae).sample(row, np.random.default_rng(0))

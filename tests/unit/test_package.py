@@ -75,7 +75,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(installed):
     (about,) = installed.glob("*.dist-info/METADATA")
     text = about.read_text(encoding="utf-8")
     assert f"Version: {PROJECT['version']}\n" in text and "License-Expression: Apache-2.0" in text
-    needed = re.findall(r"Requires-Dist: (?!peft|pillow-heif|gradio)", text)
+    needed = re.findall(r"Requires-Dist: (?!aiohttp|peft|pillow-heif|gradio)", text)
     assert len(needed) == len(PROJECT["dependencies"])
 
 

@@ -18,7 +18,7 @@ FOLDERS = ("elite", "small_world", "data_scripts", "benchmarks")  # the last rea
 SOURCES = sorted(
     [*REPOSITORY.glob("*.py"), *(p for f in FOLDERS for p in (REPOSITORY / f).glob("**/*.py"))]
 )
-BYTES = {"Image", "os"}
+BYTES = {"Image", "os", "tarfile"}
 TEXT_METHODS = {"read_text": 0, "write_text": 1, "open": 2}  # and where they take the encoding
 UNIX_ONLY = {"fcntl", "pwd", "grp", "resource", "termios", "pty"}
 UNIX_CALLS = {"fork", "killpg", "getuid", "SIGKILL", "SIGALRM", "symlink_to", "symlink", "mkfifo"}
@@ -45,7 +45,7 @@ def without_encoding(tree: ast.AST) -> list[int]:
     lines = []
     for call in calls(tree):
         name = name_of(call.func)
-        # Image.open and os.open, which are of bytes
+        # Image.open, os.open and tarfile.open, which are of bytes
         of_bytes = isinstance(call.func, ast.Attribute) and name_of(call.func.value) in BYTES
         if name not in TEXT_METHODS or of_bytes or is_binary(call):
             continue

@@ -1,10 +1,11 @@
 """The training stream: order, replacement of broken samples, processes, resuming, workers."""
 
+import numpy as np
 import pytest
 import torch
 
 from elite.open_images import OpenImagesMasks
-from elite.stream import TrainingStream, stream_loader
+from elite.stream import Order, TrainingStream, stream_loader
 from tests.open_images import make_open_images
 
 
@@ -47,6 +48,17 @@ def test_a_position_depends_on_seed_and_position_alone():
     other = [TrainingStream(Numbers(7), 6)[n] for n in range(30)]
     assert not {int(s["seed"]) for s in ahead} & {int(s["seed"]) for s in other}
     assert [int(s["index"]) for s in ahead] != [int(s["index"]) for s in other]
+
+
+def test_the_order_is_that_of_earlier_versions():
+    """A dataset that lies in no shards: runs of theirs are resumed."""
+    order = Order(Numbers(50), seed=3)
+    for epoch in range(3):
+        expected = np.random.default_rng((1, 3, epoch)).permutation(50).tolist()
+        assert [order.row(epoch * 50 + place) for place in range(50)] == expected
+        substitutes = [np.random.default_rng(n).integers(50) for n in range(4)]
+        found = [order.substitute(epoch * 50, 1, np.random.default_rng(n)) for n in range(4)]
+        assert found == substitutes
 
 
 def test_broken_samples_are_replaced_and_recorded():

@@ -1,0 +1,357 @@
+"""Shards: an Open Images dataset as tar files of some hundred megabytes, and their index.
+
+A folder, or its URL, of WebDataset tars and, written last, `index.json`, which lists them and three
+tables of numbers with size and SHA-256:
+
+    images.npy  (I,) shard, and offset and size in bytes there, name in the tar
+    boxes.npy   (N,) image, box: float32 x0 x1 y0 y1 in [0, 1]
+    masks.npy   (M,) image, number, offset, size, and hs he ws we: rows and columns of the object
+
+So every sample is addressable, and opening takes no time: the tables are mapped, not read. Their
+rows are in the order of the dataset the shards were made from.
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import fsspec
+import numpy as np
+
+from elite.files import check_writable, read_text, sha256_of, write_atomically, write_json
+from elite.images import read_image, read_mask
+from elite.open_images import OpenImagesFolder, Source
+from elite.shard_cache import Cache, InPlace, Listed, Store
+from elite.wording import brief, one_line
+
+FORMAT, INDEX = "elite-shards 1", "index.json"
+REINDEX = "python data_scripts/index_shards.py"
+MOST_INDEX = 2**26  # bytes of index.json, which has some 150 for each shard
+LONGEST_NAME = 250  # bytes of a name in a tar
+# Names of files that are no paths, the same in URLs, and known to the cache.
+PLAIN = re.compile(r"\w[\w.\-]*\.(tar|npy)", re.ASCII)
+EVICTED = 5  # times that a file may be gone between its name and its opening
+TABLES: Mapping[str, list[tuple]] = {
+    "images": [("shard", "<u4"), ("offset", "<u8"), ("size", "<u4")],  # and name, S1 or wider
+    "boxes": [("image", "<u4"), ("box", "<f4", (4,))],
+    "masks": [
+        *((name, "<u4") for name in ("image", "number")),
+        *(("offset", "<u8"), ("size", "<u4")),
+        *((side, "<i4") for side in ("hs", "he", "ws", "we")),
+    ],
+}
+
+
+# --- the index ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Index:
+    """What `index.json` lists."""
+
+    shards: list[Listed]
+    tables: dict[str, Listed]
+
+
+def table_type(name: str, width: int = 1) -> np.dtype:
+    """A row of a table, with names of images of up to `width` bytes."""
+    return np.dtype([*TABLES[name], *([("name", f"S{width}")] if name == "images" else [])])
+
+
+def save_index(folder: Path, shards: Sequence[Listed], tables: Mapping[str, np.ndarray]) -> None:
+    """Writes tables and index of the shards in a folder.
+
+    Raises:
+        ValueError: the name of a shard is none for URLs, the disk is full or the folder cannot be
+            written.
+    """
+    for shard in shards:
+        if not PLAIN.fullmatch(shard.name):
+            raise ValueError(
+                f"{folder}: {brief(shard.name)} has other letters than a to z, digits, . _ and -; "
+                "rename it"
+            )
+    listed = {}
+    for name, table in tables.items():
+        path = folder / f"{name}.npy"
+        write_atomically(path, partial(_save_table, table))
+        listed[name] = asdict(list_file(path))
+    index = {"format": FORMAT, "tables": listed, "shards": [asdict(shard) for shard in shards]}
+    write_json(folder / INDEX, index)
+
+
+def _save_table(table: np.ndarray, path: Path) -> None:
+    np.save(path, table, allow_pickle=False)
+
+
+def shards_in(folder: Path) -> list[Path]:
+    """The shards of a folder by name; what is half-written has a name that begins with a dot."""
+    return sorted(path for path in folder.glob("*.tar") if path.name[0] != ".")
+
+
+def list_file(path: Path) -> Listed:
+    """A file as an index lists it."""
+    return Listed(path.name, path.stat().st_size, sha256_of(path))
+
+
+def parse_index(text: str, name: str) -> Index:
+    """Raises ValueError where the text is none of ours; the message begins with `name`."""
+    try:
+        content = json.loads(text)
+        if content["format"] != FORMAT:
+            raise ValueError
+        tables = {table: _parse_listed(content["tables"][table]) for table in TABLES}
+        return Index([_parse_listed(shard) for shard in content["shards"]], tables)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError(
+            f"{name}: damaged, or of another version; index the shards again with {REINDEX} FOLDER"
+        ) from None
+
+
+def _parse_listed(entry: Mapping[str, object]) -> Listed:
+    """Raises ValueError where it is no plain file name, or could not be one of the cache."""
+    file = Listed(**entry)  # type: ignore[arg-type]
+    if not PLAIN.fullmatch(file.name) or not re.fullmatch("[0-9a-f]{64}", file.sha256):
+        raise ValueError
+    if type(file.bytes) is not int or file.bytes < 0:
+        raise ValueError
+    return file
+
+
+# --- rows by shard --------------------------------------------------------------------------------
+
+
+class ShardRows:
+    """`stream.Shards` of a dataset; shards that hold none of its rows play no part.
+
+    Args:
+        shard_of_row: (N,) numbers of shards.
+        window: shards whose rows are shuffled together.
+        shards: what they are of.
+    """
+
+    def __init__(self, shard_of_row: np.ndarray, window: int, shards: "OpenImagesShards") -> None:
+        counts = np.bincount(shard_of_row)
+        self.numbers = np.flatnonzero(counts)
+        self.sizes, self.window, self._shards = counts[self.numbers], window, shards
+        self._starts = np.concatenate([[0], np.cumsum(self.sizes)])
+        is_sorted = bool((shard_of_row[1:] >= shard_of_row[:-1]).all())
+        self._by_shard = None if is_sorted else np.argsort(shard_of_row, kind="stable")
+
+    def rows(self, shards: Sequence[int]) -> Sequence[int]:
+        if len(shards) == len(self.sizes):
+            return range(int(self._starts[-1]))
+        return np.sort(np.concatenate([self._rows_of(shard) for shard in shards]))  # type: ignore[return-value]
+
+    def _rows_of(self, shard: int) -> np.ndarray:
+        start, stop = int(self._starts[shard]), int(self._starts[shard + 1])
+        return np.arange(start, stop) if self._by_shard is None else self._by_shard[start:stop]
+
+    def expect(self, shards: Sequence[int]) -> None:
+        self._shards.expect(self.numbers[list(shards)].tolist())
+
+
+# --- the source -----------------------------------------------------------------------------------
+
+
+class OpenImagesShards:
+    """Shards of Open Images, or of pairs, as a `Source`.
+
+    Args:
+        location: folder or URL, for messages.
+        store: where its files are taken from.
+        index: what it lists.
+        window: shards whose rows are shuffled together.
+
+    Raises:
+        ValueError: a table is missing, damaged or does not fit.
+    """
+
+    def __init__(self, location: str, store: Store, index: Index, window: int) -> None:
+        self.location, self.store, self.index, self.window = location, store, index, window
+        tables = {name: self._open_table(name) for name in TABLES}
+        self.images, self._boxes, self._masks = (tables[name] for name in TABLES)
+        for rows, of, most in (
+            (self.images["shard"], "images", len(index.shards)),
+            (self._boxes["image"], "boxes", len(self.images)),
+            (self._masks["image"], "masks", len(self.images)),
+        ):
+            if len(rows) and int(rows.max()) >= most:
+                raise self._misfit(of)
+
+    def _open_table(self, name: str) -> np.ndarray:
+        path = self.store.path(self.index.tables[name])
+        try:
+            table = np.load(path, mmap_mode="r", allow_pickle=False)
+        except Exception:  # numpy's reader raises errors of parsers, too
+            raise self._misfit(name) from None
+        width = getattr(table, "dtype", np.dtype("S1")).itemsize - table_type(name, 0).itemsize
+        fits = name != "images" or 0 < width <= LONGEST_NAME
+        if not fits or getattr(table, "ndim", 0) != 1 or table.dtype != table_type(name, width):
+            raise self._misfit(name)
+        return table
+
+    def _misfit(self, table: str) -> ValueError:
+        name = self.index.tables[table].name
+        return ValueError(
+            f"{self.location}/{name}: no table of these shards; index them with {REINDEX} FOLDER"
+        )
+
+    # --- as a Source ------------------------------------------------------------------------------
+
+    def boxes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Raises ValueError where there is none."""
+        if not len(self._boxes):
+            raise ValueError(
+                f"{self.location}: no box of 2 to 80 % of its image; nothing to train stage 1 on"
+            )
+        return self._boxes["image"], self._boxes["box"]
+
+    def masks(self) -> tuple[np.ndarray, np.ndarray]:
+        """Raises ValueError where there is none."""
+        if not len(self._masks):
+            raise ValueError(
+                f"{self.location}: no mask of 100 px or more with an aspect of 0.5 to 2; nothing "
+                "to train stage 2 on"
+            )
+        return self._masks["image"], self._masks
+
+    def image_name(self, image_id: int) -> str:
+        row = self.images[image_id]
+        return f"{self._shard_name(row)}/{_shown(row['name'])}"
+
+    def image_keys(self, image_ids: np.ndarray) -> np.ndarray:
+        return self.images["name"][image_ids]
+
+    def image_state(self, image_id: int) -> tuple[int, int]:
+        """Its place in its shard, and the first digits of the shard's hash."""
+        row = self.images[image_id]
+        return int(row["offset"]), int(self.index.shards[int(row["shard"])].sha256[:15], 16)
+
+    def read_image(self, image_id: int) -> np.ndarray:
+        row = self.images[image_id]
+        name = self.image_name(image_id)
+        return read_image(name, content=self._read(row["shard"], row["offset"], row["size"], name))
+
+    def mask_name(self, row: np.void) -> str:
+        image = self.images[row["image"]]
+        key = key_of(_shown(image["name"]))
+        return f"{self._shard_name(image)}/{key}.mask.{int(row['number'])}.png"
+
+    def read_mask(self, row: np.void) -> np.ndarray:
+        shard, name = self.images[row["image"]]["shard"], self.mask_name(row)
+        return read_mask(name, content=self._read(shard, row["offset"], row["size"], name))
+
+    def shards_of(self, image_ids: np.ndarray) -> ShardRows:
+        return ShardRows(self.images["shard"][image_ids], self.window, self)
+
+    # --- bytes ------------------------------------------------------------------------------------
+
+    def expect(self, shards: Sequence[int]) -> None:
+        """Says which shards are to be at hand, in the order of need."""
+        needed = (self.index.shards[number] for number in shards)
+        self.store.expect([*self.index.tables.values(), *needed])
+
+    def _shard_name(self, image: np.void) -> str:
+        return f"{self.location}/{self.index.shards[int(image['shard'])].name}"
+
+    def _read(self, shard: int, offset: int, size: int, name: str) -> bytes:
+        """Bytes of a shard. Raises ValueError where it cannot be had, or ends before them."""
+        file = self.index.shards[int(shard)]
+        if int(offset) + int(size) > file.bytes:
+            raise ValueError(f"{name}: lies beyond the end of its shard; index the shards again")
+        for _ in range(EVICTED):
+            with suppress(FileNotFoundError), open(self.store.path(file), "rb") as opened:
+                opened.seek(int(offset))
+                return opened.read(int(size))
+        raise ValueError(
+            f"{name}: its shard is gone as soon as it is fetched; give --shard_cache a folder that "
+            "no other program empties"
+        )
+
+
+def key_of(name: str) -> str:
+    """What the files of a sample have in common, by WebDataset's rule: all but the endings."""
+    folder, slash, file = name.rpartition("/")
+    return f"{folder}{slash}{file.partition('.')[0]}"
+
+
+def _shown(name: bytes) -> str:
+    return one_line(name.decode("utf-8", "backslashreplace"))
+
+
+# --- opening --------------------------------------------------------------------------------------
+
+
+def open_source(
+    location: str | Path,
+    *,
+    cache: Path | str | None = None,
+    cache_gb: float = 20.0,
+    window: int = 8,
+) -> Source:
+    """The data of a folder in Open Images layout, or of shards in a folder or at a URL.
+
+    Args:
+        cache: folder that shards are fetched to; None reads those of a folder where they lie.
+        cache_gb: most that it may hold, in GB.
+        window: shards whose samples are shuffled together.
+
+    Raises:
+        ValueError: no index, or a damaged one; a URL without a cache; a cache that cannot be
+            written, or that two windows and the tables do not fit into.
+    """
+    location, is_url = str(location), "://" in str(location)
+    location = location.rstrip("/") if is_url else location
+    if not is_url and not (Path(location) / INDEX).exists():
+        if shards_in(Path(location)):
+            raise ValueError(f"{location}: shards without {INDEX}; run {REINDEX} {location}")
+        return OpenImagesFolder(location)
+    if is_url and cache is None:
+        raise ValueError(
+            f"{location}: lies elsewhere; give --shard_cache a folder that shards are fetched to"
+        )
+    name = f"{location}/{INDEX}"
+    index = parse_index(_fetch_text(name) if is_url else _read_index(Path(name)), name)
+    if cache is None:
+        return OpenImagesShards(location, InPlace(Path(location)), index, window)
+    limit = round(cache_gb * 1e9)
+    check_room(index, window, limit)
+    check_writable(cache)
+    url = location if is_url else Path(location).resolve().as_uri()
+    return OpenImagesShards(location, Cache(url, Path(cache), limit), index, window)
+
+
+def check_room(index: Index, window: int, limit: int) -> None:
+    """Raises ValueError where a cache is too small for the tables and two windows, the one shown
+    and the next."""
+    sizes = sorted((shard.bytes for shard in index.shards), reverse=True)
+    tables = sum(table.bytes for table in index.tables.values())
+    needed = tables + sum(sizes[: 2 * window])
+    if needed > limit:
+        raise ValueError(
+            f"--shard_cache_gb {limit / 1e9:g}: two windows of {window} shards and the index take "
+            f"{needed / 1e9:.3g} GB; raise it, or lower --shard_window"
+        )
+
+
+def _read_index(path: Path) -> str:
+    return read_text(path, "expected the index of shards", most=MOST_INDEX)
+
+
+def _fetch_text(url: str) -> str:
+    try:
+        with fsspec.open(url, "rb") as file:
+            parts = iter(lambda: file.read(2**20), b"")
+            content = b"".join(itertools.islice(parts, MOST_INDEX // 2**20))
+        return content.decode()
+    except Exception as error:  # every file system has errors of its own
+        reason = "no such file" if isinstance(error, FileNotFoundError) else brief(str(error))
+        raise ValueError(
+            f"{url}: cannot be fetched ({reason}); expected the URL of a folder of shards"
+        ) from None

@@ -1,0 +1,140 @@
+"""Runs on shards of a server that are killed and resumed end as uninterrupted ones, whatever reads
+the shards. Processes are forked from here, which costs no imports."""
+
+import json
+import multiprocessing
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+from elite.open_images import OpenImagesMasks
+from elite.run_folder import checkpoints
+from elite.shards import open_source
+from tests.faults.toy import train
+from tests.open_images import make_open_images
+from tests.shards import Server, make_shards, served
+
+STEPS, HANGS = 14, 300  # three epochs and more, of ten pictures in shards of two; seconds
+ALONE: dict[str, str] = {}
+
+
+class Brightness:
+    """What the toy trains on: the mean colour of objects of shards, after a pause."""
+
+    def __init__(self, server: Server, cache: Path) -> None:
+        source = open_source(server.url, cache=cache, window=2)
+        self.masks = OpenImagesMasks(source, resolution=32, clip_size=28, latent_size=8)
+        self.shards = self.masks.shards
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    def name(self, index: int) -> str:
+        return self.masks.name(index)
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
+        time.sleep(0.02)
+        return {"x": self.masks.sample(index, rng)["object_pixels"].mean(dim=(1, 2))}
+
+
+def live(
+    server: Server, folder: Path, options: Mapping[str, int], environment: Mapping[str, str]
+) -> None:
+    """A run, or what is left of it."""
+    os.environ |= environment
+    resume = "latest" if checkpoints(folder) else None
+    dataset = Brightness(server, server.folder.parent / "cache")
+    train(folder, dataset, max_steps=STEPS, resume=resume, **options)
+
+
+def start(
+    server: Server, folder: Path, environment: Mapping[str, str] = ALONE, **options: int
+) -> BaseProcess:
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=live, args=(server, folder, options, environment))
+    process.start()
+    return process
+
+
+def finish(process: BaseProcess) -> int | None:
+    process.join(HANGS)
+    process.kill()
+    return process.exitcode
+
+
+def lines(folder: Path) -> list[dict]:
+    path = folder / "metrics.jsonl"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    found = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+    return [{k: v for k, v in line.items() if k != "samples_per_second"} for line in found]
+
+
+def wait_for_step(folder: Path, step: int) -> None:
+    deadline = time.monotonic() + HANGS
+    while len(lines(folder)) < step and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def outcome(folder: Path) -> tuple[list[dict], bytes, bytes]:
+    last = checkpoints(folder)[-1]
+    files = (last / "weights.safetensors", folder / "toy.safetensors")
+    return lines(folder), *(path.read_bytes() for path in files)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("data")
+    make_open_images(folder / "open_images", n=10)
+    make_shards(folder / "open_images", folder / "shards")
+    with served(folder / "shards") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def whole(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert finish(start(server, folder)) == 0
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_killed_run_ends_in_the_bits_of_an_uninterrupted_one(workers, server, whole, tmp_path):
+    """In mid-window, in mid-epoch, with a loader process that changes nothing."""
+    folder = tmp_path / "run"
+    for step in (4, 9):
+        process = start(server, folder, num_workers=workers)
+        wait_for_step(folder, step)
+        process.kill()
+        process.join()
+        assert step <= len(lines(folder)) < STEPS
+    assert finish(start(server, folder, num_workers=workers)) == 0
+    assert outcome(folder) == outcome(whole)
+
+
+def test_two_processes_of_which_one_is_killed_are_resumed_by_one(server, whole, tmp_path):
+    folder = tmp_path / "run"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    shared |= {"ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": "2"}
+    ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    pair = [start(server, folder, environment, batch_size=2) for environment in ranks]
+    wait_for_step(folder, 5)
+    pair[1].kill()
+    assert finish(pair[0]) not in (0, None), "the other ends, too"
+    assert 5 <= len(lines(folder)) < STEPS
+    assert finish(start(server, folder, num_workers=1)) == 0
+    for found, expected in zip(lines(folder), lines(whole), strict=True):
+        assert found == pytest.approx(expected, rel=1e-6)  # sums in another order
+    one, other = (load_file(run / "toy.safetensors") for run in (folder, whole))
+    assert all((one[key] - other[key]).abs().max() < 1e-6 for key in one)

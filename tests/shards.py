@@ -1,0 +1,85 @@
+"""Shards of miniature Open Images folders, and a server of files on the loopback that can be made
+to fail."""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from data_scripts.index_shards import index_shards, write_index
+from data_scripts.make_shards import open_packed, pack
+
+SHARD_BYTES = 40_000  # two pictures or so
+
+
+def make_shards(source: Path, target: Path, side: int | None = None) -> Path:
+    """The shards of a folder, of some kilobytes each."""
+    assert pack(open_packed(source, "test"), target, side, SHARD_BYTES, workers=1)[1] == []
+    write_index(target, index_shards(target, whole=False, workers=1), whole=False)
+    return target
+
+
+def shard_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.tar"))
+
+
+class Server:
+    """A folder at a URL.
+
+    Attributes:
+        asked: how often each file was.
+        spoil: called with the bytes of a file of that name before they are sent; None is an error
+            of the server.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.asked: Counter[str] = Counter()
+        self.spoil: dict[str, Callable[[bytes], bytes | None]] = {}
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, server_of=self))
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+
+    def answer(self, name: str) -> tuple[int, bytes]:
+        self.asked[name] += 1
+        path = self.folder / name
+        if not path.is_file():
+            return 404, b""
+        content = self.spoil.get(name, bytes)(path.read_bytes())
+        return (500, b"") if content is None else (200, content)
+
+
+class _Handler(SimpleHTTPRequestHandler):
+    def __init__(self, *args, server_of: Server, **options) -> None:
+        self.files = server_of
+        super().__init__(*args, **options)
+
+    def do_HEAD(self) -> None:
+        path = self.files.folder / self.path.lstrip("/")
+        self.send_response(200 if path.is_file() else 404)
+        self.send_header("Content-Length", str(path.stat().st_size if path.is_file() else 0))
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        status, content = self.files.answer(self.path.lstrip("/"))
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[Server]:
+    server = Server(folder)
+    thread = threading.Thread(target=server.http.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.http.shutdown()
+        server.http.server_close()
