@@ -47,7 +47,7 @@ def other_commands() -> Iterator[tuple[str, Path]]:
     for path in sorted(REPOSITORY.glob("data_scripts/*.py")):
         yield f"python data_scripts/{path.name}", path
     for path in sorted(REPOSITORY.glob("small_world/*.py")):
-        if "ArgumentParser(" in path.read_text(encoding="utf-8"):
+        if "script_parser(__doc__)" in path.read_text(encoding="utf-8"):
             yield f"python -m small_world.{path.stem}", path
 
 
