@@ -21,13 +21,15 @@ def main() -> int:
     from app.server import check_exposure, private_files, read_auth, serve
     from app.studio import Studio
     from elite.data import PairFolder
-    from elite.inference import load_pipeline
+    from elite.inference import load_pipeline, prepare_to_draw
     from elite.sam import Sam
 
     auth = read_auth(config.auth)
     check_exposure(config.host, config.share, auth)  # before the model is loaded
+    pipe = load_pipeline(config, config.local_mapper_path)
+    prepare_to_draw(pipe, config)
     studio = Studio(
-        load_pipeline(config, config.local_mapper_path),
+        pipe,
         placeholder_token=config.placeholder_token,
         resolution=config.resolution,
         batch_size=config.batch_size,

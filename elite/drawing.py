@@ -30,7 +30,8 @@ from elite.sheets import SHEET_ROWS, tile_rows
 from elite.speed import EXACT, Speed
 
 WRITES_WAITING = 64  # pictures kept in memory until they are written
-OPTIONAL = ("negative_prompt", "speed")  # metadata of some pictures, which others must not have
+# Metadata of some pictures, which others must not have.
+OPTIONAL = ("lora", "negative_prompt", "speed", "weights")
 PNG_END = bytes.fromhex("00000000 49454E44 AE426082")
 VERSIONS = {name: version(name) for name in ("diffusers", "transformers", "torch")}
 
@@ -126,6 +127,7 @@ class Drawing:
             "dtype": str(pipe.unet.dtype),
             **({"negative_prompt": self.negative_prompt} if self.negative_prompt else {}),
             **({"speed": str(self.speed)} if self.speed != EXACT else {}),
+            **pipe.changed_weights,
         }
 
 
