@@ -28,7 +28,7 @@ LAYERS = (
     ("attention", "checkpoint", "concept", "config", "data", "masks", "open_images"),
     ("compat", "lora", "named_concepts", "run_folder", "sam"),
     ("latents", "objectives", "pipeline", "training"),
-    ("encoding",),
+    ("encoding", "previews"),
     ("drawing",),
     ("inference", "stages"),
 )
