@@ -3,14 +3,20 @@
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
+from elite.loading import side_in_pixels
+
 FP8 = torch.float8_e4m3fn
 
 
 def decode_in_parts(pipe: DiffusionPipeline) -> None:
     """The VAE decodes the pictures of a batch one by one, and pictures larger than its model draws
     in tiles, whose seams are blended; others stay what they were."""
-    pipe.vae.enable_slicing()
-    pipe.vae.enable_tiling()
+    vae = pipe.vae
+    vae.enable_slicing()
+    vae.enable_tiling()
+    # Of its own, a VAE tiles by the size that it was trained at.
+    vae.tile_latent_min_size = pipe.unet.config.sample_size
+    vae.tile_sample_min_size = side_in_pixels(pipe.unet, vae)
 
 
 def offload_in_groups(pipe: DiffusionPipeline, device: torch.device) -> None:

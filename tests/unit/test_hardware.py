@@ -60,6 +60,7 @@ def test_pictures_are_decoded_one_by_one(pipe, concept):
 
 def test_only_pictures_larger_than_the_models_own_are_decoded_in_tiles(pipe, concept):
     seen: list[int] = []
+    pipe.vae.tile_sample_min_size = pipe.vae.tile_latent_min_size = 8  # a VAE of smaller pictures
     decode_in_parts(pipe)
     with pipe.vae.decoder.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[2])):
         draw(pipe, concept=concept, output_type="np")

@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # A module of elite/ imports only from lines above its own.
 LAYERS = (
     ("defaults", "files", "wording"),
-    ("cards", "deep_features", "hardware", "speed", "text"),
+    ("cards", "deep_features", "speed", "text"),
     (
         "augment",
         "console",
@@ -26,7 +26,7 @@ LAYERS = (
         "stream",
     ),
     ("attention", "checkpoint", "concept", "config", "data", "masks", "open_images"),
-    ("compat", "lora", "named_concepts", "run_folder", "sam"),
+    ("compat", "hardware", "lora", "named_concepts", "run_folder", "sam"),
     ("latents", "objectives", "pipeline", "training"),
     ("encoding", "previews"),
     ("drawing",),
