@@ -23,7 +23,7 @@ def offload_in_groups(pipe: DiffusionPipeline, device: torch.device) -> None:
     """Keeps each layer's weights in the computer's memory but for its turn on the device; on CUDA
     the next layer's come while one computes. Pictures stay what they were.
 
-    The pipeline has not been moved to the device before, or its weights were there at once.
+    To be called in place of moving the pipeline there, which would take all the memory at once.
     """
     options = {"onload_device": device, "offload_type": "leaf_level"}
     streams = device.type == "cuda"
