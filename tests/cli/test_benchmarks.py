@@ -238,6 +238,11 @@ def tables_of(path: Path) -> dict[str, dict]:
     return tables
 
 
+def in_this_process(measure, *given) -> dict[str, float]:
+    """What is measured, but for memory: a process that is not fresh may also give some back."""
+    return {kind: max(figure, 1.0) for kind, figure in measure(*given).items()}
+
+
 def test_ladder_runs(tmp_path):
     path = tmp_path / "ladder.json"
     arguments = ["--rounds", "1", "--steps", "5", "--device", "cpu", "--output", str(path)]
@@ -256,7 +261,7 @@ def test_ladder_runs(tmp_path):
 
 def test_hardware_runs(tmp_path, monkeypatch):
     """In this process."""
-    monkeypatch.setattr(memory, "in_fresh_process", lambda measure, *given: measure(*given))
+    monkeypatch.setattr(memory, "in_fresh_process", in_this_process)
     path = tmp_path / "hardware.json"
     cases = ["plain", "low_memory, fp8_weights"]
     arguments = ["--rounds", "1", "--cases", *cases, "--device", "cpu", "--output", str(path)]
@@ -366,7 +371,7 @@ def test_a_mistake_is_one_line(main, arguments, message, capsys):
 
 def test_gpu_runs_at_the_tiny_size_on_a_cpu(tmp_path, monkeypatch):
     """Everything but what is compiled, memory in this process."""
-    monkeypatch.setattr(memory, "in_fresh_process", lambda measure, *given: measure(*given))
+    monkeypatch.setattr(memory, "in_fresh_process", in_this_process)
     monkeypatch.setattr(gpu, "DEFAULT_STEPS", 5)
     arguments = ["--eager", "--dtypes", "bf16", "--batch_sizes", "1", "--rounds", "1"]
     arguments += ["--steps", "2", "--output", str(tmp_path / "gpu.json")]
