@@ -30,6 +30,7 @@ bench:  ## docs/BENCHMARKS.md anew, at full size: hours on a CPU; the GPU part w
 	$(PYTHON) -m benchmarks.generation --size full --rounds 3 --threads 2 --batch_sizes --resolutions 768 --memory_rounds 0 --output benchmarks/results/generation_768.json
 	$(PYTHON) -m benchmarks.generation --size full --rounds 3 --threads 1 --batch_sizes 1 --memory_rounds 3 --output benchmarks/results/generation_1_thread.json
 	$(PYTHON) -m benchmarks.ladder --size full --rounds 3 --threads 2
+	$(PYTHON) -m benchmarks.hardware --size full --rounds 3 --threads 2 --dtypes fp32 bf16 --batch_sizes 1 4
 	$(PYTHON) -m benchmarks.encoding --size full --rounds 15
 	$(PYTHON) -m benchmarks.training --size full --rounds 3 --batch_size 1 --stages global
 	$(PYTHON) -m benchmarks.training --size full --rounds 3 --batch_size 1 --stages local --output benchmarks/results/training_stage_2.json

@@ -16,24 +16,28 @@ from elite.settings import AppConfig
 def main() -> int:
     config = parse_config(AppConfig)
     quiet_libraries()
-    from app.handlers import AppHandlers
+    from app.handlers import AppHandlers, example_views
     from app.page import build_page
     from app.server import check_exposure, private_files, read_auth, serve
     from app.studio import Studio
     from elite.data import PairFolder
-    from elite.inference import load_pipeline
+    from elite.inference import load_pipeline, prepare_to_draw
+    from elite.previews import fit_preview
     from elite.sam import Sam
 
     auth = read_auth(config.auth)
     check_exposure(config.host, config.share, auth)  # before the model is loaded
+    examples = PairFolder(config.test_data_dir)
+    pipe = load_pipeline(config, config.local_mapper_path)
+    prepare_to_draw(pipe, config)
     studio = Studio(
-        load_pipeline(config, config.local_mapper_path),
+        pipe,
         placeholder_token=config.placeholder_token,
         resolution=config.resolution,
         batch_size=config.batch_size,
         model=config.pretrained_model_name_or_path,
+        preview=fit_preview(pipe, example_views(examples)),
     )
-    examples = PairFolder(config.test_data_dir)
     find = None if config.sam_name_or_path is None else Sam(config.sam_name_or_path)
     handlers = AppHandlers(studio, examples, round(config.max_megapixels * 1e6), find)
     with private_files():

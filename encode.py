@@ -20,9 +20,16 @@ def main() -> int:
     config = parse_config(EncodeConfig)
     quiet_libraries()
     from elite.encoding import encode_folder
-    from elite.inference import load_pipeline, model_metadata, read_pairs, report_failures
+    from elite.inference import (
+        load_pipeline,
+        model_metadata,
+        place,
+        read_pairs,
+        report_failures,
+    )
 
     pipe = load_pipeline(config, config.local_mapper_path)
+    place(pipe, config)
     pairs, output_dir = read_pairs(config), Path(config.output_dir)
     failures = encode_folder(
         pipe, pairs, output_dir, skip_existing=config.skip_existing, metadata=model_metadata(config)

@@ -17,7 +17,7 @@ def main() -> int:
     config = parse_config(TextualInversionInferenceConfig)
     quiet_libraries()
     from elite.drawing import draw_prompts
-    from elite.inference import draw_grid, model_name, place
+    from elite.inference import draw_grid, model_name, prepare_to_draw
     from elite.loading import load_stable_diffusion, make_scheduler, stock_pipeline
     from elite.text import contains_word
     from textual_inversion.files import load_into, merge_embeddings
@@ -38,7 +38,7 @@ def main() -> int:
     pipe = stock_pipeline(parts)
     load_into(pipe, embeddings)
     pipe.set_progress_bar_config(disable=True)
-    place(pipe, config)
+    prepare_to_draw(pipe, config)
 
     # The pictures.
     options: dict[str, Any] = {
@@ -51,6 +51,7 @@ def main() -> int:
         **options,
         "scheduler": config.scheduler,
         "model": model_name(config),
+        **pipe.changed_weights,
     }
     draw = partial(draw_prompts, pipe, **options)
     return draw_grid(config, draw, config.prompt, Path(config.output_dir), metadata)

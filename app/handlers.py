@@ -8,8 +8,11 @@ import math
 import secrets
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import gradio as gr
@@ -21,7 +24,7 @@ from app.marking import Shown, read_marks
 from app.studio import MAX_PICTURES, Drawn, OnProgress, Order, Studio, save_strip
 from elite.concept import Concept
 from elite.data import PairFolder
-from elite.images import doubt
+from elite.images import doubt, read_image
 from elite.masks import Find, find_object
 from elite.named_concepts import Words
 from elite.wording import note
@@ -76,6 +79,15 @@ def data_url(picture: np.ndarray) -> str:
 def example_pictures(examples: PairFolder) -> list[tuple[str, str]]:
     """Picture files and names of the examples."""
     return [(str(pair.image_path), pair.name.replace("_", " ")) for pair in examples.pairs]
+
+
+def example_views(examples: PairFolder, most: int = 8) -> list[np.ndarray]:
+    """Some examples' pictures, uint8 (H, W, 3), without those that cannot be read."""
+    views = []
+    for pair in examples.pairs[:most]:
+        with suppress(ValueError):
+            views.append(read_image(pair.image_path))
+    return views
 
 
 def whole(name: str, value: Any) -> int:
@@ -268,18 +280,25 @@ class AppHandlers:
             concepts = {self.studio.placeholder_token: concept, **self._second(values)}
             tiles += [] if seen is None else [(seen, "your object")]
             told = teller(values["stop"], tell)
-            for batch in self.studio.draw(concepts, order, told):
-                for one in batch:
-                    path = folder / f"{len(drawn):05d}_{one.seed:05d}.png"
-                    one.save(path)
-                    tiles.append((str(path), caption(one)))
-                    drawn.append(one)
-                yield {"gallery": list(tiles)}
+
+            def work(give: Callable[[Values], None]) -> None:
+                def show(pictures: np.ndarray) -> None:
+                    give({"preview": preview(pictures)})
+
+                for batch in self.studio.draw(concepts, order, told, show):
+                    for one in batch:
+                        path = folder / f"{len(drawn):05d}_{one.seed:05d}.png"
+                        one.save(path)
+                        tiles.append((str(path), caption(one)))
+                        drawn.append(one)
+                    give({"gallery": list(tiles), "preview": ""})
+
+            yield from in_background(work, values["stop"])
         except Stopped:
-            yield {"status": message(f"stopped after {len(drawn)} pictures")}
+            yield {"status": message(f"stopped after {len(drawn)} pictures"), "preview": ""}
             return
         except Exception as error:
-            yield {"status": problem(error)}
+            yield {"status": problem(error), "preview": ""}
             return
         done: Values = {"status": message(f"{len(drawn)} pictures, {seeds_of(order)}")}
         if sweep:
@@ -287,6 +306,27 @@ class AppHandlers:
             save_strip(drawn, seen, path)
             done |= {"strip": str(path), "strip_part": gr.update(visible=True)}
         yield done
+
+
+def in_background(work: Callable[[Callable[[Values], None]], None], stop: Stop) -> Iterator[Values]:
+    """What `work` gives away, as it does so: it runs in a thread of its own, which ends before this
+    does. Raises what it raises; who looks no more has it stopped."""
+    given: SimpleQueue[Values | None] = SimpleQueue()
+    with ThreadPoolExecutor(1) as pool:
+        working = pool.submit(work, given.put)
+        working.add_done_callback(lambda _: given.put(None))
+        try:
+            yield from iter(given.get, None)
+        except GeneratorExit:
+            stop.requested = True
+            raise
+        working.result()
+
+
+def preview(pictures: np.ndarray) -> str:
+    """HTML of what pictures look like so far, uint8 (B, h, w, 3), side by side."""
+    url = data_url(np.concatenate(list(pictures), axis=1))
+    return f'<img alt="what is being drawn, so far" src="{url}">'
 
 
 def teller(stop: Stop, tell: Tell) -> OnProgress:

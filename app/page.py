@@ -45,7 +45,7 @@ LOOK_AGAIN = (
 PICKED = ("picture", "mask", "method", "object_message")
 SAVED = ("saved", "object_message")
 CHECKED = ("second_message", "prompt_message")
-DRAWN = ("gallery", "status", "strip", "strip_part")
+DRAWN = ("gallery", "preview", "status", "strip", "strip_part")
 BUTTONS = ("draw", "sweep", "stop_button")
 
 
@@ -273,6 +273,7 @@ def _prompt_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
         controls["sweep"] = gr.Button("Compare likeness 0 to 1.5", visible=studio.has_details)
         controls["stop_button"] = gr.Button("Stop", variant="stop", interactive=False)
     controls["status"] = gr.HTML()
+    controls["preview"] = gr.HTML()
     controls["gallery"] = gallery(
         "Pictures, after your object; select one to enlarge and download it",
         columns=3,

@@ -3,6 +3,7 @@ nothing of anybody between calls."""
 
 import copy
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,17 +13,19 @@ from threading import Lock
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from app.marking import folder_hidden
 from elite.concept import Concept, ConceptFolder
 from elite.defaults import DEFAULT_SAMPLER, DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
-from elite.drawing import VERSIONS, Drawing, metadata_of_several, png_info
+from elite.drawing import VERSIONS, Drawing, OnStep, metadata_of_several, png_info
 from elite.encoding import batches
 from elite.files import write_atomically
 from elite.images import from_clip_pixels
 from elite.loading import SCHEDULERS, make_scheduler
 from elite.named_concepts import Words
 from elite.pipeline import ElitePipeline
+from elite.previews import Preview
 from elite.sheets import tile_rows
 from elite.speed import speed_of
 from elite.text import tokenize
@@ -38,8 +41,11 @@ HALVES = {
     "below": np.array([[False], [True]]),
 }
 
+PREVIEW_PAUSE = 0.5  # seconds between two previews
+
 # Steps done, steps in all, seconds left.
 OnProgress = Callable[[int, int, float], None]
+OnPreview = Callable[[np.ndarray], None]  # uint8 (B, h, w, 3)
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,7 @@ class Studio:
         resolution: side of the pictures in pixels; None means what the model draws.
         batch_size: pictures drawn at once.
         model: what the pictures' metadata calls the model.
+        preview: shows latents; None shows none.
     """
 
     def __init__(
@@ -134,7 +141,9 @@ class Studio:
         resolution: int | None = None,
         batch_size: int = 1,
         model: str = "",
+        preview: Preview | None = None,
     ) -> None:
+        self.preview = preview
         self.pipe, self.placeholder_token = pipe, placeholder_token
         self.resolution, self.batch_size, self.model = resolution, batch_size, model
         self._lock = Lock()  # the pipeline holds scheduler and hooks while it draws
@@ -225,13 +234,18 @@ class Studio:
             return concept
 
     def draw(
-        self, concepts: Mapping[str, Concept], order: Order, on_progress: OnProgress
+        self,
+        concepts: Mapping[str, Concept],
+        order: Order,
+        on_progress: OnProgress,
+        on_preview: OnPreview | None = None,
     ) -> Iterator[list[Drawn]]:
         """The pictures of an order, as many at once as the batch size; what `on_progress` raises
         ends the drawing.
 
         Args:
             concepts: by their words: the placeholder, and those of the order's other objects.
+            on_preview: is shown those at work, every PREVIEW_PAUSE seconds.
 
         Raises:
             ValueError: a prompt does not fit, an object is missing, or the sampler is unknown.
@@ -240,10 +254,20 @@ class Studio:
         calls = -(-len(pairs) // self.batch_size) * len(order.lambdas)
         evaluations = getattr(SCHEDULERS.get(order.scheduler), "order", 1)  # of the UNet in a step
         clock = Clock(calls * order.num_inference_steps * evaluations, on_progress)
+        shown = -math.inf
+
+        def on_step(latents: Tensor) -> None:
+            nonlocal shown
+            clock()
+            now = time.monotonic()
+            if on_preview is not None and self.preview is not None and now - shown >= PREVIEW_PAUSE:
+                shown = now
+                on_preview(self.preview(latents))
+
         for lambda_ in order.lambdas:
             drawing = self._drawing(order, lambda_)
             for batch in batches(iter(pairs), self.batch_size):
-                yield self._draw_batch(concepts, order, drawing, batch, clock)
+                yield self._draw_batch(concepts, order, drawing, batch, on_step)
 
     def _drawing(self, order: Order, lambda_: float) -> Drawing:
         return Drawing(
@@ -263,7 +287,7 @@ class Studio:
         order: Order,
         drawing: Drawing,
         batch: Sequence[tuple[str, int]],
-        on_step: Callable[[], None],
+        on_step: OnStep,
     ) -> list[Drawn]:
         prompts, seeds = zip(*batch, strict=True)
         weights = {self.placeholder_token: drawing.lambda_, **order.others}

@@ -49,6 +49,7 @@ from benchmarks.models import (
 )
 from elite.console import run
 from elite.defaults import DEFAULT_SAMPLER, GUIDANCE_SCALE
+from elite.hardware import compile_blocks
 from elite.inference import pick_device
 from elite.loading import SCHEDULERS, side_in_pixels
 from elite.mappers import cross_attention_layers
@@ -65,7 +66,7 @@ class Pipelines:
     """The three cases over one set of parts.
 
     Args:
-        compiled: the UNet is compiled, for each setting anew.
+        compiled: the UNet's blocks are, as by --compile, for each setting anew.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Pipelines:
         if case == STOCK:
             _draw_stock(self.stock, resolution, batch_size, **options)
         else:
-            _draw_elite(self.elite, case, self.concept, resolution, batch_size, **options)
+            draw_elite(self.elite, case, self.concept, resolution, batch_size, **options)
 
     def ready(self, case: str) -> AbstractContextManager[None]:
         """Within it, the shared UNet is the one of this case."""
@@ -92,8 +93,7 @@ class Pipelines:
         """Compiles for shapes to come, and forgets those before."""
         if self.compiled:
             torch.compiler.reset()
-            compiled = torch.compile(self.parts["unet"], dynamic=False)
-            self.elite.unet = self.stock.unet = compiled
+            compile_blocks(self.parts["unet"])
 
 
 def _draw_stock(pipe: Any, resolution: int, batch_size: int, **options: Any) -> None:
@@ -101,9 +101,10 @@ def _draw_stock(pipe: Any, resolution: int, batch_size: int, **options: Any) -> 
     pipe([PROMPT] * batch_size, latents=latents, **_common(resolution, options))
 
 
-def _draw_elite(
+def draw_elite(
     pipe: Any, case: str, concept: Any, resolution: int, batch_size: int, **options: Any
 ) -> None:
+    """One generation of ELITE or EACH_STEP, to latents unless the options say otherwise."""
     if case == EACH_STEP:
         options["callback_on_step_end_tensor_inputs"] = ["latents", "prompt_embeds"]
         options.setdefault("callback_on_step_end", lambda pipe, step, t, tensors: tensors)
@@ -234,7 +235,7 @@ def generation_peak(
         draw = partial(_draw_stock, build_stock(parts))
     else:
         pipe = build_elite(build_parts(size, device, DTYPES[dtype]))
-        draw = partial(_draw_elite, pipe, case, random_concept(pipe))
+        draw = partial(draw_elite, pipe, case, random_concept(pipe))
     return peak_memory(partial(draw, resolution, batch_size, **options), device)
 
 

@@ -1,12 +1,14 @@
-"""Everything at once on an NVIDIA GPU: denoising, share of the chip's matrix rate, training.
+"""Everything at once on an NVIDIA GPU: denoising, share of the chip's matrix rate, every speed,
+memory, training.
 
     python -m benchmarks.gpu --size full --rounds 7
-    python -m benchmarks.gpu                           tiny models: does it run?
+    python -m benchmarks.gpu                           tiny models, on a CPU too: does it run?
 
 ELITE against the stock pipeline at the model's own resolution (512 px), fp16 and bf16, eager and
 compiled, batches of 1, 4 and 16 pictures. The matrix rate is that of a large product in the same
-number type, measured beside the steps; FLOPs of a step are counted by torch. Training is that of
-`benchmarks.training`, at a batch of 4. Exit code 2: no such GPU here.
+number type, measured beside the steps; FLOPs of a step are counted by torch. Whole pictures are
+those of `benchmarks.ladder` and `benchmarks.hardware`, training that of `benchmarks.training`, at a
+batch of 4. Exit code 2: no such GPU here for models of full size.
 """
 
 import argparse
@@ -14,13 +16,16 @@ import argparse
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import training
+from benchmarks import hardware, ladder, training
 from benchmarks.generation import ELITE, GOAL, STOCK, Pipelines, measure
 from benchmarks.harness import Row, Table, finish, make_parser, parse, timed
 from benchmarks.models import DTYPES
 from benchmarks.training import CASES, STAGES
 from elite.console import run
+from elite.defaults import DEFAULT_SAMPLER, DEFAULT_STEPS
+from elite.inference import pick_device
 from elite.loading import side_in_pixels
+from elite.speed import RUNGS
 
 MATRIX_SIDE = {"full": 8192, "tiny": 256}
 PRODUCTS = 20  # of matrices, a turn
@@ -66,19 +71,48 @@ def generation_tables(args: argparse.Namespace, device: torch.device) -> list[Ta
     for name in args.dtypes:
         pipes = Pipelines(args.size, device, DTYPES[name], args.scheduler, compiled=False)
         resolution = side_in_pixels(pipes.elite.unet, pipes.elite.vae)
-        eager = pipes.elite.unet
-        for batch_size in args.batch_sizes:
-            flops = {c: step_flops(pipes, c, resolution, batch_size) for c in (STOCK, ELITE)}
-            for pipes.compiled in (False, True):
+        flops = {
+            size: {case: step_flops(pipes, case, resolution, size) for case in (STOCK, ELITE)}
+            for size in args.batch_sizes
+        }
+        for pipes.compiled in (False,) if args.eager else (False, True):
+            for batch_size in args.batch_sizes:
                 label = f"{name}, {'compiled' if pipes.compiled else 'eager'}, batch {batch_size}"
                 rows = measure(pipes, resolution, batch_size, args.steps, args.rounds, label)
                 side = MATRIX_SIDE[args.size]
                 matrix = [matrix_rate(side, DTYPES[name], device) for _ in range(args.rounds)]
                 times.rows.append(rows["step"])
-                rates.rows.append(rate_row(rows["step"], flops, matrix))
+                rates.rows.append(rate_row(rows["step"], flops[batch_size], matrix))
                 before.rows.append(rows["before"])
-            pipes.elite.unet = pipes.stock.unet = eager
     return [times, rates, before]
+
+
+def ladder_tables(args: argparse.Namespace, device: torch.device) -> list[Table]:
+    """Whole pictures at every rung, in the first of the number types."""
+    dtype = args.dtypes[0]
+    pipes = Pipelines(args.size, device, DTYPES[dtype], DEFAULT_SAMPLER, compiled=False)
+    setting = {"batch_size": 1, "steps": DEFAULT_STEPS, "rounds": args.rounds}
+    return ladder.tables(pipes, list(RUNGS), dtype, **setting)
+
+
+def hardware_tables(args: argparse.Namespace, device: torch.device) -> list[Table]:
+    """Whole pictures in little memory and with other kernels."""
+    cases = [case for case in hardware.CASES if case != "compile" or not args.eager]
+    of_pictures = {
+        "cases": cases,
+        "batch_sizes": [1, 4],
+        "dtypes": args.dtypes[:1],
+        "resolution": None,
+        "steps": DEFAULT_STEPS,
+        "rounds": args.memory_rounds,
+    }
+    return hardware.tables(argparse.Namespace(**{**vars(args), **of_pictures}), device)
+
+
+def training_tables(args: argparse.Namespace, device: torch.device) -> list[Table]:
+    cases = [name for name, case in CASES.items() if not (case.compiled and args.eager)]
+    of_training = {"batch_size": args.train_batch_size, "stages": STAGES, "cases": cases}
+    return training.tables(argparse.Namespace(**{**vars(args), **of_training}), device)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -89,18 +123,22 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--scheduler", default="dpm++")
     parser.add_argument("--train_batch_size", type=int, default=4)
     parser.add_argument("--memory_rounds", type=int, default=1)
+    parser.add_argument("--eager", action="store_true", help="leave out what is compiled")
     return parse(parser, "gpu", argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    if not torch.cuda.is_available():
+    if args.size == "full" and not torch.cuda.is_available():
         raise ValueError("no CUDA device here; run this on a machine with an NVIDIA GPU")
-    device = torch.device("cuda")
+    device = pick_device(None)
     tables = generation_tables(args, device)
-    torch.cuda.empty_cache()
-    of_training = {"batch_size": args.train_batch_size, "stages": STAGES, "cases": list(CASES)}
-    tables += training.tables(argparse.Namespace(**{**vars(args), **of_training}), device)
+    tables += ladder_tables(args, device)
+    if args.memory_rounds:
+        tables += hardware_tables(args, device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    tables += training_tables(args, device)
     return finish(args, tables, "gpu")
 
 

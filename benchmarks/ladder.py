@@ -11,7 +11,7 @@ attention, counted in the call that warms up.
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -24,19 +24,12 @@ from elite.console import run
 from elite.defaults import DEFAULT_SAMPLER, DEFAULT_STEPS
 from elite.inference import pick_device
 from elite.loading import make_scheduler, side_in_pixels
-from elite.speed import EXACT, RUNGS, Speed
+from elite.speed import RUNGS, single_knobs
 
 STOCK_DEFAULT, STOCK_SAMPLER, STOCK_STEPS = "stock, 50 steps of PNDM", "pndm", 50
 GOALS = {"exact": 1.02, "balanced": 0.5, "fast": 0.3}  # of the time of the stock pipeline
 
 Work = Callable[[], object]
-
-
-def single_knobs() -> dict[str, Speed]:
-    """Each knob of the rungs alone, by what it is."""
-    knobs = [knob for rung in RUNGS.values() for knob in vars(rung).items()]
-    alone = [Speed(**{name: value}) for name, value in sorted(knobs)]
-    return {str(speed): speed for speed in alone if speed != EXACT}
 
 
 CASES = (STOCK_DEFAULT, *RUNGS, *single_knobs())
@@ -70,10 +63,29 @@ def counted_flops(work: Work) -> int:
     return counter.get_total_flops()
 
 
-def tables(works: Mapping[str, Work], device: torch.device, rounds: int, name: str) -> list[Table]:
-    """Times with a goal for each rung, times of all else, FLOPs."""
+def tables(
+    pipes: Pipelines,
+    cases: Sequence[str],
+    dtype: str,
+    *,
+    batch_size: int,
+    steps: int,
+    rounds: int,
+    resolution: int | None = None,
+) -> list[Table]:
+    """Times with a goal for each rung, times of all else, FLOPs.
+
+    Args:
+        resolution: None means the model's own.
+    """
+    side = resolution or side_in_pixels(pipes.elite.unet, pipes.elite.vae)
+    setting = {"resolution": side, "batch_size": batch_size, "steps": steps}
+    works = {case: partial(picture, pipes, case, **setting) for case in (STOCK, *cases)}
+    name = f"{side} px, batch {batch_size}, {dtype}"
     flops = Row(name, {case: [counted_flops(work) / 1e12] for case, work in works.items()})
-    times = alternate({case: timed(work, device) for case, work in works.items()}, rounds, name)
+    times = alternate(
+        {case: timed(work, pipes.device) for case, work in works.items()}, rounds, name
+    )
 
     def row(*cases: str) -> Row:
         return Row(name, {case: times[case] for case in (STOCK, *cases)})
@@ -107,11 +119,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(sys.argv[1:] if argv is None else argv)
     device = pick_device(args.device)
     pipes = Pipelines(args.size, device, DTYPES[args.dtype], DEFAULT_SAMPLER, compiled=False)
-    resolution = args.resolution or side_in_pixels(pipes.elite.unet, pipes.elite.vae)
-    setting = {"resolution": resolution, "batch_size": args.batch_size, "steps": args.steps}
-    works = {case: partial(picture, pipes, case, **setting) for case in (STOCK, *args.cases)}
-    name = f"{resolution} px, batch {args.batch_size}, {args.dtype}"
-    return finish(args, tables(works, device, args.rounds, name), "ladder")
+    setting = {
+        name: getattr(args, name) for name in ("batch_size", "steps", "rounds", "resolution")
+    }
+    return finish(args, tables(pipes, args.cases, args.dtype, **setting), "ladder")
 
 
 if __name__ == "__main__":

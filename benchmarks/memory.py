@@ -46,17 +46,18 @@ def memory_rows(
     rounds: int,
     name: str,
 ) -> dict[str, Row]:
-    """A row of totals and a row of what lies above the resting level.
+    """A row of totals, a row of what lies above the resting level, and one of whatever else is
+    measured.
 
     Args:
-        cases: per case the arguments of `measure`, which answers as `peak_memory` does; called in
-            turns, each time in a fresh process.
+        cases: per case the arguments of `measure`, which answers as `peak_memory` does, perhaps
+            with more; called in turns, each time in a fresh process.
     """
     fresh = {case: partial(in_fresh_process, measure, *given) for case, given in cases.items()}
     seen = alternate(fresh, rounds, f"memory, {name}")
     return {
         kind: Row(name, {case: [peak[kind] for peak in peaks] for case, peaks in seen.items()})
-        for kind in ("total", "above")
+        for kind in next(iter(seen.values()))[0]
     }
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
@@ -56,6 +57,8 @@ class EliteAttnProcessor:
     batch mates; here it is taken per sample. `attention_norm="batch"` reproduces the release.
     """
 
+    _attention_backend: AttentionBackendName | None = None  # of `unet.set_attention_backend`
+
     def __init__(
         self,
         K_g: nn.Linear,
@@ -90,18 +93,20 @@ class EliteAttnProcessor:
         # V_g has one-hots of the placeholders beside it: there comes out what each query pays them.
         Q = _heads(attn.to_q(hidden_states), attn.heads)  # Q: (B, h, q, c)
         bias = self._bias(attn, attention_mask, context, visible, Q)  # (B, 1, q, 77), mostly None
-        out = _attend(Q, K, V, bias, attn.scale)  # softmax(Q K_g^T s) V_g: (B, h, q, c + 8)
+        backend = self._attention_backend
+        out = _attend(
+            Q, K, V, bias, attn.scale, backend
+        )  # softmax(Q K_g^T s) V_g: (B, h, q, c + 8)
         if local:
             rows = slice(-len(local[0].K), None)  # the R conditional ones
             paid = out[rows, ..., -COLUMNS:]  # softmax(Q K_g^T s) in the columns S: (R, h, q, 8)
             out = out[..., :-COLUMNS]  # softmax(Q K_g^T s) V_g: (B, h, q, c)
             Q = Q[rows]  # Q: (R, h, q, c)
 
-        attend = F.scaled_dot_product_attention
         for n, (K_l, V_l, lambda_) in enumerate(local):
             column = paid[..., n, None]  # softmax(Q K_g^T s) in the column S: (R, h, q, 1)
             a = column / self._maximum(column, lambda_)  # a, at most 1: (R, h, q, 1)
-            branch = attend(Q, K_l, V_l, scale=attn.scale)  # softmax(Q K_l^T s) V_l: (R, h, q, c)
+            branch = _fused(Q, K_l, V_l, None, attn.scale, backend)  # softmax(Q K_l^T s) V_l
             out = _add_to_last_rows(out, lambda_ * a * branch)  # + lambda a softmax(..) V_l
 
         out = out.transpose(1, 2).flatten(2).to(hidden_states.dtype)  # all heads: (B, q, C)
@@ -169,25 +174,52 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def _lora(layer: Any, x: Tensor, scale: float) -> Tensor | float:
-    """What the active LoRA adapters of a projection add to its output, merged into it or not."""
+def _lora_weights(layer: Any) -> list[Tensor]:
+    """What the active LoRA adapters of a projection add to its weight, merged into it or not."""
     if getattr(layer, "disable_adapters", True):  # a plain Linear has none
-        return 0.0
-    weights = (layer.get_delta_weight(a) for a in layer.active_adapters if a in layer.lora_A)
-    return sum((scale * F.linear(x, weight.to(x)) for weight in weights), 0.0)
+        return []
+    return [layer.get_delta_weight(a) for a in layer.active_adapters if a in layer.lora_A]
 
 
-def _attend(Q: Tensor, K: Tensor, V: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+def _lora(layer: Any, x: Tensor, scale: float) -> Tensor | float:
+    """What they add to its output."""
+    return sum((scale * F.linear(x, weight.to(x)) for weight in _lora_weights(layer)), 0.0)
+
+
+def _attend(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    backend: AttentionBackendName | None,
+) -> Tensor:
     """softmax(Q K^T s + bias) V, where V may be wider than K.
 
     In float32 on a CPU the fused kernel takes longer for so few keys, and a wider V not at all.
     """
     if Q.device.type != "cpu" or Q.dtype != torch.float32:
-        return F.scaled_dot_product_attention(Q, K, V, bias, scale=scale)
+        return _fused(Q, K, V, bias, scale, backend)
     scores = Q @ K.transpose(2, 3) * scale  # (B, h, q, 77)
     if bias is not None:
         scores = scores + bias
     return scores.softmax(dim=-1) @ V
+
+
+def _fused(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    backend: AttentionBackendName | None,
+) -> Tensor:
+    """The same by torch's fused kernel, or by that of the backend, which want V as wide as K and no
+    bias."""
+    if backend is None or bias is not None or V.shape[-1] != K.shape[-1]:
+        return F.scaled_dot_product_attention(Q, K, V, bias, scale=scale)
+    Q, K, V = (x.transpose(1, 2) for x in (Q, K, V))  # (B, n, h, c) each
+    return dispatch_attention_fn(Q, K, V, scale=scale, backend=backend).transpose(1, 2)
 
 
 def _region_bias(visible: Tensor, rows: int, queries: int) -> Tensor:
@@ -291,6 +323,17 @@ def uninstall(unet: UNet2DConditionModel) -> None:
     unet.encoder_hid_proj = restore["encoder_hid_proj"]
     unet.register_to_config(encoder_hid_dim_type=restore["encoder_hid_dim_type"])
     del unet._elite_restore
+
+
+@torch.no_grad()
+def fuse_lora(unet: UNet2DConditionModel) -> None:
+    """Adds what the active LoRA adapters of the UNet's to_k and to_v add there to the weights of
+    K_g and V_g, so that the adapters may be fused and unloaded."""
+    for attn in cross_attention_layers(unet).values():
+        processor = attn.processor
+        for layer, projection in ((attn.to_k, processor.K_g), (attn.to_v, processor.V_g)):
+            for weight in _lora_weights(layer):
+                projection.weight += weight.to(projection.weight)
 
 
 def is_installed(unet: UNet2DConditionModel) -> bool:

@@ -1,9 +1,10 @@
 """What a pipeline owes to diffusers and the method does not need: the hub, saving, exchanges of
 attention processors, clip_skip, callbacks."""
 
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from inspect import signature
+from types import MappingProxyType
 from typing import Any
 
 from diffusers import StableDiffusionPipeline
@@ -26,6 +27,8 @@ class DiffusersPipeline(Carded, StableDiffusionPipeline):
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
     # The UNet reads their K and V; a hook on the whole mapper would not see that.
     _exclude_from_cpu_offload = ["global_mapper", "local_mapper"]  # noqa: RUF012
+    # What metadata says of a change of its weights: {"lora": ..., "weights": ...}.
+    changed_weights: Mapping[str, str] = MappingProxyType({})
     _optional_components = ["safety_checker", "feature_extractor", "local_mapper"]  # noqa: RUF012
 
     @classmethod

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 from PIL import Image, PngImagePlugin
+from torch import Tensor
 from tqdm import tqdm
 
 from elite.concept import Concept, ConceptFolder
@@ -30,8 +31,10 @@ from elite.sheets import SHEET_ROWS, tile_rows
 from elite.speed import EXACT, Speed
 
 WRITES_WAITING = 64  # pictures kept in memory until they are written
-OPTIONAL = ("negative_prompt", "speed")  # metadata of some pictures, which others must not have
+# Metadata of some pictures, which others must not have.
+OPTIONAL = ("lora", "negative_prompt", "speed", "weights")
 PNG_END = bytes.fromhex("00000000 49454E44 AE426082")
+OnStep = Callable[[Tensor], None]  # is given the latents, (B, C, h, w)
 VERSIONS = {name: version(name) for name in ("diffusers", "transformers", "torch")}
 
 
@@ -67,10 +70,11 @@ class Drawing:
         prompts: Sequence[str],
         concepts: Sequence[Concept],
         seeds: Sequence[int],
-        on_step: Callable[[], None] | None = None,
+        on_step: OnStep | None = None,
     ) -> list[Image.Image]:
-        """One picture per prompt, concept and seed; `on_step` is called after each denoising step.
-        Raises ValueError where a prompt does not fit, and what `on_step` raises."""
+        """One picture per prompt, concept and seed; `on_step` is called after each denoising step
+        with the latents. Raises ValueError where a prompt does not fit, and what `on_step`
+        raises."""
         word = self.placeholder_token
         named, weights = {word: Concept.stack(list(concepts))}, {word: self.lambda_}
         return self.with_concepts(pipe, named, weights, {}, prompts, seeds, on_step)
@@ -83,7 +87,7 @@ class Drawing:
         regions: Mapping[str, np.ndarray],
         prompts: Sequence[str],
         seeds: Sequence[int],
-        on_step: Callable[[], None] | None = None,
+        on_step: OnStep | None = None,
     ) -> list[Image.Image]:
         """One picture per prompt and seed, with one or several concepts in each.
 
@@ -94,9 +98,9 @@ class Drawing:
             on_step: as for a call.
         """
 
-        def step_ended(*_: Any) -> dict[str, Any]:
+        def step_ended(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict[str, Any]:
             if on_step is not None:
-                on_step()
+                on_step(tensors["latents"])
             return {}
 
         def needed(word: str, concept: Concept) -> Concept:
@@ -126,6 +130,7 @@ class Drawing:
             "dtype": str(pipe.unet.dtype),
             **({"negative_prompt": self.negative_prompt} if self.negative_prompt else {}),
             **({"speed": str(self.speed)} if self.speed != EXACT else {}),
+            **pipe.changed_weights,
         }
 
 

@@ -19,16 +19,26 @@ from elite.drawing import (
     draw_folder,
     draw_prompt_grid,
 )
+from elite.hardware import (
+    FP8,
+    compile_blocks,
+    decode_in_parts,
+    offload_in_groups,
+    order_channels_last,
+    store_in_fp8,
+)
 from elite.loading import (
     DTYPES,
     image_encoder_sizes,
     make_scheduler,
 )
+from elite.lora import fuse_loras
 from elite.named_concepts import Words
 from elite.pipeline import ElitePipeline
 from elite.settings import (
     ConceptConfig,
     DrawConfig,
+    DrawingModelConfig,
     EliteConfig,
     EncodeConfig,
     InferenceConfig,
@@ -74,11 +84,50 @@ def model_metadata(config: ConceptConfig) -> dict[str, str]:
     return {"model": model_name(config), "image_encoder": str(encoder)}
 
 
+def device_and_dtype(config: ModelConfig) -> tuple[torch.device, torch.dtype]:
+    """Where a configuration wants to compute, and in which number type."""
+    device = pick_device(config.device)
+    return device, DTYPES[config.mixed_precision or ("fp16" if device.type == "cuda" else "no")]
+
+
 def place(pipe: DiffusionPipeline, config: ModelConfig) -> None:
     """Moves a pipeline to the device and number type that a configuration asks for."""
-    device = pick_device(config.device)
-    precision = config.mixed_precision or ("fp16" if device.type == "cuda" else "no")
-    pipe.to(device, DTYPES[precision])
+    device, dtype = device_and_dtype(config)
+    pipe.to(device, dtype)
+
+
+def prepare_to_draw(pipe: DiffusionPipeline, config: DrawingModelConfig) -> None:
+    """Adds a configuration's LoRA files to the pipeline's weights, and places it as told: whole, in
+    little memory, compiled.
+
+    Metadata then says what of this changed its weights by `pipe.changed_weights`.
+
+    Raises:
+        ValueError: as `fuse_loras` and `pick_device`, or settings that do not go together.
+    """
+    saves = [name for name in ("low_memory", "fp8_weights") if getattr(config, name)]
+    if config.compile and saves:
+        raise ValueError(
+            f"--compile and --{saves[0]} are both given, but weights that come and go cannot be "
+            "compiled with; leave one of them out"
+        )
+    changed = {"lora": ", ".join(fuse_loras(pipe, config.lora))} if config.lora else {}
+    device, dtype = device_and_dtype(config)
+    pipe.to(dtype=dtype)
+    if config.channels_last:
+        order_channels_last(pipe)
+    if config.fp8_weights:
+        store_in_fp8(pipe.unet)
+        changed["weights"] = str(FP8)
+    if config.low_memory:
+        decode_in_parts(pipe)
+    if config.low_memory and device.type != "cpu":
+        offload_in_groups(pipe, device)
+    else:
+        pipe.to(device)
+    if config.compile:
+        compile_blocks(pipe.unet)
+    pipe.changed_weights = changed
 
 
 def load_pipeline(
@@ -86,7 +135,7 @@ def load_pipeline(
     local_mapper: str | Literal[False] | None = None,
     encodes: bool = True,
 ) -> ElitePipeline:
-    """The pipeline of a configuration's models, on its device and in its precision.
+    """The pipeline of a configuration's models, to be placed.
 
     Args:
         local_mapper: path; None means the model folder's own, False no local branch.
@@ -103,7 +152,6 @@ def load_pipeline(
     if not encodes:
         pipe.register_modules(image_encoder=None)
     pipe.set_progress_bar_config(disable=True)
-    place(pipe, config)
     return pipe
 
 
@@ -114,6 +162,7 @@ def build_pipeline(
 ) -> ElitePipeline:
     """`load_pipeline` with the sampler of the configuration, ready to draw."""
     pipe = load_pipeline(config, local_mapper, encodes)
+    prepare_to_draw(pipe, config)
     pipe.scheduler = make_scheduler(config.scheduler, pipe.scheduler.config)
     return pipe
 

@@ -34,6 +34,7 @@ from transformers import (
 from elite.defaults import DEFAULT_SAMPLER
 from elite.files import check_archive, is_file
 from elite.text import read_prompt
+from elite.wording import first_line
 
 HUB_IMAGE_ENCODER = "openai/clip-vit-large-patch14"
 SCHEDULERS = {
@@ -186,7 +187,7 @@ def _load_single_file(path: str | Path, config: str | Path | None) -> dict:
         pipe = kind.from_single_file(str(path), **options)
     except Exception as error:  # whatever a stranger's file provokes
         raise ValueError(
-            f"{path}: cannot load this single file ({_first_line(error)}); expected a whole "
+            f"{path}: cannot load this single file ({first_line(error)}); expected a whole "
             "checkpoint of Stable Diffusion as .safetensors or plain .ckpt, and with "
             "--single_file_config a folder in diffusers layout that has its configs and tokenizer"
         ) from None
@@ -266,7 +267,7 @@ def load_part(
     except Exception as error:
         variants = _variants(Path(source) / subfolder)
         raise ValueError(
-            f"{source}: cannot load {subfolder or cls.__name__} ({_first_line(error)}); "
+            f"{source}: cannot load {subfolder or cls.__name__} ({first_line(error)}); "
             + (
                 f"its weights are of a variant, choose --variant {' or '.join(sorted(variants))}"
                 if variants
@@ -286,10 +287,6 @@ def _variants(folder: Path) -> set[str]:
     if not os.path.isdir(folder):
         return set()
     return {path.name.split(".")[1].partition("-")[0] for path in folder.glob("*.*.safetensors")}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def inside(model: str | Path, part: str) -> Path | None:

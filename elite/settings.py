@@ -286,7 +286,32 @@ class ModelConfig(ModelFilesConfig):
 
 
 @dataclass(kw_only=True)
-class DrawConfig(ModelConfig):
+class DrawingModelConfig(ModelConfig):
+    """A trained model that draws."""
+
+    lora: list[str] = setting(
+        [],
+        "LoRA files, as FILE or FILE:WEIGHT: .safetensors, a folder of diffusers, or on the hub "
+        "OWNER/REPOSITORY or OWNER/REPOSITORY/FILE; their parts add up.",
+    )
+    low_memory: bool = setting(
+        False,
+        "Less memory for more time: on a GPU weights come layer by layer from the computer's; "
+        "pictures are decoded one by one, those larger than the model draws in tiles.",
+    )
+    fp8_weights: bool = setting(
+        False, "Store the UNet's weights in 8 bits: less memory, more time, other pictures."
+    )
+    compile: bool = setting(
+        False, "Compile the UNet's transformer blocks: slow first picture, faster ones after it."
+    )
+    channels_last: bool = setting(
+        False, "Order tensors as convolutions in fp16 and bf16 want them: faster there alone."
+    )
+
+
+@dataclass(kw_only=True)
+class DrawConfig(DrawingModelConfig):
     """What all scripts that draw share."""
 
     output_dir: str = setting("outputs", "Folder that receives the pictures.")
@@ -527,7 +552,7 @@ class EvaluateConfig(WordConfig, LocalConfig, EliteConfig):
 
 
 @dataclass(kw_only=True)
-class AppConfig(LocalMapperConfig, ConceptConfig):
+class AppConfig(LocalMapperConfig, ConceptConfig, DrawingModelConfig):
     """ELITE in the browser: a picture of an object, its mask, a prompt, pictures."""
 
     test_data_dir: str = setting(

@@ -57,6 +57,13 @@ RUNGS = {
 EXACT = RUNGS["exact"]
 
 
+def single_knobs() -> dict[str, Speed]:
+    """Each knob of the rungs alone, by what it is."""
+    knobs = [knob for rung in RUNGS.values() for knob in vars(rung).items()]
+    alone = [Speed(**{name: value}) for name, value in sorted(knobs)]
+    return {str(speed): speed for speed in alone if speed != EXACT}
+
+
 def speed_of(
     rung: str | Speed, guidance_stop: float | None = None, deep_every: int | None = None
 ) -> Speed:

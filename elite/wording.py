@@ -38,6 +38,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {match[0]}?" if match else ""
 
 
+def first_line(error: Exception) -> str:
+    """The beginning of what an exception says, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:SHOWN]
+
+
 def one_line(text: object) -> str:
     """The text without line breaks and control characters; a long one loses its middle."""
     parts = str(text).strip()

@@ -1,30 +1,20 @@
 """The table of `reproduce`: draws every method's pictures once and scores them."""
 
-import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
 from elite.files import write_atomically, write_json, write_text
-from elite.images import to_pixels
-from small_world.claims import Verdicts, judge_claims
+from small_world.claims import judge_claims
 from small_world.classifier import Judge
 from small_world.inversion import draw_inverted, invert_all
+from small_world.methods import Method, Pictures, verdicts
 from small_world.report import claims_table, contact_sheet, plot_curve, score_table, summary
 from small_world.score import (
-    Case,
-    batches,
     draw_concepts,
     draw_prompts,
     gallery,
-    judge_pictures,
     load_pipelines,
     make_cases,
 )
@@ -33,21 +23,6 @@ LAMBDAS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
 NEW_KINDS = "new kinds, w0 + local, 0.8"
 SHEET_CASES = 12
 TIMED = 20  # concepts encoded for the mean time
-
-
-@dataclass(frozen=True)
-class Method:
-    """One row of the table."""
-
-    name: str
-    cases: list[Case]
-    draw: Callable[[list[Case]], Tensor]  # to pixels (B, 3, H, W) in [-1, 1]
-    cost: str | None = None  # which of the table's seconds a new concept takes; None: nothing
-
-    @property
-    def file(self) -> str:
-        """'w0 + local, 0.8' as 'w0_local_0.8.npz'."""
-        return "_".join(self.name.replace("+", "").replace(",", "").split()) + ".npz"
 
 
 class Table:
@@ -76,7 +51,7 @@ class Table:
         batch_size: int,
         **drawing,  # num_inference_steps, guidance_scale
     ) -> None:
-        self.model, self.folder, self.batch_size = model, folder, batch_size
+        self.model, self.folder = model, folder
         self.base, self.elite = load_pipelines(model)
         if self.elite is None:
             raise ValueError(f"{model}: has no global_mapper/; train ELITE first")
@@ -90,6 +65,7 @@ class Table:
             "seed": seed,
             **drawing,
         }
+        self.pictures = Pictures(folder / "drawn", self.settings, batch_size)
         self.methods = [*self._text_methods(), *self._elite_methods(), *self._inversion_methods()]
 
     def _text_methods(self) -> list[Method]:
@@ -132,20 +108,7 @@ class Table:
             folder = self.folder / "inversion"
             found = invert_all(self.model, self.inverted, folder, self.inversion_steps)
             self.seconds |= {str(steps): seconds for steps, seconds in found.items()}
-        missing = [method for method in self.methods if self._load(method) is None]
-        with tqdm(total=sum(len(method.cases) for method in missing), unit="picture") as progress:
-            for method in missing:
-                progress.set_description(method.name)
-                self._save(method, self._draw(method, progress))
-
-    def _draw(self, method: Method, progress: tqdm) -> np.ndarray:
-        """uint8 (N, H, W, 3)."""
-        parts = []
-        for cases in batches(method.cases, self.batch_size):
-            pixels = method.draw(cases).clamp(-1, 1).permute(0, 2, 3, 1)
-            parts.append(((pixels + 1) * 127.5).round().byte().cpu().numpy())
-            progress.update(len(cases))
-        return np.concatenate(parts)
+        self.pictures.draw(self.methods)
 
     def _encoding_seconds(self) -> float:
         """Mean seconds from picture and mask to concept, the first one not counted."""
@@ -156,29 +119,14 @@ class Table:
             self.elite.encode_concept(image, mask)
         return (time.monotonic() - started) / len(sources)
 
-    def _save(self, method: Method, pictures: np.ndarray) -> None:
-        path = self.folder / "drawn" / method.file
-        key = np.array(json.dumps(self.settings))
-        write_atomically(path, lambda temporary: np.savez(temporary, pictures=pictures, key=key))
-
-    def _load(self, method: Method) -> np.ndarray | None:
-        """The method's pictures, None where they are not drawn with these settings."""
-        path = self.folder / "drawn" / method.file
-        if not path.exists():
-            return None
-        with np.load(path, allow_pickle=False) as file:
-            same = str(file["key"]) == json.dumps(self.settings)
-            pictures = file["pictures"]
-        return pictures if same and len(pictures) == len(method.cases) else None
-
     # --- report -----------------------------------------------------------------------------------
 
     def report(self, judge: Judge) -> str:
         """Scores all pictures and writes every file. Returns results.md."""
-        pictures = {method.name: self._drawn(method) for method in self.methods}
+        pictures = {method.name: self.pictures.of(method) for method in self.methods}
         known = {id(cases): gallery(judge, cases) for cases in (self.cases, self.new_kinds)}
         rows = {
-            method.name: _verdicts(
+            method.name: verdicts(
                 judge,
                 method.cases,
                 pictures[method.name],
@@ -207,11 +155,6 @@ class Table:
             write_atomically(self.folder / f"{name}.png", sheet.save)
         return text
 
-    def _drawn(self, method: Method) -> np.ndarray:
-        pictures = self._load(method)
-        assert pictures is not None  # `draw` comes first
-        return pictures
-
     def _cost(self, method: Method) -> str:
         """What one new concept costs before it can be drawn; how many encodings that is."""
         if method.cost is None:
@@ -219,9 +162,3 @@ class Table:
         seconds, encode = self.seconds[method.cost], self.seconds["encode"]
         ratio = f" ({seconds / encode:.0f} x)" if method.cost != "encode" else ""
         return f"{seconds:.3g}{ratio}"
-
-
-def _verdicts(judge: Judge, cases: list[Case], pictures: np.ndarray, known: Tensor) -> Verdicts:
-    pixels = torch.stack([to_pixels(picture) for picture in pictures])
-    found = judge_pictures(judge, cases, pixels, known)
-    return {name: values.numpy() for name, values in found.items()}

@@ -1,6 +1,7 @@
 """A tiny Stable Diffusion with random weights in diffusers layout, mappers, and picture folders,
 for the tests."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     CLIPTextConfig,
@@ -38,6 +40,7 @@ from small_world.world import Body, Critter
 HIDDEN_LAYERS = (4, 8)  # as a release checkpoint of three levels has them
 TEXT_LENGTH = 77
 STEPS = 3  # of `draw`
+LORA_LAYERS = r"to_[qkv]$|to_out\.0$|conv1$|time_emb_proj$|[qkv]_proj$|out_proj$|fc[12]$"
 CRITTER = Critter(
     body="round",
     numbers=Body(),
@@ -182,6 +185,28 @@ def word_as_concept(pipe: ElitePipeline, word: str = "S") -> Concept:
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
+
+
+def save_lora(path: Path, pipe: StableDiffusionPipeline, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A LoRA file with random weights as kohya's programs and LCM-LoRA have them: convolutions too,
+    and of the text encoder. Returns what it adds to each weight, by "unet." or "text_encoder." and
+    the weight's module."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors, added, rank, alpha = {}, {}, 2, 1.0
+    for part, prefix in (("unet", "lora_unet_"), ("text_encoder", "lora_te_text_model_")):
+        for name, module in getattr(pipe, part).named_modules():
+            if not re.search(LORA_LAYERS, name):
+                continue
+            out, into, *kernel = module.weight.shape
+            down = 0.1 * torch.randn(rank, into, *kernel, generator=generator)
+            up = torch.randn(out, rank, *[1 for _ in kernel], generator=generator)
+            key = prefix + name.replace(".", "_")
+            tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = down, up
+            tensors[f"{key}.alpha"] = torch.tensor(alpha)
+            product = up.flatten(1) @ down.flatten(1) * alpha / rank
+            added[f"{part}.{name}"] = product.unflatten(1, module.weight.shape[1:])
+    save_file(tensors, path)
+    return added
 
 
 def build_mappers(model_folder: Path, seed: int = 1) -> tuple[GlobalMapper, LocalMapper]:

@@ -1,9 +1,11 @@
 """What the page's controls do, without a browser."""
 
 import html
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from app.handlers import BROKEN, DIMMED, SWEEP, AppHandlers, Stop, data_url, dimmed, message
@@ -14,8 +16,10 @@ from elite import ElitePipeline
 from elite.data import PairFolder
 from elite.defaults import DEFAULT_SAMPLER, DEFAULT_STEPS
 from elite.masks import Box
+from elite.previews import Preview
 from elite.sam import Sam
 from tests.app.conftest import noise_file
+from tests.conftest import pixels
 from tests.tiny import save_sam_folder
 
 
@@ -172,6 +176,31 @@ def test_minus_one_draws_a_seed_and_shows_it(handlers, values, tmp_path):
     seeds = [int(one["status"].split("seed ")[1].split("<")[0]) for one in said]
     assert seeds[0] != seeds[1] and min(seeds) >= 0
     assert f"seed {seeds[0]}" in said[0]["gallery"][1][1]
+
+
+def test_pictures_at_work_are_shown(handlers, values, tmp_path, monkeypatch):
+    """As often as the pause allows, none once the drawing is over; pictures stay what they were."""
+    expected = last(handlers.draw(values, tmp_path, silent))
+    monkeypatch.setattr("app.studio.PREVIEW_PAUSE", 0)
+    monkeypatch.setattr(handlers.studio, "preview", Preview(torch.randn(5, 3)))
+    (folder := tmp_path / "shown").mkdir()
+    answers = list(handlers.draw({**values, "count": 2}, folder, silent))
+    shown = [answer["preview"] for answer in answers if "preview" in answer]
+    image = '<img alt="what is being drawn, so far" src="data:image/jpeg;base64,'
+    assert [text[: len(image)] for text in shown] == [image, image, ""] * 2
+    first = folder / "00000_00003.png"
+    assert np.array_equal(pixels(first), pixels(Path(expected["gallery"][1][0])))
+
+
+def test_who_leaves_ends_the_drawing(handlers, values, tmp_path, monkeypatch):
+    monkeypatch.setattr("app.studio.PREVIEW_PAUSE", 0)
+    monkeypatch.setattr(handlers.studio, "preview", Preview(torch.randn(5, 3)))
+    steps = []
+    wanted = {**values, "count": 8, "steps": 100}
+    answers = handlers.draw(wanted, tmp_path, lambda at, **_: steps.append(at))
+    next(answer for answer in answers if "preview" in answer)
+    answers.close()
+    assert values["stop"].requested and len(steps) < 8 * 100
 
 
 def test_the_sweep_is_one_strip(handlers, values, tmp_path):

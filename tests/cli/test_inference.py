@@ -1,6 +1,7 @@
 """The inference scripts: what they write, what they say, and how they fail."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -143,6 +144,47 @@ def test_speed_is_drawn_and_kept_apart(script, tmp_path, name):
     exact, fastest, without, again = (pixels for pixels, _ in drawn)
     assert np.array_equal(exact, again)
     assert not any(np.array_equal(a, b) for a, b in ((exact, fastest), (exact, without)))
+
+
+def test_loras_are_drawn_and_kept_apart(script, tmp_path, whole_model, monkeypatch):
+    """In few steps without guidance; another weight, or a file of other content, is drawn anew."""
+    pipe, style = ElitePipeline.from_stable_diffusion(whole_model), tmp_path / "ink.safetensors"
+    tiny.save_lora(tmp_path / "lcm.safetensors", pipe, 0)
+    tiny.save_lora(style, pipe, 1)
+    path = tmp_path / "out" / "object_l0p8" / "00000_00042.png"
+    few = ("--scheduler", "lcm", "--guidance_scale", "1", "--selected_data", "0")
+    drawn = []
+
+    def run(*loras: str) -> None:
+        assert script(*few, *(("--lora", *loras) if loras else ())) == 0
+        with Image.open(path) as picture:
+            drawn.append((np.asarray(picture), picture.text.get("lora")))
+
+    both = [str(tmp_path / "lcm.safetensors"), f"{style}:0.5"]
+    run()
+    run(*both)
+    run(both[0], f"{style}:0.4")
+    tiny.save_lora(style, pipe, 2)
+    run(*both)
+    run()
+    names = [None if text is None else re.sub(r"\(\w{16}\)", "()", text) for _, text in drawn]
+    assert names == [None, "lcm 1 (), ink 0.5 ()", "lcm 1 (), ink 0.4 ()", names[1], None]
+    assert drawn[1][1] != drawn[3][1]
+    assert np.array_equal(drawn[0][0], drawn[4][0])
+    others = [pixels for pixels, _ in drawn[:4]]
+    assert not any(np.array_equal(a, b) for i, a in enumerate(others) for b in others[:i])
+    run(*both)
+    monkeypatch.setattr(ElitePipeline, "__call__", lambda *_, **__: pytest.fail("has drawn"))
+    run(*both)
+
+
+@pytest.mark.parametrize("name", ["inference_local.py", "inference_global.py", "evaluate.py"])
+def test_a_bad_lora_is_one_line(script, tmp_path, capsys, name):
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(b"no safetensors")
+    assert script("--lora", str(bad), name=name) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "error: " in x]
+    assert f"{bad}: not a LoRA of this model" in line
 
 
 def test_contact_sheet_shows_input_object_and_pictures(script, tmp_path, pairs):

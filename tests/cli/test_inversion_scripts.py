@@ -1,5 +1,7 @@
 """The scripts of textual inversion, from pictures to drawings with several words."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -199,6 +201,20 @@ def test_learned_words_may_be_what_pictures_should_not_show(family, tmp_path):
         assert picture.text["negative_prompt"] == "bad"
     assert not same_pictures(tmp_path / "with", tmp_path / "other")
     assert infer(family, tmp_path / "none", *words, "--negative_prompt", "red") == 2
+
+
+def test_a_lora_is_drawn_and_named(family, tmp_path):
+    lora = tmp_path / "ink.safetensors"
+    tiny.save_lora(lora, SimpleNamespace(**load_stable_diffusion(family)))
+    xl = (family / "text_encoder_2").exists()
+    rows = {"clip_l": torch.randn(2, 24), "clip_g": torch.randn(2, 32)}
+    save_file(rows if xl else {"emb_params": rows["clip_l"]}, tmp_path / "cat.safetensors")
+    word = ("--embeddings", tmp_path / "cat.safetensors", "--prompt", "a photo of cat")
+    for name, options in (("plain", ()), ("ink", ("--lora", f"{lora}:0.5"))):
+        assert infer(family, tmp_path / name, *word, *options) == 0
+    assert not same_pictures(tmp_path / "plain", tmp_path / "ink")
+    with Image.open(tmp_path / "ink" / "00000_00042.png") as picture:
+        assert picture.text["lora"].startswith("ink 0.5 (")
 
 
 # --- pictures and captions ------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from small_world import reproduce
+from small_world.methods import Pictures
 from small_world.table import LAMBDAS, NEW_KINDS, Table
 
 SMALL = ["--samples", "3", "--inversions", "2", "--inversion_steps", "1", "3"]
@@ -52,7 +53,7 @@ def test_words_were_learned_further(folder):
 
 def test_a_second_run_draws_nothing_anew(folder, monkeypatch):
     results = (folder / "results.md").read_text()
-    monkeypatch.setattr(Table, "_draw", lambda *_: pytest.fail("drawn again"))
+    monkeypatch.setattr(Pictures, "_draw", lambda *_: pytest.fail("drawn again"))
     assert reproduce.main([*SMALL, "--output_dir", str(folder)]) == 0
     again = (folder / "results.md").read_text()
     assert [line.split("|")[1:11] for line in again.splitlines()] == [
@@ -63,9 +64,9 @@ def test_a_second_run_draws_nothing_anew(folder, monkeypatch):
 def test_other_settings_draw_anew(folder, monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        Table, "_draw", lambda self, method, _: drawn.append(method.name) or self._load(method)
+        Pictures, "_draw", lambda self, method, _: drawn.append(method.name) or self.find(method)
     )
-    monkeypatch.setattr(Table, "_save", lambda *_: None)
+    monkeypatch.setattr(Pictures, "_save", lambda *_: None)
     monkeypatch.setattr(Table, "report", lambda *_: "")
     arguments = [*SMALL, "--output_dir", str(folder)]
     reproduce.main([*arguments, "--guidance_scale", "4"])

@@ -26,9 +26,9 @@ LAYERS = (
         "stream",
     ),
     ("attention", "checkpoint", "concept", "config", "data", "masks", "open_images"),
-    ("compat", "named_concepts", "run_folder", "sam", "shards"),
+    ("compat", "hardware", "lora", "named_concepts", "run_folder", "sam", "shards"),
     ("latents", "objectives", "pipeline", "training"),
-    ("encoding",),
+    ("encoding", "previews"),
     ("drawing",),
     ("inference", "stages"),
 )

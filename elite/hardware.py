@@ -1,0 +1,54 @@
+"""How a pipeline sits on its device: less memory for more time, and faster kernels."""
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+
+from elite.loading import side_in_pixels
+
+FP8 = torch.float8_e4m3fn
+
+
+def decode_in_parts(pipe: DiffusionPipeline) -> None:
+    """The VAE decodes the pictures of a batch one by one, and pictures larger than its model draws
+    in tiles, whose seams are blended; others stay what they were."""
+    vae = pipe.vae
+    vae.enable_slicing()
+    vae.enable_tiling()
+    # Of its own, a VAE tiles by the size that it was trained at.
+    vae.tile_latent_min_size = pipe.unet.config.sample_size
+    vae.tile_sample_min_size = side_in_pixels(pipe.unet, vae)
+
+
+def offload_in_groups(pipe: DiffusionPipeline, device: torch.device) -> None:
+    """Keeps each layer's weights in the computer's memory but for its turn on the device; on CUDA
+    the next layer's come while one computes. Pictures stay what they were.
+
+    To be called in place of moving the pipeline there, which would take all the memory at once.
+    """
+    options = {"onload_device": device, "offload_type": "leaf_level"}
+    streams = device.type == "cuda"
+    pipe.enable_group_offload(**options, use_stream=streams, exclude_modules=["vae"])
+    # A stream expects layers in one order, and tiles repeat them.
+    pipe.vae.enable_group_offload(**options)
+
+
+def store_in_fp8(unet: UNet2DConditionModel) -> None:
+    """Stores the UNet's weights but for its norms in 8 bits, and computes in the number type it
+    has. A quarter of the memory of float32; changes pictures."""
+    unet.enable_layerwise_casting(storage_dtype=FP8, compute_dtype=unet.dtype)
+
+
+def order_channels_last(pipe: DiffusionPipeline) -> None:
+    """Keeps the channels of UNet and VAE beside each other in memory, as convolutions in half
+    precision want them; changes the order of sums alone."""
+    for part in (pipe.unet, pipe.vae):
+        part.to(memory_format=torch.channels_last)
+
+
+def compile_blocks(unet: UNet2DConditionModel, backend: str = "inductor") -> None:
+    """Compiles each transformer block, where the attentions are, as one graph when it is first
+    called. Another number of rows, as where guidance ends, is compiled once more.
+
+    The blocks, not the whole: what runs around them may change from step to step.
+    """
+    unet.compile_repeated_blocks(fullgraph=True, isolate_recompiles=True, backend=backend)
