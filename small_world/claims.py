@@ -26,13 +26,17 @@ def editability(verdicts: Verdicts) -> np.ndarray:
     return np.asarray(verdicts["scene"], dtype=np.float64)
 
 
-def interval(values: np.ndarray) -> Interval:
+def interval(values: np.ndarray, lowest: float = 0.0) -> Interval:
     """Mean with its bootstrap interval; every case is a concept of its own. Where all cases are
     equal, which a bootstrap takes for certainty, the rule of three bounds how rare others may be
-    (Hanley and Lippman-Hand 1983)."""
+    (Hanley and Lippman-Hand 1983).
+
+    Args:
+        values: shares, or with -1 as the lowest differences of shares.
+    """
     mean, low, high = bootstrap(list(values), [str(i) for i in range(len(values))])
     rare = 3 / len(values) if low == high else 0.0
-    return mean, low - rare, high + rare
+    return mean, max(low - rare, lowest), min(high + rare, 1.0)
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ def judge_claims(rows: Mapping[str, Verdicts], lambdas: Sequence[float]) -> list
     def more(measure, name: str, a: str, b: str, bound: float = 0.0) -> Condition:
         x, y = measure(rows[a]), measure(rows[b])
         count = min(len(x), len(y))  # textual inversion has the first cases only
-        return Condition(f"{name}, {a} minus {b}:", interval(x[:count] - y[:count]), bound)
+        return Condition(f"{name}, {a} minus {b}:", interval(x[:count] - y[:count], -1.0), bound)
 
     claims = [
         Claim(

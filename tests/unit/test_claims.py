@@ -67,7 +67,8 @@ def test_surely_no_difference_is_no_reproduction():
     """Every scene right by both: of 200 pictures at most 3 could have told them apart."""
     same = {"w0": row(0.5, 1.0), "all words": row(0.8, 1.0)}
     assert verdicts(**same)[0] == "not reproduced"
-    assert interval(np.zeros(200)) == (0.0, -0.015, 0.015)
+    assert interval(np.zeros(200), lowest=-1.0) == (0.0, -0.015, 0.015)
+    assert interval(np.ones(200)) == (1.0, 0.985, 1.0)
 
 
 def test_a_difference_of_few_pictures_decides_nothing():
