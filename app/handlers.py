@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -313,7 +314,8 @@ def in_background(work: Callable[[Callable[[Values], None]], None], stop: Stop) 
     does. Raises what it raises; who looks no more has it stopped."""
     given: SimpleQueue[Values | None] = SimpleQueue()
     with ThreadPoolExecutor(1) as pool:
-        working = pool.submit(work, given.put)
+        # With this thread's context, by which Gradio knows whom progress is for.
+        working = pool.submit(copy_context().run, work, given.put)
         working.add_done_callback(lambda _: given.put(None))
         try:
             yield from iter(given.get, None)

@@ -71,7 +71,7 @@ class Compared:
         """Differences to `exact`, each with the bound that it should be above."""
         bound = -FAST_MAY_LOSE.get(self.name, MAY_LOSE)
         return [
-            Condition(f"{name}:", interval(score(self.found) - score(self.of_exact)), bound)
+            Condition(f"{name}:", interval(score(self.found) - score(self.of_exact), -1.0), bound)
             for name, score in SCORES.items()
         ]
 

@@ -109,7 +109,7 @@ class PairFolder:
 
     def __init__(self, root: Path | str, whole: bool = False, folders: bool = True) -> None:
         folder = Path(root)
-        if not folder.is_dir():
+        if not str(root) or not folder.is_dir():  # nothing would be the working directory
             raise ValueError(f"{folder}: no such folder; expected NAME.jpg with NAME_bg.png in it")
         pairs = [pair_of(path, whole) for path in pictures_in(folder)]
         inside = folder.glob("[!.]*/") if folders else ()

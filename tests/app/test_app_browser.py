@@ -263,7 +263,7 @@ def test_stop_stops(visit, pairs):
     page = visit()
     page.locator("#examples button").nth(0).click()
     views(page)
-    settings(page, steps=100, count=8)
+    settings(page, steps=150, count=8)
     page.click("#draw")
     said(page, "status", re.compile(r"about \d+ s left"))
     page.locator("#gallery .grid-container button").nth(1).wait_for()

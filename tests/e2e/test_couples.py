@@ -51,11 +51,11 @@ def test_shares_add_up():
 
 
 def test_regions_keep_colours_apart(tmp_path, capsys):
-    flags = ["--samples", "8", "--num_inference_steps", "10", "--batch_size", "8"]
+    flags = ["--samples", "16", "--num_inference_steps", "10", "--batch_size", "8"]
     assert main(["couples", *flags, "--output_dir", str(tmp_path)]) == 0
     counts = json.loads((tmp_path / "couples.json").read_text())["halves"]
     without, within = counts["without regions"], counts["with regions"]
-    assert sum(without.values()) == sum(within.values()) == 16
+    assert sum(without.values()) == sum(within.values()) == 32
     assert within["own"] > without["own"]
     assert within["other's"] < without["other's"]
     assert (tmp_path / "couples.md").read_text() in capsys.readouterr().out

@@ -600,3 +600,5 @@ def test_empty_and_missing_folders_are_refused(tmp_path):
         PairFolder(tmp_path)
     with pytest.raises(ValueError, match="nowhere: no such folder"):
         PairFolder(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no such folder"):
+        PairFolder("")

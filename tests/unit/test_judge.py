@@ -334,6 +334,8 @@ def test_score_of_a_tiny_model_has_every_row(tiny_model):
         "ELITE, w0",
         "ELITE, lambda 0.8",
         "ELITE, lambda 0.6",
+        "ELITE, lambda 0.8, of 2 pictures",
+        "ELITE, lambda 0.8, of 4 pictures",
         "ELITE, new kinds, lambda 0.8",
     ]
     for name, row in scores.items():
