@@ -7,6 +7,7 @@ import io
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from app.studio import Clock
 from tests.app.conftest import noise_file
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -259,7 +261,14 @@ def test_mistakes_are_said_in_the_page(visit, pairs, tmp_path):
     assert "Traceback" not in page.content()
 
 
-def test_stop_stops(visit, pairs):
+def test_stop_stops(visit, pairs, monkeypatch):
+    step = Clock.__call__
+
+    def slowly(clock: Clock) -> None:
+        time.sleep(0.03)  # of which the browser, in need of the same cores, has its share
+        step(clock)
+
+    monkeypatch.setattr(Clock, "__call__", slowly)
     page = visit()
     page.locator("#examples button").nth(0).click()
     views(page)
