@@ -1,8 +1,6 @@
 """The page of app_gradio.py: its controls, and what wires them to `AppHandlers`."""
 
-import math
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +10,7 @@ from gradio.data_classes import FileData, ImageData
 from gradio.utils import get_upload_folder
 
 from app.handlers import AppHandlers, Stop, Tell, Values, example_pictures
-from app.studio import MAX_GUIDANCE, MAX_LAMBDA, MAX_STEPS
+from app.studio import MAX_GUIDANCE, MAX_LAMBDA, MAX_STEPS, Pace
 from elite.defaults import DEFAULT_SAMPLER, DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA
 from elite.settings import SAMPLERS
 from elite.speed import RUNGS
@@ -119,14 +117,11 @@ def build_page(handlers: AppHandlers) -> gr.Blocks:
 def seldom(tell: Tell) -> Tell:
     """Passes on every PAUSE seconds what is told, and the last of it: a browser that redraws the
     page for each of a hundred steps a second falls behind the drawing."""
-    last = -math.inf
+    pace = Pace(PAUSE)
 
     def told(at: tuple[int, int], **words: str) -> None:
-        nonlocal last
         done, total = at
-        now = time.monotonic()
-        if done == total or now - last >= PAUSE:
-            last = now
+        if pace.is_due() or done == total:
             tell(at, **words)
 
     return told

@@ -48,6 +48,21 @@ OnProgress = Callable[[int, int, float], None]
 OnPreview = Callable[[np.ndarray], None]  # uint8 (B, h, w, 3)
 
 
+class Pace:
+    """Lets something happen every so many seconds, no matter how often it could."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self._last = seconds, -math.inf
+
+    def is_due(self) -> bool:
+        """Whether that time is over since this was last so."""
+        now = time.monotonic()
+        if now - self._last < self.seconds:
+            return False
+        self._last = now
+        return True
+
+
 @dataclass(frozen=True)
 class Order:
     """Every prompt with every seed at every lambda.
@@ -254,14 +269,11 @@ class Studio:
         calls = -(-len(pairs) // self.batch_size) * len(order.lambdas)
         evaluations = getattr(SCHEDULERS.get(order.scheduler), "order", 1)  # of the UNet in a step
         clock = Clock(calls * order.num_inference_steps * evaluations, on_progress)
-        shown = -math.inf
+        pace = Pace(PREVIEW_PAUSE)
 
         def on_step(latents: Tensor) -> None:
-            nonlocal shown
             clock()
-            now = time.monotonic()
-            if on_preview is not None and self.preview is not None and now - shown >= PREVIEW_PAUSE:
-                shown = now
+            if on_preview is not None and self.preview is not None and pace.is_due():
                 on_preview(self.preview(latents))
 
         for lambda_ in order.lambdas:

@@ -9,7 +9,6 @@ could be done; 3: some masks could not be read (they are listed, the rest is wri
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -21,7 +20,15 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
 
-from elite.console import OK, PARTLY_FAILED, check_least, run, script_parser
+from elite.console import (
+    OK,
+    PARTLY_FAILED,
+    add_set_name,
+    add_workers,
+    check_least,
+    run,
+    script_parser,
+)
 from elite.files import check_writable
 from elite.images import read_mask
 from elite.open_images import files_in, save_mask_boxes
@@ -96,12 +103,8 @@ def find_masks(folder: Path, set_name: str) -> tuple[list[Path], Path]:
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     parser.add_argument("folder", type=Path, help="Open Images root, its segs/ or its segs/test/")
-    parser.add_argument(
-        "--set_name", default="test", help="test, validation or train (default test)"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)"
-    )
+    add_set_name(parser)
+    add_workers(parser)
     return parser.parse_args(arguments)
 
 

@@ -13,7 +13,6 @@ are listed, the rest is indexed).
 import argparse
 import itertools
 import json
-import os
 import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,7 +30,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
 
 from data_scripts.cal_bbox_by_seg import tight_box
-from elite.console import OK, PARTLY_FAILED, check_least, run, script_parser
+from elite.console import OK, PARTLY_FAILED, add_workers, check_least, run, script_parser
 from elite.data import PICTURES
 from elite.files import check_writable
 from elite.images import read_mask
@@ -311,9 +310,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--whole", action="store_true", help="take pictures without boxes as one box each"
     )
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)"
-    )
+    add_workers(parser)
     return parser.parse_args(arguments)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
 
-from elite.console import OK, run, script_parser
+from elite.console import OK, add_set_name, run, script_parser
 from elite.files import write_atomically
 from elite.open_images import csv_opened, file_key, files_in, image_file
 
@@ -68,9 +68,7 @@ def keep(table: Path, root: Path, set_name: str) -> int:
 def main(arguments: list[str] | None = None) -> int:
     parser = script_parser(__doc__)
     parser.add_argument("folder", type=Path, help="Open Images root")
-    parser.add_argument(
-        "--set_name", default="test", help="test, validation or train (default test)"
-    )
+    add_set_name(parser)
     args = parser.parse_args(arguments)
     root, set_name = args.folder, args.set_name
     kept = {}

@@ -15,7 +15,6 @@ import hashlib
 import io
 import itertools
 import json
-import os
 import sys
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -36,7 +35,7 @@ from data_scripts.index_shards import (
     labels_of_masks,
     report,
 )
-from elite.console import check_least, run, script_parser
+from elite.console import add_set_name, add_workers, check_least, run, script_parser
 from elite.data import PairFolder
 from elite.files import (
     check_writable,
@@ -345,12 +344,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--shard_mb", type=float, default=256, help="megabytes of a shard, about (default 256)"
     )
-    parser.add_argument(
-        "--set_name", default="test", help="test, validation or train (default test)"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)"
-    )
+    add_set_name(parser)
+    add_workers(parser)
     return parser.parse_args(arguments)
 
 

@@ -93,10 +93,8 @@ class EliteAttnProcessor:
         # V_g has one-hots of the placeholders beside it: there comes out what each query pays them.
         Q = _heads(attn.to_q(hidden_states), attn.heads)  # Q: (B, h, q, c)
         bias = self._bias(attn, attention_mask, context, visible, Q)  # (B, 1, q, 77), mostly None
-        backend = self._attention_backend
-        out = _attend(
-            Q, K, V, bias, attn.scale, backend
-        )  # softmax(Q K_g^T s) V_g: (B, h, q, c + 8)
+        s, kernel = attn.scale, self._attention_backend
+        out = _attend(Q, K, V, bias, s, kernel)  # softmax(Q K_g^T s) V_g: (B, h, q, c + 8)
         if local:
             rows = slice(-len(local[0].K), None)  # the R conditional ones
             paid = out[rows, ..., -COLUMNS:]  # softmax(Q K_g^T s) in the columns S: (R, h, q, 8)
@@ -106,7 +104,7 @@ class EliteAttnProcessor:
         for n, (K_l, V_l, lambda_) in enumerate(local):
             column = paid[..., n, None]  # softmax(Q K_g^T s) in the column S: (R, h, q, 1)
             a = column / self._maximum(column, lambda_)  # a, at most 1: (R, h, q, 1)
-            branch = _fused(Q, K_l, V_l, None, attn.scale, backend)  # softmax(Q K_l^T s) V_l
+            branch = _fused(Q, K_l, V_l, None, s, kernel)  # softmax(Q K_l^T s) V_l: (R, h, q, c)
             out = _add_to_last_rows(out, lambda_ * a * branch)  # + lambda a softmax(..) V_l
 
         out = out.transpose(1, 2).flatten(2).to(hidden_states.dtype)  # all heads: (B, q, C)

@@ -66,6 +66,20 @@ def script_parser(doc: str | None) -> argparse.ArgumentParser:
     )
 
 
+def add_set_name(parser: argparse.ArgumentParser) -> None:
+    """--set_name of scripts that read Open Images."""
+    parser.add_argument(
+        "--set_name", default="test", help="test, validation or train (default test)"
+    )
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """--workers of scripts that use every core."""
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)"
+    )
+
+
 def check_least(args: argparse.Namespace, **least: int) -> None:
     """Raises ValueError where a flag of this name is given less than its least number."""
     for name, number in least.items():

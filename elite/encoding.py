@@ -101,9 +101,9 @@ def _read_pair(pipe: ElitePipeline, pairs: PairFolder, index: int) -> ReadPair:
 
 def _encode_pairs(pipe: ElitePipeline, pairs: list[ReadPair]) -> Iterator[Entry]:
     encoded = pipe.encode_views(**stack_views([view for _, _, views in pairs for view in views]))
-    rows = iter(range(len(encoded)))
+    rows = (encoded[row] for row in range(len(encoded)))
     for index, image, views in pairs:
-        pictures = Concept.stack([encoded[next(rows)] for _ in views])
+        pictures = Concept.stack(list(itertools.islice(rows, len(views))))
         yield Entry(index, pictures.as_one(), image)
 
 

@@ -15,12 +15,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from elite.encoding import batches
 from elite.pipeline import ElitePipeline
 from elite.sheets import SHEET_ROWS, tile_rows
 from small_world.attributes import verdicts
 from small_world.classifier import Judge
 from small_world.pretrain import to_image
-from small_world.score import Case, batches, make_cases, wilson
+from small_world.score import Case, make_cases, wilson
 from small_world.world import SCENES
 
 NAMES = ("S1", "S2")
@@ -101,7 +102,7 @@ def score_couples(
     with tqdm(total=2 * len(couples), desc="couples", unit="picture") as progress:
         for name, in_regions in (("without regions", False), ("with regions", True)):
             drawn, seen = [], []
-            for batch in batches(list(couples), batch_size):
+            for batch in batches(iter(couples), batch_size):
                 drawn.append(draw_couples(pipe, batch, in_regions, **options))
                 seen.append(colours_seen(judge, drawn[-1], batch))
                 progress.update(len(batch))

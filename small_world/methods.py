@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from elite.encoding import batches
 from elite.files import write_atomically
 from elite.images import to_pixels
 from small_world.claims import Verdicts
 from small_world.classifier import Judge
-from small_world.score import Case, batches, judge_pictures
+from small_world.score import Case, judge_pictures
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Pictures:
     def _draw(self, method: Method, progress: tqdm) -> np.ndarray:
         """uint8 (N, H, W, 3)."""
         parts = []
-        for cases in batches(method.cases, self.batch_size):
+        for cases in batches(iter(method.cases), self.batch_size):
             pixels = method.draw(cases).clamp(-1, 1).permute(0, 2, 3, 1)
             parts.append(((pixels + 1) * 127.5).round().byte().cpu().numpy())
             progress.update(len(cases))

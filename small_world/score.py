@@ -5,7 +5,8 @@ Beside the attributes, two things are asked of a picture: is it the same critter
 the critter has a kind that nothing was trained on, is that kind there (`new kind`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
 
+from elite.encoding import batches
 from elite.loading import load_parts, make_scheduler
 from elite.pipeline import ElitePipeline
 from small_world.attributes import judged, right_ones
@@ -45,7 +47,7 @@ Z = 1.959964  # of a 95 % interval
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(ABC):
     """One picture to draw: the scene asked for, and the scene in which the thing's concept is
     read. What the thing is, `picture` knows."""
 
@@ -53,11 +55,11 @@ class Task:
     source_scene: str
     seed: int
 
+    @abstractmethod
     def picture(
         self, scene: str, rng: np.random.Generator, size: int = 2 * SIDE
     ) -> tuple[np.ndarray, np.ndarray]:
         """A fresh picture of the thing, with its mask."""
-        raise NotImplementedError
 
     @property
     def concept_prompt(self) -> str:
@@ -142,7 +144,6 @@ def same_colours(case: Case) -> Case:
 # --- who draws: cases to pixels (B, 3, 32, 32) in [-1, 1] -----------------------------------------
 
 T = TypeVar("T", bound=Task)
-Item = TypeVar("Item")
 
 
 def draw_renders(tasks: Sequence[T], shown_for: Callable[[T], Task] = lambda task: task) -> Tensor:
@@ -243,11 +244,6 @@ def wilson(right: int, total: int) -> tuple[float, float]:
     return max((middle - half) / (1 + spread), 0.0), min((middle + half) / (1 + spread), 1.0)
 
 
-def batches(items: list[Item], size: int) -> Iterator[list[Item]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
 @torch.no_grad()
 def judge_pictures(
     judge: Judge, cases: Sequence[Case], pixels: Tensor, known: Tensor
@@ -305,7 +301,7 @@ def columns(found: dict[str, Tensor]) -> dict[str, Tensor]:
 def draw_row(row: Row[T], batch_size: int, progress: tqdm) -> Tensor:
     """The row's pictures, (N, 3, H, W)."""
     drawn = []
-    for tasks in batches(row.tasks, batch_size):
+    for tasks in batches(iter(row.tasks), batch_size):
         drawn.append(row.draw(tasks).cpu())
         progress.update(len(tasks))
     return torch.cat(drawn)

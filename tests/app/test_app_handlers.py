@@ -131,7 +131,7 @@ def test_prompts_are_checked(handlers, values):
 
 def test_a_fast_drawing_does_not_flood_the_page(monkeypatch):
     clock, passed = iter((0, 0.1, 0.1 + PAUSE, 0.2 + PAUSE, 0.25 + PAUSE)), []
-    monkeypatch.setattr("app.page.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("app.studio.time.monotonic", lambda: next(clock))
     tell = seldom(lambda at, desc: passed.append((*at, desc)))
     for done in range(1, 6):
         tell((done, 5), desc=f"step {done}")
