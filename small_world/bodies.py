@@ -35,11 +35,12 @@ def outline(body: Body) -> np.ndarray:
 
 
 def point_at(polygon: np.ndarray, degrees: float) -> np.ndarray:
-    """The outline's point in a direction from the middle: 0 is up, 90 to the right."""
+    """The outline's point in a direction from the middle of its box: 0 is up, 90 to the right."""
+    middle = (polygon.min(0) + polygon.max(0)) / 2
     angle = np.radians(degrees)
     direction = np.array([np.sin(angle), -np.cos(angle)])
-    along = polygon @ direction
-    across = np.abs(polygon @ np.array([direction[1], -direction[0]]))
+    along = (polygon - middle) @ direction
+    across = np.abs((polygon - middle) @ np.array([direction[1], -direction[0]]))
     return polygon[np.argmin(np.where(along > 0, across, np.inf))]
 
 

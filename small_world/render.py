@@ -293,7 +293,7 @@ def _paint(critter: Critter, units: np.ndarray, main: Colour, second: Colour) ->
     elif critter.pattern == "dipped":
         there = y > 0.32 + 0.08 * np.sin(7 * x)
     elif critter.pattern == "checked":
-        there = (np.floor(x / 0.5) + np.floor(y / 0.5)) % 2 < 1
+        there = (x % 1 < 0.35) != (y % 1 < 0.35)  # unequal, so that one can tell the main colour
     else:
         there = np.zeros_like(x, dtype=bool)
     light = np.clip(1.0 - 0.16 * y, 0.8, 1.12)[..., None]  # from above
