@@ -17,6 +17,7 @@ from small_world.world import ATTRIBUTES
 
 OBJECT_WEIGHT = 4.0  # of the base model's loss, beside 1 everywhere: parts are a few latents
 MAX_WORDS = 5  # of a concept in a caption
+TOLD = 1 / 3  # share of a batch that reads captions; the rest reads words made of features
 WORD_SCALE = 0.1  # of these words: that of a mapper under stage 1's penalty, near the vocabulary's
 
 
@@ -119,11 +120,16 @@ class ImageEncoderObjective(ViewsObjective):
         write_atomically(folder / "image_encoder", self.image_encoder.save_pretrained)
 
 
+def num_told(batch_size: int) -> int:
+    """How many of a batch read captions, at least one."""
+    return max(1, round(TOLD * batch_size))
+
+
 class BaseModelObjective(nn.Module):
     """Text encoder and UNet together: epsilon prediction, weighted by 1 / (1 + SNR) (Choi et al.
     2022, "Perception prioritized training"), so that noisy steps, which decide outlines, count.
 
-    Of every batch, one half reads captions; in the other, one, two or five words, made of the image
+    A third of every batch reads captions; in the rest, one, two or five words, made of the image
     encoder's features of another view by a head that is thrown away afterwards, stand for the
     critter. So the model learns to read any point of the space of words, not only its vocabulary.
     They are as large as words that a mapper can afford: without a bound the head made them sixty
@@ -161,15 +167,15 @@ class BaseModelObjective(nn.Module):
         M = 1 + OBJECT_WEIGHT * batch["object_share"]  # (B, 1, 8, 8)
         error = (M * (noise_hat.float() - noise).square()).mean(dim=(1, 2, 3))
         squared = error / M.mean(dim=(1, 2, 3))  # (B,)
-        told, shown = squared.detach().chunk(2)
+        told, shown = squared.detach().tensor_split([num_told(len(squared))])
         return {"loss": (weight * squared).mean(), "told": told.mean(), "shown": shown.mean()}
 
     def context(self, batch: dict[str, Tensor]) -> Tensor:
-        """(B, 48, D): of captions for the first half of the batch, of words made of features for
-        the other."""
+        """(B, 48, D): of captions for the first `num_told` of the batch, of words made of features
+        for the others."""
         seeds = batch["seed"]
         empty = (seeds % 1000 < 1000 * self.empty_probability)[:, None]  # (B, 1)
-        told = (len(seeds) + 1) // 2
+        told = num_told(len(seeds))
         input_ids = torch.where(empty, self.empty_ids, batch["input_ids"])[:told]
         words = self.word_head(batch["features"][told:]).unflatten(1, (MAX_WORDS, WIDTH))
         words = WORD_SCALE * F.layer_norm(words, (WIDTH,))
