@@ -20,7 +20,7 @@ from small_world.captions import (
     random_template,
     with_article,
 )
-from small_world.render import LINE, Pose, draw, draw_scene
+from small_world.render import CREAM, LEAF, LINE, WHEEL, Pose, draw, draw_scene
 from small_world.tokenizer import MAX_LENGTH, build_tokenizer, world_words
 from small_world.world import (
     ATTRIBUTES,
@@ -371,6 +371,24 @@ def test_every_kind_looks_different(name):
     for one, other in combinations(pictures, 2):
         differing = np.abs(pictures[one] - pictures[other]).max(axis=2) > 30
         assert differing.sum() > 20, (one, other)
+
+
+BARE = replace(PLAIN, pattern="solid", second=None, top="none", side="none", bottom="none")
+OWN_COLOURS = {"horns": CREAM, "leaf": LEAF, "wheels": WHEEL}
+
+
+@pytest.mark.parametrize("head", ATTRIBUTES["head"])
+@pytest.mark.parametrize("body", ATTRIBUTES["body"])
+def test_every_part_shows_on_every_body_and_head(body, head, monkeypatch):
+    on_magenta(monkeypatch)
+    bare = replace(BARE, tail="none", body=body, numbers=middling(body), head=head, trim="green")
+    for name in ("top", "side", "bottom", "tail"):
+        for kind in ATTRIBUTES[name][1:]:
+            worn = replace(bare, **{name: kind})
+            image, _ = draw(worn, "grass", np.random.default_rng(2), 64, POSE)
+            wanted = OWN_COLOURS.get(kind, COLOURS["green"])
+            near = np.abs(image.astype(int) - wanted).max(axis=2) <= 35
+            assert near.sum() >= 12, kind  # three pixels at 32 px, where fins on stars are smallest
 
 
 def test_drawing_depends_on_the_seed_alone():
