@@ -29,6 +29,12 @@ def describe(critter: Critter) -> str:
     return _noun(critter, ADJECTIVES, PARTS)
 
 
+def phrase_of(kind: str) -> str:
+    """A part as one says it: 'bunny ears', 'two legs', 'a long tail'."""
+    plural = _is_counted(kind) or kind.endswith(("s", "ae"))
+    return kind if plural else with_article(kind)
+
+
 def place(scene: str | None) -> str:
     """' on the beach'; nothing without a scene."""
     return "" if scene is None else f" {SCENES[scene]}"
@@ -72,17 +78,19 @@ def _noun(critter: Critter, adjectives: tuple | list, parts: tuple | list) -> st
     phrases, trim = [], critter.trim
     for name in shown:
         phrase = getattr(critter, name)
-        counted = phrase.split()[0] in COUNTS
-        plural = counted or phrase.endswith(("s", "ae"))
         if trim is not None and _shows_trim(name, phrase):
-            first, rest = phrase.split() if counted else ("", phrase)
+            first, rest = phrase.split() if _is_counted(phrase) else ("", phrase)
             phrase = f"{first} {trim} {rest}".strip()
             trim = None  # once is enough: all parts share it
-        phrases.append(phrase if plural else with_article(phrase))
+        phrases.append(phrase_of(phrase))
     if not phrases:
         return " ".join(words)
     listed = phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
     return f"{' '.join(words)} with {listed}"
+
+
+def _is_counted(kind: str) -> bool:
+    return kind.split()[0] in COUNTS
 
 
 def _shows_trim(name: str, kind: str) -> bool:

@@ -22,8 +22,9 @@ def fidelity(verdicts: Verdicts) -> np.ndarray:
 
 
 def editability(verdicts: Verdicts) -> np.ndarray:
-    """1 where the prompt's scene is there, per case."""
-    return np.asarray(verdicts["scene"], dtype=np.float64)
+    """Share of what the prompt asks for that is there, its scene and its edit, per case."""
+    found = np.stack([verdicts[name] for name in ("scene", "edit")])
+    return (found == 1).sum(0) / (found >= 0).sum(0)
 
 
 def interval(values: np.ndarray, lowest: float = 0.0) -> Interval:

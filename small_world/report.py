@@ -12,7 +12,7 @@ from small_world.claims import Claim, Verdicts, editability, fidelity, interval
 from small_world.score import Case
 from small_world.world import PARTS
 
-SHOWN = ("body", "pattern", "colour", "second", "trim", "parts", "identity")
+SHOWN = ("body", "pattern", "colour", "second", "trim", "parts", "identity", "scene", "edit")
 
 
 def score_table(rows: Mapping[str, Verdicts], costs: Mapping[str, str]) -> str:
@@ -74,7 +74,7 @@ def plot_curve(rows: dict[str, Verdicts], path: Path) -> None:
             for name, a, b in zip(group, x, y, strict=True):
                 text = name.rsplit(" ", 1)[-1]
                 axes.annotate(text, (a, b), textcoords="offset points", xytext=(5, 5), fontsize=8)
-    axes.set_xlabel("editability: prompt's scene there, %")
+    axes.set_xlabel("editability: what the prompt asks for that is there, %")
     axes.set_ylabel("fidelity: attributes of the critter that are right, %")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)

@@ -2,11 +2,11 @@
 
     python -m small_world.reproduce [--output_dir runs/reproduce] [--samples 500] [--inversions 24]
 
-Held-out critters, each read from one picture and drawn in another scene, by every method: class
-word, full description, all words, w0, w0 with the local branch over lambda, textual inversion after
-some numbers of steps. The judge says what is seen. OUTPUT_DIR receives results.md, results.json,
-curve.png and grid.png. What is drawn already is kept, so an interrupted run goes on where it
-stopped. Exit code 2: bad input.
+Held-out critters, each read from one picture and drawn in another scene with a part added ("a S
+with wings on the beach"), by every method: class word, full description, all words, w0, w0 with the
+local branch over lambda, textual inversion after some numbers of steps. The judge says what is
+seen. OUTPUT_DIR receives results.md, results.json, curve.png and grid.png. What is drawn already is
+kept, so an interrupted run goes on where it stopped. Exit code 2: bad input.
 """
 
 import argparse

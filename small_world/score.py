@@ -23,12 +23,21 @@ from elite.encoding import batches
 from elite.loading import load_parts, make_scheduler
 from elite.pipeline import ElitePipeline
 from small_world.attributes import judged, right_ones
-from small_world.captions import CLASS_WORD, describe, place, with_article
+from small_world.captions import CLASS_WORD, describe, phrase_of, place, with_article
 from small_world.classifier import Judge
 from small_world.pretrain import base_pipeline
 from small_world.render import draw
 from small_world.samples import SIDE, small_pixels, whole_view
-from small_world.world import PARTS, SCENES, Critter, labels, random_critter, unseen_kinds
+from small_world.world import (
+    ATTRIBUTES,
+    HELD_OUT_KINDS,
+    PARTS,
+    SCENES,
+    Critter,
+    labels,
+    random_critter,
+    unseen_kinds,
+)
 
 FRESH = 7  # random stream of the judged cases, apart from every training render
 CONCEPT_SIDE = 256  # of the picture a concept is read from
@@ -37,8 +46,10 @@ PICTURES = (2, 4)  # of one object
 KINDS = {"trained": "trained", "held out": "combinations", "new kinds": "kinds"}  # to the pool
 GALLERY = 100  # critters among which a picture has to find its own
 GALLERY_VIEWS = 4  # renders of each of them
+EDITED = ("top", "side", "bottom", "tail")  # parts that a prompt may add
 RENDERS = "renders of held-out critters"
-NEW_RENDERS = "renders of critters of new kinds"
+NEW_EDITED = ("top", "side", "bottom", "tail")  # parts that a prompt may add
+RENDERS = "renders of critters of new kinds"
 COLUMNS = ("body", "pattern", "colour", "second", "trim", "parts", "scene", "identity", "new kind")
 Z = 1.959964  # of a 95 % interval
 
@@ -94,10 +105,19 @@ class Task(ABC):
 
 
 @dataclass(frozen=True)
+class Edit:
+    """A part that the critter lacks and that the prompt adds to it."""
+
+    part: str
+    kind: str
+
+
+@dataclass(frozen=True)
 class Case(Task):
     """The task of a critter, which has a description too."""
 
     critter: Critter
+    edit: Edit | None = None
 
     def picture(
         self, scene: str, rng: np.random.Generator, size: int = 2 * SIDE
@@ -105,18 +125,34 @@ class Case(Task):
         return draw(self.critter, scene, rng, size)
 
     @property
+    def wanted_critter(self) -> Critter:
+        """As the prompt wants it."""
+        edited = {self.edit.part: self.edit.kind} if self.edit else {}
+        return replace(self.critter, **edited)
+
+    @property
     def prompt(self) -> str:
         """'a red heart critter with two eyes and a smile on the grass'."""
-        return with_article(describe(self.critter)) + place(self.scene)
+        return with_article(describe(self.wanted_critter)) + place(self.scene)
 
     @property
     def class_prompt(self) -> str:
-        """'a critter on the grass'."""
-        return with_article(CLASS_WORD) + place(self.scene)
+        """'a critter on the grass', 'a critter with wings on the grass'."""
+        return with_article(CLASS_WORD) + self._request
+
+    @property
+    def concept_prompt(self) -> str:
+        """'a S on the grass', 'a S with wings on the grass'."""
+        return "a S" + self._request
+
+    @property
+    def _request(self) -> str:
+        added = f" with {phrase_of(self.edit.kind)}" if self.edit else ""
+        return added + place(self.scene)
 
     @property
     def wanted(self) -> list[int]:
-        return labels(self.critter, self.scene)
+        return labels(self.wanted_critter, self.scene)
 
 
 def make_cases(count: int, kind: str, seed: int) -> list[Case]:
@@ -128,6 +164,23 @@ def make_cases(count: int, kind: str, seed: int) -> list[Case]:
         scene, source = (str(name) for name in rng.choice(list(SCENES), size=2, replace=False))
         cases.append(Case(scene, source, int(rng.integers(2**31)), critter))
     return cases
+
+
+def with_edits(cases: Sequence[Case]) -> list[Case]:
+    """The same cases, of which every prompt adds a part that its critter lacks, where it lacks
+    one."""
+    return [replace(case, edit=_edit(case)) for case in cases]
+
+
+def _edit(case: Case) -> Edit | None:
+    rng = np.random.default_rng((FRESH + 4, case.seed))
+    free = [part for part in EDITED if getattr(case.critter, part) == "none"]
+    if not free:
+        return None
+    part = str(rng.choice(free))
+    unseen = HELD_OUT_KINDS.get(part, ())
+    kinds = [kind for kind in ATTRIBUTES[part] if kind not in ("none", *unseen)]
+    return Edit(part, str(rng.choice(kinds)))
 
 
 def same_colours(case: Case) -> Case:
@@ -255,9 +308,16 @@ def judge_pictures(
         cases: what was asked for, N of them.
         pixels: (N, 3, H, W) in [-1, 1].
         known: the `gallery` of these cases, and perhaps of more.
+
+    A part that the prompt adds counts as `edit`, not as one of the critter's own.
     """
     logits, directions = judged(judge, pixels)
     found = right_ones(logits, torch.tensor([case.wanted for case in cases]))
+    found["edit"] = torch.full((len(cases),), -1)
+    for i, case in enumerate(cases):
+        if case.edit:
+            found["edit"][i] = found[case.edit.part][i]
+            found[case.edit.part][i] = -1
     found["identity"] = same_critter(directions.cpu(), known)
     found["new kind"] = torch.tensor(
         [

@@ -17,6 +17,7 @@ from small_world.score import (
     gallery,
     load_pipelines,
     make_cases,
+    with_edits,
 )
 
 LAMBDAS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
@@ -56,13 +57,14 @@ class Table:
         if self.elite is None:
             raise ValueError(f"{model}: has no global_mapper/; train ELITE first")
         self.drawing, self.inversion_steps = drawing, inversion_steps
-        self.cases = make_cases(samples, "held out", seed)
-        self.new_kinds = make_cases(samples, "new kinds", seed)
+        self.cases = with_edits(make_cases(samples, "held out", seed))
+        self.new_kinds = with_edits(make_cases(samples, "new kinds", seed))
         self.inverted = self.cases[:inversions]
         self.settings = {
             "fingerprint": self.elite.fingerprint,
             "samples": samples,
             "seed": seed,
+            "prompts": "scene and edit",
             **drawing,
         }
         self.pictures = Pictures(folder / "drawn", self.settings, batch_size)

@@ -15,6 +15,7 @@ def row(critter, scene, count=200):
         **dict.fromkeys(FIDELITY, right),
         "second": np.full(count, -1),
         "scene": (np.arange(count) < scene * count).astype(int),
+        "edit": np.full(count, -1),
     }
 
 
@@ -44,8 +45,9 @@ def test_fidelity_and_editability_of_a_case():
     found = dict.fromkeys(FIDELITY, np.array([1, 0, 1]))
     found |= {"pattern": np.array([1, 1, 0]), "second": np.array([1, -1, -1])}
     found |= {"trim": np.array([1, 1, -1]), "scene": np.array([0, 1, 1]), "identity": np.zeros(3)}
+    found |= {"edit": np.array([1, 0, -1])}
     assert fidelity(found) == pytest.approx([1, 2 / 11, 9 / 10])
-    assert editability(found).tolist() == [0.0, 1.0, 1.0]
+    assert editability(found).tolist() == [0.5, 0.5, 1.0]
 
 
 def test_claims_that_hold():

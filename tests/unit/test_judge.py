@@ -16,9 +16,11 @@ from small_world.attributes import verdicts
 from small_world.classifier import Judge, JudgeObjective, disturbed, load_judge
 from small_world.score import (
     COLUMNS,
+    EDITED,
     GALLERY_VIEWS,
     KINDS,
     Case,
+    Edit,
     Row,
     columns,
     draw_concepts,
@@ -34,8 +36,9 @@ from small_world.score import (
     score_model,
     score_rows,
     wilson,
+    with_edits,
 )
-from small_world.world import ATTRIBUTES, PARTS, is_held_out, unseen_kinds
+from small_world.world import ATTRIBUTES, HELD_OUT_KINDS, PARTS, is_held_out, unseen_kinds
 from tests import tiny
 from tests.tiny import save_mappers, save_model_folder
 
@@ -160,6 +163,30 @@ def test_prompts_of_a_case():
     assert case.concept_prompt == "a S in the snow"
 
 
+def test_prompts_of_an_edit():
+    case = Case("snow", "grass", 0, replace(CRITTER, tail="none"), Edit("tail", "long tail"))
+    assert case.prompt == (
+        "an orange pear critter with horns, one eye, a smile, blue fins and a long tail in the snow"
+    )
+    assert case.class_prompt == "a critter with a long tail in the snow"
+    assert case.concept_prompt == "a S with a long tail in the snow"
+    legs = replace(case, edit=Edit("bottom", "two legs"))
+    assert legs.concept_prompt == "a S with two legs in the snow"
+
+
+def test_edits_add_a_trained_part_that_is_not_there():
+    cases = with_edits(make_cases(200, "held out", 0))
+    assert cases == with_edits(make_cases(200, "held out", 0))
+    for case in cases:
+        free = [part for part in EDITED if getattr(case.critter, part) == "none"]
+        assert bool(case.edit) == bool(free)
+        if case.edit:
+            assert case.edit.part in free
+            assert case.edit.kind in ATTRIBUTES[case.edit.part]
+            assert case.edit.kind not in ("none", *HELD_OUT_KINDS.get(case.edit.part, ()))
+    assert {case.edit.part for case in cases if case.edit} == set(EDITED)
+
+
 def test_renders_that_are_judged_are_repeatable():
     cases = make_cases(3, "held out", 0)
     assert torch.equal(draw_renders(cases), draw_renders(cases))
@@ -231,7 +258,8 @@ def cases() -> list[Case]:
 
 def test_pictures_of_the_right_critter_are_right_in_everything(cases):
     found = judge_pictures(Oracle(cases), cases, pictures_of(range(40)), torch.eye(40))
-    assert found.keys() == {*ATTRIBUTES, "identity", "new kind"}
+    assert found.keys() == {*ATTRIBUTES, "identity", "new kind", "edit"}
+    assert (found["edit"] == -1).all()
     wanted = torch.tensor([case.wanted for case in cases])
     for name, kinds in zip(ATTRIBUTES, wanted.T, strict=True):
         assert torch.equal(found[name], torch.where(kinds < 0, -1, 1)), name
@@ -249,6 +277,17 @@ def test_pictures_of_another_critter_are_right_where_both_are_alike(cases):
     for i in range(30, 40):
         (name,) = unseen_kinds(cases[i].critter)
         assert found["new kind"][i] == found[name][i]
+
+
+def test_a_part_that_the_prompt_adds_is_no_part_of_the_critter(cases):
+    """Two pictures with their edits, and one of the critter as it was."""
+    edited = with_edits(cases)
+    numbers = [i for i, case in enumerate(edited) if case.edit][:3]
+    shown = [*edited[: numbers[2]], cases[numbers[2]], *edited[numbers[2] + 1 :]]
+    found = judge_pictures(Oracle(shown), edited, pictures_of(range(40)), torch.eye(40))
+    assert found["edit"][numbers].tolist() == [1, 1, 0]
+    for i in numbers:
+        assert found[edited[i].edit.part][i] == -1
 
 
 def test_columns_count_what_is_there(cases):
