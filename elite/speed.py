@@ -51,8 +51,8 @@ class Speed:
 
 RUNGS = {
     "exact": Speed(),
-    "balanced": Speed(guidance_stop=0.6, deep_every=2),
-    "fast": Speed(guidance_stop=0.5, deep_every=5),
+    "balanced": Speed(deep_every=3),
+    "fast": Speed(guidance_stop=0.7, deep_every=5),
 }
 EXACT = RUNGS["exact"]
 

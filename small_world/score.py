@@ -48,8 +48,7 @@ GALLERY = 100  # critters among which a picture has to find its own
 GALLERY_VIEWS = 4  # renders of each of them
 EDITED = ("top", "side", "bottom", "tail")  # parts that a prompt may add
 RENDERS = "renders of held-out critters"
-NEW_EDITED = ("top", "side", "bottom", "tail")  # parts that a prompt may add
-RENDERS = "renders of critters of new kinds"
+NEW_RENDERS = "renders of critters of new kinds"
 COLUMNS = ("body", "pattern", "colour", "second", "trim", "parts", "scene", "identity", "new kind")
 Z = 1.959964  # of a 95 % interval
 

@@ -373,7 +373,9 @@ def test_every_kind_looks_different(name):
         assert differing.sum() > 20, (one, other)
 
 
-BARE = replace(PLAIN, pattern="solid", second=None, top="none", side="none", bottom="none")
+PARTLESS = replace(
+    PLAIN, pattern="solid", second=None, top="none", side="none", bottom="none", tail="none"
+)
 OWN_COLOURS = {"horns": CREAM, "leaf": LEAF, "wheels": WHEEL}
 
 
@@ -381,7 +383,7 @@ OWN_COLOURS = {"horns": CREAM, "leaf": LEAF, "wheels": WHEEL}
 @pytest.mark.parametrize("body", ATTRIBUTES["body"])
 def test_every_part_shows_on_every_body_and_head(body, head, monkeypatch):
     on_magenta(monkeypatch)
-    bare = replace(BARE, tail="none", body=body, numbers=middling(body), head=head, trim="green")
+    bare = replace(PARTLESS, body=body, numbers=middling(body), head=head, trim="green")
     for name in ("top", "side", "bottom", "tail"):
         for kind in ATTRIBUTES[name][1:]:
             worn = replace(bare, **{name: kind})
