@@ -58,10 +58,10 @@ EXACT = RUNGS["exact"]
 
 
 def single_knobs() -> dict[str, Speed]:
-    """Each knob of the rungs alone, by what it is."""
+    """Each knob of the rungs alone, where no rung is just that, by what it is."""
     knobs = [knob for rung in RUNGS.values() for knob in vars(rung).items()]
     alone = [Speed(**{name: value}) for name, value in sorted(knobs)]
-    return {str(speed): speed for speed in alone if speed != EXACT}
+    return {str(speed): speed for speed in alone if speed not in RUNGS.values()}
 
 
 def speed_of(

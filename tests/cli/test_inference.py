@@ -139,7 +139,7 @@ def test_speed_is_drawn_and_kept_apart(script, tmp_path, name):
         assert script(*steps, *options, name=name) == 0
         with Image.open(path) as picture:
             drawn.append((np.asarray(picture), picture.text.get("speed")))
-    both, stop = "guidance_stop 0.5, deep_every 5", "guidance_stop 0.5"
+    both, stop = "guidance_stop 0.7, deep_every 5", "guidance_stop 0.7"
     assert [text for _, text in drawn] == [None, both, stop, None]
     exact, fastest, without, again = (pixels for pixels, _ in drawn)
     assert np.array_equal(exact, again)
