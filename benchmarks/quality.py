@@ -6,7 +6,8 @@
 Held-out critters, each read from one picture and drawn in another scene from the same noise: at
 every rung of `elite/speed.py`, with each of their knobs alone, and with the knobs that flags name.
 The judge says what is seen; differences to `exact` are paired, with bootstrap intervals over the
-critters. Work is counted by torch on this very model, or taken from a file of `benchmarks.ladder`.
+critters. Work is counted by torch on this very model, or taken from a file of `benchmarks.ladder`;
+beside it that of the same steps of a UNet of Stable Diffusion v1-4's size.
 OUTPUT_DIR receives results.md, results.json, cost.png and grid.png; what is drawn already is kept.
 """
 
@@ -19,15 +20,20 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
+import torch
+from accelerate import init_empty_weights
+from diffusers import UNet2DConditionModel
 
 from benchmarks.harness import REPOSITORY
 from benchmarks.ladder import counted_flops
+from benchmarks.models import TEXT_LENGTH, UNET
 from elite.console import OK, check_least, quiet_libraries, run, script_parser
+from elite.deep_features import deep_features_reused
 from elite.defaults import DEFAULT_SAMPLER, DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA
 from elite.files import check_writable, read_text, write_atomically, write_json, write_text
 from elite.loading import make_scheduler
 from elite.speed import RUNGS, Speed, single_knobs
-from small_world.claims import Condition, Interval, Verdicts, editability, fidelity, interval
+from small_world.claims import Condition, Interval, Verdicts, fidelity, interval
 from small_world.classifier import Judge, load_judge
 from small_world.methods import Method, Pictures, verdicts
 from small_world.report import contact_sheet
@@ -37,7 +43,7 @@ from small_world.score import draw_concepts, gallery, load_pipelines, make_cases
 EXACT = "exact"
 SCORES: dict[str, Callable[[Verdicts], np.ndarray]] = {
     "likeness": fidelity,
-    "scene": editability,
+    "scene": lambda found: np.asarray(found["scene"], dtype=np.float64),
     "identity": lambda found: np.asarray(found["identity"], dtype=np.float64),
 }
 # What may be lost of each score; where it is more than MAY_LOSE, pictures may also be far.
@@ -54,6 +60,7 @@ class Compared:
         found: verdicts of its pictures, of `exact` those of the same critters.
         distances: mean absolute difference of each picture to that of `exact`, of 255, (N,).
         work: share of that of `exact`.
+        full_work: the same of the steps at full size.
     """
 
     name: str
@@ -61,6 +68,7 @@ class Compared:
     of_exact: Verdicts
     distances: np.ndarray
     work: float
+    full_work: float
 
     @cached_property
     def scores(self) -> dict[str, Interval]:
@@ -103,6 +111,31 @@ def counted_work(methods: Mapping[str, Method]) -> dict[str, float]:
     return {name: count / flops[EXACT] for name, count in flops.items()}
 
 
+def work_at_full_size(
+    speeds: Mapping[str, Speed], steps: int, size: str = "full"
+) -> dict[str, float]:
+    """FLOPs of all steps of a UNet of this size, as shares of those of EXACT. Counted without
+    weights: a whole step, a step of the outermost layer alone, and as many rows as run."""
+    with init_empty_weights():
+        unet = UNet2DConditionModel(**UNET[size])
+    side, width = unet.config.sample_size, unet.config.cross_attention_dim
+    latents = torch.empty(2, unet.config.in_channels, side, side, device="meta")
+    context = torch.empty(2, TEXT_LENGTH, width, device="meta")
+    t = torch.empty(2, device="meta")
+    with torch.no_grad(), deep_features_reused(unet, every=2):
+        whole, shallow = (counted_flops(partial(unet, latents, t, context)) for _ in range(2))
+
+    def flops(speed: Speed) -> float:
+        guided = speed.guided_steps(steps)
+        of_rows = [1.0] * guided + [0.5] * (steps - guided)
+        return sum(
+            rows * (shallow if step % speed.deep_every else whole)
+            for step, rows in enumerate(of_rows)
+        )
+
+    return {name: flops(speed) / (steps * whole) for name, speed in speeds.items()}
+
+
 def work_of_ladder(path: Path, names: Iterable[str]) -> dict[str, float]:
     """The same from a file of `benchmarks.ladder`.
 
@@ -120,9 +153,13 @@ def work_of_ladder(path: Path, names: Iterable[str]) -> dict[str, float]:
 
 
 def compare(
-    methods: Mapping[str, Method], drawn: Mapping[str, np.ndarray], judge: Judge, work: Mapping
+    methods: Mapping[str, Method],
+    drawn: Mapping[str, np.ndarray],
+    judge: Judge,
+    work: Mapping[str, float],
+    full_work: Mapping[str, float],
 ) -> list[Compared]:
-    """Every speed beside `exact`, by its pictures, uint8 (N, H, W, 3), and share of work."""
+    """Every speed beside `exact`, by its pictures, uint8 (N, H, W, 3), and shares of work."""
     known = gallery(judge, methods[EXACT].cases)
     found = {name: verdicts(judge, m.cases, drawn[name], known) for name, m in methods.items()}
 
@@ -130,7 +167,8 @@ def compare(
         return np.abs(drawn[name].astype(int) - drawn[EXACT]).mean(axis=(1, 2, 3))
 
     return [
-        Compared(name, found[name], found[EXACT], distances(name), work[name]) for name in drawn
+        Compared(name, found[name], found[EXACT], distances(name), work[name], full_work[name])
+        for name in drawn
     ]
 
 
@@ -139,10 +177,18 @@ def compare(
 
 def markdown(compared: list[Compared]) -> str:
     """A line per speed: work, every score, what it loses, how far its pictures are."""
-    head = ["speed", "work", *SCORES, *(f"{name} lost" for name in SCORES), "far", "holds"]
+    head = [
+        "speed",
+        "work",
+        "at full size",
+        *SCORES,
+        *(f"{name} lost" for name in SCORES),
+        "far",
+        "holds",
+    ]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for one in compared:
-        cells = [one.name, f"{one.work:.2f}"]
+        cells = [one.name, f"{one.work:.2f}", f"{one.full_work:.2f}"]
         cells += [f"{100 * one.scores[name][0]:.1f}" for name in SCORES]
         cells += ["{:+.1f} ({:+.1f} to {:+.1f})".format(*_points(x.difference)) for x in one.lost]
         cells += [f"{one.far:.1%}", "-" if one.name == EXACT else "yes" if one.holds else "no"]
@@ -188,6 +234,7 @@ def summary(one: Compared) -> dict:
     lost = {name: x.difference for name, x in zip(SCORES, one.lost, strict=True)}
     return {
         "work": one.work,
+        "work at full size": one.full_work,
         "scores": one.scores,
         "lost": lost,
         "far": one.far,
@@ -227,9 +274,10 @@ def main(argv: list[str] | None = None) -> int:
     cases = make_cases(args.samples, "held out", args.seed)
     drawing = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale")}
     concepts = partial(draw_concepts, elite, args.lambda_, **drawing)
+    compared_speeds = speeds(args.guidance_stop, args.deep_every)
     methods = {  # whose files are named by the knobs, so that rungs may be set otherwise
         name: Method(str(speed) or EXACT, cases, partial(concepts, speed=speed))
-        for name, speed in speeds(args.guidance_stop, args.deep_every).items()
+        for name, speed in compared_speeds.items()
     }
     names = ("lambda_", "scheduler", "samples", "seed")
     settings = {"fingerprint": elite.fingerprint, **{x: getattr(args, x) for x in names}, **drawing}
@@ -237,7 +285,8 @@ def main(argv: list[str] | None = None) -> int:
     pictures.draw(list(methods.values()))
     drawn = {name: pictures.of(method) for name, method in methods.items()}
     work = counted_work(methods) if args.ladder is None else work_of_ladder(args.ladder, methods)
-    compared = compare(methods, drawn, load_judge(args.judge), work)
+    full_work = work_at_full_size(compared_speeds, args.num_inference_steps)
+    compared = compare(methods, drawn, load_judge(args.judge), work, full_work)
     text = markdown(compared)
     write_text(args.output_dir / "results.md", text + "\n")
     results = {one.name: summary(one) for one in compared}

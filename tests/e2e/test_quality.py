@@ -1,14 +1,20 @@
 """What a speed costs, at a reduced size on the shipped small world."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from benchmarks import quality
-from benchmarks.quality import Compared, work_of_ladder
-from elite.speed import RUNGS, single_knobs
+from benchmarks.ladder import counted_flops
+from benchmarks.models import TEXT_LENGTH, UNET
+from benchmarks.quality import Compared, work_at_full_size, work_of_ladder
+from elite.deep_features import deep_features_reused
+from elite.speed import RUNGS, Speed, single_knobs
 from small_world.methods import Pictures
 from small_world.world import ATTRIBUTES
 
@@ -82,10 +88,29 @@ def verdicts(right: int, scene: int) -> dict[str, np.ndarray]:
 )
 def test_what_a_speed_may_lose(name, right, distance, holds):
     exact = verdicts(100, 100)
-    compared = Compared(name, verdicts(right, 100), exact, np.full(300, distance), 0.5)
+    compared = Compared(name, verdicts(right, 100), exact, np.full(300, distance), 0.5, 0.4)
     assert compared.holds == holds
     likeness, scene, identity = (x.difference[0] for x in compared.lost)
     assert likeness == identity == pytest.approx(right / 100 - 1) and scene == 0
+
+
+def test_work_without_weights_is_that_of_the_steps():
+    """Counted once more by running a tiny UNet, the rows of the prompts alone once guidance has
+    ended."""
+    unet = UNet2DConditionModel(**UNET["tiny"]).eval()
+    latents, context = torch.zeros(2, 4, 16, 16), torch.zeros(2, TEXT_LENGTH, 24)
+
+    def steps(speed: Speed) -> None:
+        with torch.no_grad(), deep_features_reused(unet, speed.deep_every):
+            for step in range(6):
+                rows = 2 if step < speed.guided_steps(6) else 1
+                unet(latents[:rows], 0, context[:rows])
+
+    tried = {"exact": Speed(), "one": Speed(guidance_stop=0.5), "both": Speed(0.5, 4)}
+    flops = {name: counted_flops(partial(steps, speed)) for name, speed in tried.items()}
+    wanted = {name: count / flops["exact"] for name, count in flops.items()}
+    found = work_at_full_size(tried, 6, size="tiny")
+    assert found == pytest.approx(wanted, rel=1e-3) and found["both"] < found["one"] < 1
 
 
 def test_work_of_a_file_of_the_ladder(tmp_path):
