@@ -220,10 +220,18 @@ def draw_prompts(
 
 
 def draw_concepts(
-    pipe: ElitePipeline, lambda_: float, tasks: Sequence[Task], pictures: int = 1, **options
+    pipe: ElitePipeline,
+    lambda_: float,
+    tasks: Sequence[Task],
+    pictures: int = 1,
+    masked: bool = True,
+    **options,
 ) -> Tensor:
-    """ELITE, with each concept read from one render in another scene, or from several."""
-    read = (map(list, zip(*task.sources(pictures), strict=True)) for task in tasks)
+    """ELITE, with each concept read from one render in another scene, or from several; without
+    masks, everything in them is the object."""
+    read = [list(map(list, zip(*task.sources(pictures), strict=True))) for task in tasks]
+    if not masked:
+        read = [[images, [np.full_like(x, 255) for x in masks]] for images, masks in read]
     out = pipe(
         [task.concept_prompt for task in tasks],
         concept=[pipe.encode_concept(*pairs) for pairs in read],
@@ -280,6 +288,9 @@ def elite_rows(
         )
         for n in PICTURES
     ]
+    rows.append(
+        Row(f"ELITE, lambda {LAMBDAS[0]}, no masks", held_out, partial(faithful, masked=False))
+    )
     return [*rows, Row(f"ELITE, new kinds, lambda {LAMBDAS[0]}", new_kinds, faithful)]
 
 

@@ -375,6 +375,7 @@ def test_score_of_a_tiny_model_has_every_row(tiny_model):
         "ELITE, lambda 0.6",
         "ELITE, lambda 0.8, of 2 pictures",
         "ELITE, lambda 0.8, of 4 pictures",
+        "ELITE, lambda 0.8, no masks",
         "ELITE, new kinds, lambda 0.8",
     ]
     for name, row in scores.items():
@@ -393,6 +394,12 @@ def test_pictures_do_not_depend_on_the_batch(tiny_model):
         together = draw_cases(cases)
         assert together.shape == (2, 3, 32, 32) and not torch.equal(together[0], together[1])
         assert torch.allclose(together[1:], draw_cases(cases[1:]), atol=1e-4)
+
+
+def test_without_masks_the_scene_is_read_too(tiny_model):
+    _, elite = load_pipelines(tiny_model)
+    draw = partial(draw_concepts, elite, 1.0, make_cases(1, "held out", 0), num_inference_steps=1)
+    assert not torch.equal(draw(masked=False), draw())
 
 
 def test_model_without_mappers_has_no_elite(tiny_model):
