@@ -19,6 +19,8 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertTokenizer,
+    CLIPConfig,
+    CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -38,6 +40,8 @@ from transformers import (
     SamPromptEncoderConfig,
     SamVisionConfig,
     SwinConfig,
+    ViTConfig,
+    ViTModel,
 )
 from transformers.models.grounding_dino.image_processing_pil_grounding_dino import (
     GroundingDinoImageProcessorPil,
@@ -389,4 +393,40 @@ def save_dino_folder(folder: Path) -> Path:
     reader = GroundingDinoImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 96})
     tokenizer = BertTokenizer(str(folder / "vocab.txt"))
     GroundingDinoProcessor(reader, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def save_clip_folder(folder: Path) -> Path:
+    """A CLIP of random weights with the small world's tokenizer."""
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    size |= {"num_attention_heads": 2, "projection_dim": 8}
+    config = CLIPConfig(
+        text_config={
+            **size,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 20,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+        vision_config={**size, "image_size": 32, "patch_size": 16},
+        projection_dim=8,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_vit_folder(folder: Path) -> Path:
+    """A ViT of random weights, as DINO is one."""
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    ViTModel(config).save_pretrained(folder)
     return folder
