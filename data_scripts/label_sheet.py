@@ -93,8 +93,8 @@ def tile_of(one: Labelled) -> Image.Image:
         picture = picture_of(one)
         tile.paste(picture, ((TILE - picture.width) // 2, (TILE - picture.height) // 2))
     draw = ImageDraw.Draw(tile)
-    draw.text((0, TILE + 4), shortened(one.photo.name, TILE), INK, USUAL)
-    draw.text((0, TILE + 20), shortened(said_of(one), TILE), FAINT, SMALL)
+    draw.text((0, TILE + 4), shortened(one.photo.name, TILE, USUAL), INK, USUAL)
+    draw.text((0, TILE + 20), shortened(said_of(one), TILE, SMALL), FAINT, SMALL)
     return tile
 
 
@@ -146,10 +146,11 @@ def draw_box(draw: ImageDraw.ImageDraw, thing: Thing, scale: float, size: tuple[
     draw.rectangle(box, outline=colour)
     text = f"{thing.found.word} {thing.found.score:.2f}"
     text = f"{text}: {thing.dropped}" if thing.dropped else text
-    left = max(0, min(box[0], round(size[0] - SMALL.getlength(text) - 8)))
-    text = shortened(text, size[0] - left - 8)
-    draw.rectangle((left, box[1], left + SMALL.getlength(text) + 7, box[1] + 15), colour)
-    draw.text((left + 4, box[1]), text, "white", SMALL)
+    text = shortened(text, size[0] - 8, SMALL)
+    left = max(0, min(box[0], int(size[0] - SMALL.getlength(text) - 8)))
+    top = box[1] - 15 if box[1] >= 15 else box[1]  # above it where there is room
+    draw.rectangle((left, top, left + SMALL.getlength(text) + 7, top + 15), colour)
+    draw.text((left + 4, top), text, "white", SMALL)
 
 
 def scaled(box: Box, scale: float, size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -159,10 +160,10 @@ def scaled(box: Box, scale: float, size: tuple[int, int]) -> tuple[int, int, int
     return left, top, max(left, min(right, size[0] - 1)), max(top, min(bottom, size[1] - 1))
 
 
-def shortened(text: str, width: float) -> str:
-    """The text in `SMALL` without its middle where it is wider."""
+def shortened(text: str, width: float, font: ImageFont.FreeTypeFont) -> str:
+    """The text without its middle where it is wider."""
     text = one_line(text)
-    while len(text) > 1 and USUAL.getlength(text) > width:
+    while len(text) > 1 and font.getlength(text) > width:
         half = (len(text) - 1) // 2
         text = text[:half].rstrip("…") + "…" + text[len(text) - half + 1 :].lstrip("…")
     return text

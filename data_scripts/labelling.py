@@ -162,6 +162,17 @@ def overlap(one: Box, other: Box) -> float:
     return shared / (one.area + other.area - shared)
 
 
+class Unreadable(ValueError):
+    """A photo that could be read is gone or damaged since."""
+
+
+def read_again(path: Path) -> np.ndarray:
+    try:
+        return read_image(path)
+    except ValueError as error:
+        raise Unreadable(str(error)) from None
+
+
 class Labeller:
     """Looks for objects and their masks in photos, and writes down what it found.
 
@@ -177,11 +188,11 @@ class Labeller:
         self.folder, self.models = folder, models
 
     def __call__(self, photo: Photo) -> Labelled:
-        """Raises ValueError where the photo can no longer be read."""
+        """Raises Unreadable, and ValueError where the folder cannot be written."""
         if min(photo.size) < self.limits.min_side:
             return Labelled(photo, TOO_SMALL)
         name = hashlib.sha256(f"{self.models} {photo.digest}".encode()).hexdigest()[:32]
-        image = cache(partial(read_image, photo.path))  # read where something is missing
+        image = cache(partial(read_again, photo.path))  # read where something is missing
         things: list[Thing] = []
         for number, found in enumerate(self._found(self.folder / f"{name}.json", image)):
             taken = [thing.found.box for thing in things if not thing.dropped]
@@ -209,8 +220,9 @@ class Labeller:
     ) -> Thing:
         """An object with its mask, which is made where it is not there."""
         if not path.exists():
+            pixels = image()
             try:
-                mask = self.find(image(), found.box)
+                mask = self.find(pixels, found.box)
             except ValueError:
                 mask = np.zeros(size, dtype=bool)
             write_atomically(path, Image.fromarray(mask).save)
@@ -230,6 +242,6 @@ def label_all(
         try:
             twin = same.get(photo)
             labelled.append(Labelled(photo, REPEAT, twin=twin) if twin else label(photo))
-        except ValueError as error:
+        except Unreadable as error:
             failures.append(str(error))
     return labelled, failures

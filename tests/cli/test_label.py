@@ -212,6 +212,31 @@ def test_a_photo_of_the_same_name_in_another_format_is_another_one(label, photog
     assert sorted(samples(tmp_path / "shards")) == ["a", "a%2Epng"]
 
 
+def test_a_photo_that_is_gone_by_then_costs_itself(label, pile, detector, tmp_path, capsys):
+    look = detector.look
+
+    def last_look(image, least):
+        (pile / "trip/day 2/b.v1.jpg").unlink(missing_ok=True)
+        return look(image, least)
+
+    detector.look = last_look
+    assert label() == 3
+    told = capsys.readouterr()
+    assert "1 of 10 photos kept" in told.out and "  2 unreadable" in told.out
+    assert "b.v1.jpg: no such file" in told.err
+    assert sorted(samples(tmp_path / "shards")) == ["a"]
+
+
+def test_a_full_disk_stops_the_work(label, pile, detector, monkeypatch, capsys):
+    def full(path, text):
+        raise ValueError(f"{path}: cannot be written (No space left on device)")
+
+    monkeypatch.setattr("data_scripts.labelling.write_text", full)
+    assert label() == 2
+    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+    assert detector.asked == 1
+
+
 def test_things_without_a_mask_are_dropped(label, photograph, monkeypatch, tmp_path, capsys):
     def find(image, box):
         raise ValueError("found no object")
