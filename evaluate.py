@@ -3,7 +3,8 @@
     python evaluate.py                           the small world, judged by attributes, no download
     python evaluate.py --pretrained_model_name_or_path CompVis/stable-diffusion-v1-4 \\
         --global_mapper_path global_mapper.pt --local_mapper_path local_mapper.pt \\
-        --test_data_dir DREAMBENCH --prompts prompts_and_classes.txt --metrics clip dino
+        --test_data_dir DREAMBENCH --prompts prompts_and_classes.txt --num_images 4 \\
+        --protocol dreambench
     accelerate launch evaluate.py ...            the work shared among processes
 
 OUTPUT_DIR receives the pictures, results.json, results.csv, results.md and contact sheets. A second
@@ -26,6 +27,7 @@ def main() -> int:
 
     from elite.inference import build_pipeline, drawing_of
     from evaluation.cases import draw_cases, make_cases, my_share, report, score_cases
+    from evaluation.protocol import Setup, by_protocol
     from evaluation.subjects import read_prompts, read_subjects
 
     prompts = read_prompts(config.prompts)
@@ -54,7 +56,16 @@ def main() -> int:
         complain(failure)
     if not rows:
         return BAD_INPUT
-    print(report(cases, rows, output_dir, to_dict(config)))
+    more, below = {}, ""
+    if config.protocol:
+        setup = Setup(
+            config.prompts,
+            config.clip_name_or_path,
+            config.dino_name_or_path,
+            config.crop_references,
+        )
+        more, below = by_protocol(cases, rows, metrics, setup)
+    print(report(cases, rows, output_dir, to_dict(config), more, below))
     print(f"more in {output_dir}; look at {output_dir / 'grid_00.png'} first")
     return PARTLY_FAILED if failures else OK
 
@@ -63,6 +74,7 @@ def build_metrics(config: EvaluateConfig, cases: list, device: Any) -> list:
     """The metrics that were asked for."""
     from evaluation.cases import ClipScores, DinoScores
     from evaluation.metrics import Clip, Dino
+    from evaluation.protocol import METRICS
     from small_world.attributes import AttributeScores
     from small_world.classifier import load_judge
 
@@ -73,7 +85,7 @@ def build_metrics(config: EvaluateConfig, cases: list, device: Any) -> list:
             load_judge(Path(config.judge_path)).to(device), cases
         ),
     }
-    return [makers[name]() for name in config.metrics]
+    return [makers[name]() for name in (METRICS if config.protocol else config.metrics)]
 
 
 if __name__ == "__main__":

@@ -240,8 +240,7 @@ def check_sheet(path: Path, folder: Path) -> None:
         raise ValueError(f"--sheet {path}: expected a file name that ends in .png")
     if path.resolve().parent == folder.resolve():
         raise ValueError(f"--sheet {path}: lies among the pictures; choose another folder")
-    for written in (path.parent, folder):
-        check_writable(written)
+    check_writable(path.parent)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -249,6 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
     pairs = PairFolder(args.folder, folders=False)
     pairs.check_names()
     check_sheet(args.sheet, args.folder)
+    check_writable(args.folder)
     names = {pair.name for pair in pairs.pairs}
     boxes = None if args.boxes is None else read_boxes(args.boxes, names)
     find = finder(args.method, args.sam_name_or_path)

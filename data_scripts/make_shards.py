@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -78,6 +79,14 @@ class Item:
         return sum(path.stat().st_size for path in [self.image, *self.masks] if path.exists())
 
 
+class Packed(Protocol):
+    """What shards are made of, image by image."""
+
+    def __len__(self) -> int: ...
+
+    def item(self, number: int) -> Item: ...
+
+
 class PackedFolder:
     """An Open Images folder by image; `len` and `item`.
 
@@ -116,7 +125,7 @@ class PackedFolder:
             "mask_rows": mask_rows,
         }
         paths = [self.folder.mask_path(mask) for mask in masks]
-        return Item(_key(image_id.decode()), self.folder.image_path(image_id), paths, labels)
+        return Item(key_for(image_id.decode()), self.folder.image_path(image_id), paths, labels)
 
 
 class Grouped:
@@ -147,13 +156,10 @@ class PackedPairs:
 
     def item(self, number: int) -> Item:
         pair = self.pairs[number]
-        return Item(_key(pair.name), pair.image_path, [pair.mask_path], None)
+        return Item(key_for(pair.name), pair.image_path, [pair.mask_path], None)
 
 
-Packed = PackedFolder | PackedPairs
-
-
-def _key(name: str) -> str:
+def key_for(name: str) -> str:
     """A name without dots, which would end a key."""
     return name.replace("%", "%25").replace(".", "%2E")
 
@@ -338,29 +344,50 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     parser.add_argument("source", type=Path, help="Open Images root, or folder of pairs")
     parser.add_argument("target", type=Path, help="folder for the shards")
+    add_packing(parser)
+    add_set_name(parser)
+    return parser.parse_args(arguments)
+
+
+def add_packing(parser: argparse.ArgumentParser) -> None:
+    """The flags of `pack_and_index`."""
     parser.add_argument(
         "--side", type=int, help="longest side that images keep, in pixels (default: any)"
     )
     parser.add_argument(
         "--shard_mb", type=float, default=256, help="megabytes of a shard, about (default 256)"
     )
-    add_set_name(parser)
     add_workers(parser)
-    return parser.parse_args(arguments)
+
+
+def check_packing(args: argparse.Namespace) -> None:
+    """Raises ValueError where one of these flags is out of range."""
+    check_least(args, side=64, workers=1)
+    if not 0 < args.shard_mb < 10**6 or not round(args.shard_mb * 10**6):
+        raise ValueError(f"--shard_mb {args.shard_mb}: expected a number above 0 and below 10^6")
+
+
+def pack_and_index(
+    source: Packed, target: Path, args: argparse.Namespace, failures: Sequence[str] = ()
+) -> int:
+    """Packs, indexes and reports as the flags say. Returns the exit status.
+
+    Args:
+        failures: of what came before, reported with the others.
+    """
+    shard_bytes = round(args.shard_mb * 10**6)
+    kept, unreadable = pack(source, target, args.side, shard_bytes, args.workers)
+    shards = index_shards(target, whole=False, workers=args.workers)
+    told = [*failures, *unreadable, *left_out(source, kept, shards)]
+    return report(target, shards, whole=False, failures=told)
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
-    check_least(args, side=64, workers=1)
-    shard_bytes = round(args.shard_mb * 10**6) if 0 < args.shard_mb < 10**6 else 0
-    if not shard_bytes:
-        raise ValueError(f"--shard_mb {args.shard_mb}: expected a number above 0 and below 10^6")
+    check_packing(args)
     source, target = open_packed(args.source, args.set_name), args.target
     check_writable(target)
-    kept, failures = pack(source, target, args.side, shard_bytes, args.workers)
-    shards = index_shards(target, whole=False, workers=args.workers)
-    failures += left_out(source, kept, shards)
-    return report(target, shards, whole=False, failures=failures)
+    return pack_and_index(source, target, args)
 
 
 if __name__ == "__main__":

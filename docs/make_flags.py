@@ -44,11 +44,12 @@ def scripts() -> dict[str, type]:
 
 def other_commands() -> Iterator[tuple[str, Path]]:
     """The command and file of every script that reads its own flags."""
-    for path in sorted(REPOSITORY.glob("data_scripts/*.py")):
-        yield f"python data_scripts/{path.name}", path
-    for path in sorted(REPOSITORY.glob("small_world/*.py")):
-        if "script_parser(__doc__)" in path.read_text(encoding="utf-8"):
-            yield f"python -m small_world.{path.stem}", path
+    places = {"data_scripts": "", "evaluation": "-m ", "small_world": "-m "}
+    for folder, how in places.items():
+        for path in sorted(REPOSITORY.glob(f"{folder}/*.py")):
+            if "script_parser(__doc__)" in path.read_text(encoding="utf-8"):
+                name = f"{folder}.{path.stem}" if how else f"{folder}/{path.name}"
+                yield f"python {how}{name}", path
 
 
 def purpose(path: Path) -> str:

@@ -30,8 +30,21 @@ class Box:
         return f"{self.left},{self.top},{self.right},{self.bottom}"
 
     @property
+    def area(self) -> int:
+        return (self.right - self.left) * (self.bottom - self.top)
+
+    @property
     def is_click(self) -> bool:
         return (self.left, self.top) == (self.right, self.bottom)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A thing in a picture: the word it was found by, its score in [0, 1], where it lies."""
+
+    word: str
+    score: float
+    box: Box
 
 
 def check_box(height: int, width: int, box: Box) -> None:

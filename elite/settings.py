@@ -12,6 +12,7 @@ from elite.speed import RUNGS
 
 PRECISIONS = ("no", "fp16", "bf16")
 METRICS = ("clip", "dino", "attributes")
+PROTOCOLS = ("dreambench",)
 EMBEDDING_FORMATS = ("diffusers", "a1111", "sdxl")
 PROPERTIES = ("object", "style", "face")
 SAMPLERS = (
@@ -531,6 +532,12 @@ class EvaluateConfig(WordConfig, LocalConfig, EliteConfig):
         "configs/prompts/small_world.yaml",
         "Prompts and class words: YAML, or DreamBench's prompts_and_classes.txt.",
         shipped=True,
+    )
+    protocol: str | None = setting(
+        None,
+        "Measures as DreamBench does, by CLIP and DINO, says with what, and adds the scores of "
+        "real pictures and of pasting the object.",
+        choices=PROTOCOLS,
     )
     class_word: str = setting("object", "Class word of concepts that the prompts file leaves out.")
     llambda: float = setting(

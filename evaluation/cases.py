@@ -58,11 +58,11 @@ class Metric(Protocol):
 
 
 def make_cases(subjects: Sequence[Subject], prompts: Prompts, seeds: Sequence[int]) -> list[Case]:
-    """Every subject with every prompt of its kind and every seed."""
+    """Every subject with every prompt, its own or those of its kind, and every seed."""
     return [
         Case(subject, number, template, seed)
         for subject in subjects
-        for number, template in enumerate(prompts.of(subject.class_word))
+        for number, template in enumerate(subject.templates or prompts.of(subject.class_word))
         for seed in seeds
     ]
 
@@ -74,14 +74,14 @@ class ClipScores:
     """CLIP-I, the mean cosine with the references, and CLIP-T, the cosine with the class prompt."""
 
     def __init__(self, clip: Clip, cropped: bool) -> None:
-        self.clip = clip
+        self.model = clip
         self.references = lru_cache(lambda subject: clip.images(subject.references(cropped)))
 
     def __call__(
         self, pictures: Sequence[Image.Image], cases: Sequence[Case]
     ) -> dict[str, list[float | None]]:
-        images = self.clip.images(pictures)
-        texts = self.clip.texts([case.class_prompt for case in cases])
+        images = self.model.images(pictures)
+        texts = self.model.texts([case.class_prompt for case in cases])
         return {
             "clip_i": _mean_cosines(images, cases, self.references),
             "clip_t": [float(cosine) for cosine in (images * texts).sum(-1)],
@@ -92,13 +92,13 @@ class DinoScores:
     """DINO-I, the mean cosine with the references."""
 
     def __init__(self, dino: Dino, cropped: bool) -> None:
-        self.dino = dino
+        self.model = dino
         self.references = lru_cache(lambda subject: dino.images(subject.references(cropped)))
 
     def __call__(
         self, pictures: Sequence[Image.Image], cases: Sequence[Case]
     ) -> dict[str, list[float | None]]:
-        return {"dino_i": _mean_cosines(self.dino.images(pictures), cases, self.references)}
+        return {"dino_i": _mean_cosines(self.model.images(pictures), cases, self.references)}
 
 
 def _mean_cosines(
@@ -175,13 +175,22 @@ def score_cases(
         for case in batch:
             with Image.open(output_dir / case.path) as picture:
                 pictures.append(picture.convert("RGB"))
-        columns: dict[str, Sequence[float | None]] = {}
-        for metric in metrics:
-            columns |= metric(pictures, batch)
-        for i, case in enumerate(batch):
-            row = {"subject": case.subject.name, "prompt": case.template, "seed": case.seed}
-            rows.append(row | {name: values[i] for name, values in columns.items()})
+        rows += score_batch(pictures, batch, metrics)
     return rows
+
+
+def score_batch(
+    pictures: Sequence[Image.Image], cases: Sequence[Case], metrics: Sequence[Metric]
+) -> list[dict]:
+    """The rows of these pictures."""
+    columns: dict[str, Sequence[float | None]] = {}
+    for metric in metrics:
+        columns |= metric(pictures, cases)
+    return [
+        {"subject": case.subject.name, "prompt": case.template, "seed": case.seed}
+        | {name: values[i] for name, values in columns.items()}
+        for i, case in enumerate(cases)
+    ]
 
 
 def summarise(rows: Sequence[Mapping]) -> dict[str, dict]:
@@ -207,14 +216,26 @@ def my_share(cases: Sequence[Case]) -> Sequence[Case]:
     return cases[state.process_index * size : (state.process_index + 1) * size]
 
 
-def report(cases: Sequence[Case], rows: Sequence[dict], output_dir: Path, settings: Mapping) -> str:
-    """Writes results.json, results.csv, results.md and contact sheets. Returns results.md."""
+def report(
+    cases: Sequence[Case],
+    rows: Sequence[dict],
+    output_dir: Path,
+    settings: Mapping,
+    more: Mapping | None = None,
+    text_below: str = "",
+) -> str:
+    """Writes results.json, results.csv, results.md and contact sheets. Returns results.md.
+
+    Args:
+        more: what else belongs into results.json.
+        text_below: what else belongs into results.md.
+    """
     summary, subjects = summarise(rows), len({row["subject"] for row in rows})
     counts = {"subjects": subjects, "pictures": len(rows)}
-    scores = {"settings": dict(settings), **counts, "scores": summary}
+    scores = {"settings": dict(settings), **counts, "scores": summary, **(more or {})}
     write_json(output_dir / "results.json", scores)
     write_atomically(output_dir / "results.csv", partial(_write_csv, rows))
-    text = markdown(summary, subjects)
+    text = markdown(summary, subjects) + text_below
     write_text(output_dir / "results.md", text + "\n")
     for number, sheet in enumerate(contact_sheets(cases, output_dir)):
         write_atomically(output_dir / f"grid_{number:02d}.png", sheet.save)

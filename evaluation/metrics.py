@@ -84,12 +84,12 @@ class Dino:
     def __init__(self, source: str | Path, device: torch.device | str = "cpu") -> None:
         self.model = load_part(AutoModel, source).to(device)
         self.side = self.model.config.image_size
+        self.shorter_side = self.side * 256 // 224
 
     @torch.no_grad()
     def images(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Unit vectors (B, D)."""
-        shorter = self.side * 256 // 224
-        squares = [centre_square(picture, self.side, shorter) for picture in pictures]
+        squares = [centre_square(picture, self.side, self.shorter_side) for picture in pictures]
         pixels = torch.stack([normalise(square, IMAGENET_MEAN, IMAGENET_STD) for square in squares])
         hidden = self.model(pixel_values=pixels.to(self.model.device)).last_hidden_state
         return F.normalize(hidden[:, 0], dim=-1)

@@ -1,8 +1,9 @@
 """Whom an evaluation is about: concepts with their reference pictures, and the prompts.
 
-Two layouts: a folder of NAME.jpg + NAME_bg.png pairs, each its own subject; and DreamBench's, a
+Three layouts: a folder of NAME.jpg + NAME_bg.png pairs, each its own subject; DreamBench's, a
 folder of pictures per subject, of which the first one with a mask beside it is the input and all
-are references.
+are references; and DreamBench++'s, images/ and captions/, where each picture has prompts of its
+own.
 """
 
 import ast
@@ -38,12 +39,14 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Subject:
-    """One concept: the picture and mask it is read from, and the pictures it is compared with."""
+    """One concept: the picture and mask it is read from, the pictures it is compared with, and the
+    templates of prompts that are its own."""
 
     name: str
     class_word: str
     pair: Pair
     reference_paths: tuple[Path, ...]
+    templates: tuple[str, ...] = ()
 
     def references(self, cropped: bool) -> list[Image.Image]:
         """The pictures to compare with; cropped to the object's box where there is a mask."""
@@ -61,7 +64,7 @@ class Subject:
 
 
 def read_subjects(root: Path | str, classes: Mapping[str, str], default: str) -> list[Subject]:
-    """The subjects of a folder of pairs or of DreamBench's layout, by name.
+    """The subjects of a folder of pairs, or of the layout of DreamBench or DreamBench++, by name.
 
     Args:
         classes: class word by subject name.
@@ -71,6 +74,8 @@ def read_subjects(root: Path | str, classes: Mapping[str, str], default: str) ->
         ValueError: no such folder, nothing in it, or a subject without a mask.
     """
     root = Path(root)
+    if (root / "images").is_dir() and (root / "captions").is_dir():
+        return _read_plus(root)
     folders = sorted(path for path in root.glob("*/") if any(map(is_picture, path.iterdir())))
     beside = pictures_in(root) if folders else []
     holds_pairs = any(pair_of(path).mask_path.exists() for path in beside)
@@ -97,6 +102,39 @@ def _read_folder(folder: Path, class_word: str) -> Subject:
             f"it as {pairs[0].mask_path.name}"
         )
     return Subject(folder.name, class_word, with_mask[0], tuple(pictures))
+
+
+def _read_plus(root: Path) -> list[Subject]:
+    """images/KIND/00.jpg with a mask 00_bg.png beside it, and captions/KIND/00.txt: the subject's
+    word, then a prompt a line. Raises ValueError where none has a mask."""
+    paths = sorted(path for path in (root / "images").rglob("*") if is_picture(path))
+    pairs = [pair_of(path) for path in paths]
+    with_mask = [pair for pair in pairs if pair.mask_path.exists()]
+    if not with_mask:
+        raise ValueError(
+            f"{root}: no picture of images/ has a mask NAME_bg.png; data_scripts/make_masks.py "
+            "makes those of a folder"
+        )
+    if len(with_mask) < len(pairs):
+        note(f"{root}: {len(pairs) - len(with_mask)} pictures without a mask are left out")
+    return [_read_captions(root, pair) for pair in with_mask]
+
+
+def _read_captions(root: Path, pair: Pair) -> Subject:
+    place = pair.image_path.relative_to(root / "images").with_suffix("")
+    path = root / "captions" / place.with_suffix(".txt")
+    text = read_text(path, "expected the subject's word, and a prompt a line")
+    word, *captions = [line.strip() for line in text.splitlines() if line.strip()] or [""]
+    usable = [caption for caption in captions if "{" not in caption]
+    a_word = re.compile(rf"\b{re.escape(word)}\b", re.IGNORECASE)
+    found = [a_word.subn("{}", caption, count=1) for caption in usable]
+    templates = tuple(template for template, count in found if count)
+    if not templates:
+        raise ValueError(f"{path}: no prompt with the subject's word {brief(word)} in it")
+    if len(templates) < len(captions):
+        missing = len(captions) - len(templates)
+        note(f"{path}: {missing} prompts without the word {brief(word)} are left out")
+    return Subject("_".join(place.parts), word, pair, (pair.image_path,), templates)
 
 
 # --- prompts --------------------------------------------------------------------------------------

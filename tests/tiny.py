@@ -17,11 +17,21 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
+    BertConfig,
+    BertTokenizer,
+    CLIPConfig,
+    CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPVisionConfig,
     CLIPVisionModel,
+    GroundingDinoConfig,
+    GroundingDinoForObjectDetection,
+    GroundingDinoProcessor,
+    Owlv2Config,
+    Owlv2ForObjectDetection,
+    Owlv2Processor,
     SamConfig,
     SamImageProcessor,
     SamMaskDecoderConfig,
@@ -29,7 +39,14 @@ from transformers import (
     SamProcessor,
     SamPromptEncoderConfig,
     SamVisionConfig,
+    SwinConfig,
+    ViTConfig,
+    ViTModel,
 )
+from transformers.models.grounding_dino.image_processing_pil_grounding_dino import (
+    GroundingDinoImageProcessorPil,
+)
+from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
 
 from elite import Concept, ElitePipeline, GlobalMapper, LocalMapper
 from elite.loading import load_parts
@@ -305,4 +322,111 @@ def save_sam_folder(folder: Path, side: int = 64) -> Path:
         size={"longest_edge": side}, pad_size={"height": side, "width": side}
     )
     SamProcessor(reader).save_pretrained(folder)
+    return folder
+
+
+def save_owl_folder(folder: Path) -> Path:
+    """An OWLv2 of random weights, but that its boxes are known: a third of the square that a
+    picture is padded to, around the points at 1/3, 2/3 and 1 of its sides."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    tokenizer.model_max_length = 16
+    width = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    text = {
+        **width,
+        "num_attention_heads": 2,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 16,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {**width, "num_attention_heads": 2, "image_size": 48, "patch_size": 16}
+    model = Owlv2ForObjectDetection(
+        Owlv2Config(text_config=text, vision_config=vision, projection_dim=16)
+    )
+    with torch.no_grad():
+        model.box_head.dense2.weight.zero_()
+        model.box_head.dense2.bias.zero_()
+    model.save_pretrained(folder)
+    reader = Owlv2ImageProcessorPil(size={"height": 48, "width": 48})
+    Owlv2Processor(reader, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def save_dino_folder(folder: Path) -> Path:
+    """A Grounding DINO of random weights that knows two words."""
+    torch.manual_seed(0)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "a", "critter", "tree"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    text = BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
+    backbone = SwinConfig(
+        image_size=32,
+        embed_dim=8,
+        depths=[1, 1, 1],
+        num_heads=[1, 1, 1],
+        window_size=4,
+        out_features=["stage2", "stage3"],
+    )
+    config = GroundingDinoConfig(
+        backbone_config=backbone,
+        text_config=text,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        num_queries=6,
+        num_feature_levels=3,
+        max_text_len=32,
+    )
+    GroundingDinoForObjectDetection(config).save_pretrained(folder)
+    reader = GroundingDinoImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 96})
+    tokenizer = BertTokenizer(str(folder / "vocab.txt"))
+    GroundingDinoProcessor(reader, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def save_clip_folder(folder: Path) -> Path:
+    """A CLIP of random weights with the small world's tokenizer."""
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    size |= {"num_attention_heads": 2, "projection_dim": 8}
+    config = CLIPConfig(
+        text_config={
+            **size,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 20,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+        vision_config={**size, "image_size": 32, "patch_size": 16},
+        projection_dim=8,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_vit_folder(folder: Path) -> Path:
+    """A ViT of random weights, as DINO is one."""
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    ViTModel(config).save_pretrained(folder)
     return folder

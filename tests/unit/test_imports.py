@@ -26,7 +26,7 @@ LAYERS = (
         "stream",
     ),
     ("attention", "checkpoint", "concept", "config", "data", "masks", "open_images"),
-    ("compat", "hardware", "lora", "named_concepts", "run_folder", "sam", "shards"),
+    ("compat", "detector", "hardware", "lora", "named_concepts", "run_folder", "sam", "shards"),
     ("latents", "objectives", "pipeline", "training"),
     ("encoding", "previews"),
     ("drawing",),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
+from transformers import CLIPModel, ViTModel
 
 from elite.data import pair_of
 from elite.images import CLIP_MEAN, CLIP_STD
@@ -12,6 +12,7 @@ from evaluation.cases import Case, ClipScores, DinoScores, markdown, summarise
 from evaluation.metrics import Clip, Dino, bootstrap, centre_square, mean_cosine
 from evaluation.subjects import Subject
 from small_world.tokenizer import build_tokenizer
+from tests.tiny import save_clip_folder, save_vit_folder
 
 
 class ByColour:
@@ -86,40 +87,12 @@ def test_mean_cosine():
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clip")
-    tokenizer = build_tokenizer()
-    torch.manual_seed(0)
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    size |= {"num_attention_heads": 2, "projection_dim": 8}
-    config = CLIPConfig(
-        text_config={
-            **size,
-            "vocab_size": len(tokenizer),
-            "max_position_embeddings": 20,
-            "eos_token_id": tokenizer.eos_token_id,
-        },
-        vision_config={**size, "image_size": 32, "patch_size": 16},
-        projection_dim=8,
-    )
-    CLIPModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_clip_folder(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
 def dino_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dino")
-    torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=28,
-        patch_size=14,
-    )
-    ViTModel(config).save_pretrained(folder)
-    return folder
+    return save_vit_folder(tmp_path_factory.mktemp("dino"))
 
 
 def noise(width, height, seed=0):

@@ -5,7 +5,7 @@ from PIL import Image
 
 from elite.config import REPOSITORY
 from elite.wording import Note
-from evaluation.cases import Case
+from evaluation.cases import Case, make_cases
 from evaluation.subjects import read_prompts, read_subjects
 from small_world.attributes import AttributeScores, scene_of
 from small_world.captions import CLASS_WORD
@@ -107,6 +107,53 @@ def test_folders_of_pictures_are_subjects(tmp_path):
     assert [path.name for path in subject.reference_paths] == ["00.jpg", "pair0.png", "pair1.png"]
     sizes = [picture.size for picture in subject.references(cropped=True)]
     assert sizes == [(10, 10), (40, 40), (20, 20)]
+
+
+@pytest.fixture
+def plus(tmp_path):
+    """DreamBench++'s layout: two pictures, of which one has a mask."""
+    tiny.save_pairs(tmp_path / "images/live_subject/animal", 2)
+    (tmp_path / "images/live_subject/animal/pair0_bg.png").unlink()
+    captions = tmp_path / "captions/live_subject/animal"
+    captions.mkdir(parents=True)
+    text = "Kitten\na kitten on the moon, kitten\nKittens\n\nA Kitten's hat\na {} kitten\n"
+    (captions / "pair1.txt").write_text(text)
+    return tmp_path
+
+
+def test_subjects_of_dreambench_plus_plus_have_prompts_of_their_own(plus):
+    with pytest.warns(Note) as notes:
+        (subject,) = read_subjects(plus, {}, "thing")
+    assert (subject.name, subject.class_word) == ("live_subject_animal_pair1", "Kitten")
+    assert subject.templates == ("a {} on the moon, kitten", "A {}'s hat")
+    assert subject.reference_paths == (subject.pair.image_path,)
+    told = [str(one.message) for one in notes]
+    assert told[0].endswith("1 pictures without a mask are left out")
+    assert told[1].endswith("pair1.txt: 2 prompts without the word 'Kitten' are left out")
+    prompts = read_prompts(REPOSITORY / "configs/prompts/dreambench.yaml")
+    cases = make_cases([subject], prompts, [1, 2])
+    assert [case.class_prompt for case in cases[::2]] == [
+        "a Kitten on the moon, kitten",
+        "A Kitten's hat",
+    ]
+    assert cases[3].path == "live_subject_animal_pair1/01_00002.png"
+
+
+def test_captions_that_are_none_are_named(plus):
+    path = plus / "captions/live_subject/animal/pair1.txt"
+    for text in ("", "cat\na dog\n"):
+        path.write_text(text)
+        with pytest.warns(Note), pytest.raises(ValueError, match=r"pair1\.txt: no prompt with"):
+            read_subjects(plus, {}, "thing")
+    path.unlink()
+    with (
+        pytest.warns(Note),
+        pytest.raises(ValueError, match=r"pair1\.txt: .*expected the subject's"),
+    ):
+        read_subjects(plus, {}, "thing")
+    (plus / "images/live_subject/animal/pair1_bg.png").unlink()
+    with pytest.raises(ValueError, match="no picture of images/ has a mask"):
+        read_subjects(plus, {}, "thing")
 
 
 def test_subject_without_any_mask_is_named(tmp_path):

@@ -1,0 +1,159 @@
+"""Compares two runs of evaluate.py picture by picture.
+
+    python -m evaluation.compare outputs/lambda_0.6 outputs/lambda_0.8
+
+Pictures of the same subject, prompt and seed are paired; the 95 % interval of their mean
+difference is from a bootstrap over subjects. Runs that were measured otherwise are refused (exit
+code 2).
+"""
+
+import argparse
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from elite.console import OK, run, script_parser
+from elite.files import read_text
+from elite.wording import brief
+from evaluation.metrics import bootstrap
+from evaluation.rate import MOST, RUN_REMEDY, read_ratings
+
+# What of the settings decides how a picture is measured, where no protocol says it.
+MEASURED_BY = ("clip_name_or_path", "dino_name_or_path", "judge_path", "crop_references")
+KEYS = ("subject", "prompt", "seed")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Args:
+        measured_by: what its scores depend on besides the pictures.
+        rated_by: the command of its ratings, where there are some.
+        rows: scores by subject, prompt and seed; by metric, where it has a value.
+    """
+
+    folder: Path
+    measured_by: Mapping[str, Any]
+    rated_by: list[str]
+    rows: Mapping[tuple[str, ...], Mapping[str, float]]
+
+
+def read_run(folder: Path) -> Run:
+    """Raises ValueError where it is none."""
+    texts = {
+        name: read_text(folder / name, RUN_REMEDY, MOST) for name in ("results.json", "results.csv")
+    }
+    try:
+        results = json.loads(texts["results.json"])
+        settings, protocol = results["settings"], results.get("protocol")
+        measured_by = protocol or {name: settings[name] for name in MEASURED_BY}
+        rows = {
+            tuple(row.pop(key) for key in KEYS): {k: float(v) for k, v in row.items() if v}
+            for row in csv.DictReader(texts["results.csv"].splitlines())
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}: damaged results ({error!r}); {RUN_REMEDY}") from None
+    rated_by, ratings = read_ratings(folder)
+    for rating in ratings:
+        key = tuple(str(rating.pop(name)) for name in KEYS)
+        rows.get(key, {}).update(rating)
+    return Run(folder, measured_by, rated_by, rows)
+
+
+def check_comparable(one: Run, other: Run) -> None:
+    """Raises ValueError where the runs were measured otherwise."""
+    for name in {**one.measured_by, **other.measured_by}:
+        values = [each.measured_by.get(name, "nothing") for each in (one, other)]
+        if values[0] != values[1]:
+            raise ValueError(
+                f"{other.folder}: {name} is {values[1]}, but {values[0]} in {one.folder}; measure "
+                "both alike"
+            )
+    if one.rated_by and other.rated_by and one.rated_by != other.rated_by:
+        raise ValueError(
+            f"{other.folder}: is rated by {brief(other.rated_by)}, but {one.folder} by "
+            f"{brief(one.rated_by)}; rate both alike"
+        )
+
+
+def compare(one: Run, other: Run) -> list[dict]:
+    """A row for each metric: both means, the mean difference with its interval, and how many
+    pictures and subjects it is from.
+
+    Raises:
+        ValueError: no picture is in both.
+    """
+    both = [key for key in one.rows if key in other.rows]
+    rows = []
+    for metric in dict.fromkeys(name for key in both for name in one.rows[key]):
+        keys = [key for key in both if metric in one.rows[key] and metric in other.rows[key]]
+        if not keys:
+            continue
+        pairs = [(one.rows[key][metric], other.rows[key][metric]) for key in keys]
+        subjects = [key[0] for key in keys]
+        mean, low, high = bootstrap([b - a for a, b in pairs], subjects)
+        means = [sum(values) / len(keys) for values in zip(*pairs, strict=True)]
+        rows.append(
+            {
+                "metric": metric,
+                "means": means,
+                "difference": mean,
+                "interval": (low, high),
+                "pictures": len(keys),
+                "subjects": len(set(subjects)),
+            }
+        )
+    if not rows:
+        raise ValueError(
+            f"{other.folder}: shares no picture with {one.folder}; draw the same objects, prompts "
+            "and seeds"
+        )
+    return rows
+
+
+def verdict(interval: tuple[float, float], subjects: int) -> str:
+    """What an interval of one subject would say is chance."""
+    if subjects < 2 or interval[0] <= 0 <= interval[1]:
+        return "not told apart"
+    return "second higher" if interval[0] > 0 else "first higher"
+
+
+def markdown(rows: Sequence[Mapping]) -> str:
+    lines = [
+        "| metric | first | second | difference | 95 % interval | pictures | subjects | |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        (first, second), (low, high) = row["means"], row["interval"]
+        lines.append(
+            f"| {row['metric']} | {first:.4f} | {second:.4f} | {row['difference']:+.4f} | "
+            f"{low:+.4f} to {high:+.4f} | {row['pictures']} | {row['subjects']} | "
+            f"{verdict(row['interval'], row['subjects'])} |"
+        )
+    return "\n".join(lines)
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = script_parser(__doc__)
+    parser.add_argument("first", type=Path, help="--output_dir of a run of evaluate.py")
+    parser.add_argument("second", type=Path, help="that of another one")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_args(arguments)
+    one, other = read_run(args.first), read_run(args.second)
+    check_comparable(one, other)
+    print(markdown(compare(one, other)))
+    alone = [len(one.rows.keys() - other.rows.keys()), len(other.rows.keys() - one.rows.keys())]
+    if any(alone):
+        print(f"left out: {alone[0]} pictures of the first alone, {alone[1]} of the second")
+    return OK
+
+
+if __name__ == "__main__":
+    run(main)

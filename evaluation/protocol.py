@@ -1,0 +1,161 @@
+"""DreamBench's protocol (Ruiz et al. 2023, section 4.1), written beside each result, and the two
+rows between which its scores are read."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import nn
+
+from elite.files import sha256_of
+from elite.images import read_image
+from evaluation.cases import Case, ClipScores, DinoScores, Metric, score_batch, summarise
+from evaluation.subjects import Subject
+
+METRICS = ("clip", "dino")
+CLIP, DINO = "openai/clip-vit-base-patch32", "facebook/dino-vits16"
+SUBJECTS, PROMPTS, IMAGES = 30, 25, 4  # pictures of each prompt
+GROUND = 128  # grey that a cut-out is pasted on
+CEILING, COPY_PASTE = "ceiling: other real pictures", "copy-paste: cut-out on grey"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a user chooses of how scores are measured: file of prompts, names of CLIP and DINO,
+    whether references are cropped."""
+
+    prompts: str
+    clip: str
+    dino: str
+    cropped: bool
+
+
+def digest_weights(model: nn.Module) -> str:
+    """A short name for the numbers of a model, wherever they were loaded from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def by_protocol(
+    cases: Sequence[Case],
+    rows: Sequence[Mapping],
+    metrics: Sequence[ClipScores | DinoScores],
+    setup: Setup,
+) -> tuple[dict, str]:
+    """What belongs into results.json and results.md besides the scores.
+
+    Args:
+        rows: the scores.
+        metrics: of CLIP and of DINO.
+    """
+    scored = {row["subject"] for row in rows}
+    measured, wrong = describe(cases, metrics, setup), departures(cases, setup)
+    found = {"this run": rows, **baselines([c for c in cases if c.subject.name in scored], metrics)}
+    summaries = {name: summarise(each) for name, each in found.items()}
+    lines = [f"- {name}: {text}" for name, text in measured.items()]
+    lines += [
+        f"- **departs from DreamBench, compares with no published score:** {w}" for w in wrong
+    ]
+    more = {"protocol": measured, "departures": wrong, "rows": summaries}
+    return more, "\n\n".join(["", table(summaries), "\n".join(lines)])
+
+
+def describe(
+    cases: Sequence[Case], metrics: Sequence[ClipScores | DinoScores], setup: Setup
+) -> dict[str, str]:
+    """What scores are measured with; those of the same are comparable."""
+    seeds = sorted({case.seed for case in cases})
+    models = {name: metric.model for name, metric in zip(METRICS, metrics, strict=True)}
+    sides = {name: model.side for name, model in models.items()}
+    file = Path(setup.prompts)
+    own = any(case.subject.templates for case in cases)
+    return {
+        "protocol": "DreamBench",
+        "subjects": str(len(subjects_of(cases))),
+        "prompts": "captions of the pictures"
+        if own
+        else f"{file.name}, SHA-256 {sha256_of(file)[:16]}",
+        "pictures": f"{len(seeds)} a prompt, seeds {seeds[0]} to {seeds[-1]}",
+        "placeholder": "the model reads its word for '{0} {1}', CLIP-T the class word alone",
+        "input": "the first picture of a subject with a mask",
+        "references": "all pictures of a subject, "
+        + ("cropped to the object where there is a mask" if setup.cropped else "whole")
+        + "; mean of the cosines",
+        "resize": f"bicubic, shorter side to {sides['clip']} px and for DINO "
+        f"{models['dino'].shorter_side} px; the middle {sides['clip']} and {sides['dino']} px",
+        "clip": f"{setup.clip}, weights {digest_weights(models['clip'].model)}",
+        "dino": f"{setup.dino}, weights {digest_weights(models['dino'].model)}",
+    }
+
+
+def subjects_of(cases: Sequence[Case]) -> list[Subject]:
+    return list(dict.fromkeys(case.subject for case in cases))
+
+
+def departures(cases: Sequence[Case], setup: Setup) -> list[str]:
+    """In what a run is not DreamBench's, so that its scores compare with no published ones."""
+    subjects, seeds = subjects_of(cases), {case.seed for case in cases}
+    numbers = {len({c.number for c in cases if c.subject == subject}) for subject in subjects}
+    wrong = {
+        f"{len(subjects)} subjects, not {SUBJECTS}": len(subjects) != SUBJECTS,
+        f"not {PROMPTS} prompts for each subject": numbers != {PROMPTS},
+        f"{len(seeds)} pictures a prompt, not {IMAGES}": len(seeds) != IMAGES,
+        "not the prompts of prompts_and_classes.txt": Path(setup.prompts).suffix != ".txt",
+        f"CLIP {setup.clip}, not {CLIP}": setup.clip != CLIP,
+        f"DINO {setup.dino}, not {DINO}": setup.dino != DINO,
+        "cropped references": setup.cropped,
+    }
+    return [text for text, is_so in wrong.items() if is_so]
+
+
+# --- the two rows ---------------------------------------------------------------------------------
+
+
+def baselines(cases: Sequence[Case], metrics: Sequence[Metric]) -> dict[str, list[dict]]:
+    """Rows of scores as `score_cases` gives them: what real pictures reach, and what pasting the
+    object reaches without drawing anything. Subjects of one picture have no ceiling."""
+    first = [case for case in cases if case.seed == cases[0].seed]
+    found: dict[str, list[dict]] = {CEILING: [], COPY_PASTE: []}
+    for subject in subjects_of(cases):
+        found[CEILING] += real_rows(subject, metrics)
+        mine = [case for case in first if case.subject == subject]
+        found[COPY_PASTE] += score_batch([pasted(subject)] * len(mine), mine, metrics)
+    return {name: rows for name, rows in found.items() if rows}
+
+
+def real_rows(subject: Subject, metrics: Sequence[Metric]) -> list[dict]:
+    """Each real picture of a subject against the others; it was made to no prompt."""
+    rows = []
+    for number, path in enumerate(subject.reference_paths):
+        others = tuple(other for other in subject.reference_paths if other != path)
+        if others:
+            case = Case(replace(subject, reference_paths=others), 0, "{}", number)
+            (row,) = score_batch([Image.fromarray(read_image(path))], [case], metrics)
+            rows.append({**row, "clip_t": None})
+    return rows
+
+
+def pasted(subject: Subject) -> Image.Image:
+    """The object of the input on grey, where it was."""
+    image, mask = subject.pair.read()
+    return Image.fromarray(np.where(mask[..., None], image, np.uint8(GROUND)))
+
+
+def table(summaries: Mapping[str, Mapping[str, Mapping]]) -> str:
+    """Rows of means with their intervals, by name."""
+    columns = ("clip_i", "dino_i", "clip_t")
+    lines = ["| | CLIP-I | DINO-I | CLIP-T |", "|---|---|---|---|"]
+    for name, summary in summaries.items():
+        cells = [_cell(summary[column]) if column in summary else "-" for column in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(score: Mapping) -> str:
+    low, high = score["interval"]
+    return f"{score['mean']:.3f} ({low:.3f}-{high:.3f})"

@@ -1,0 +1,177 @@
+"""Rates the pictures of a finished run of evaluate.py by a program of your own, such as a local
+vision-language model.
+
+    python -m evaluation.rate outputs/evaluation python my_judge.py --some_flag
+
+The program is started once, in the working directory. For each picture it reads a line of JSON,
+{"picture": FILE, "reference": FILE, "prompt": TEXT}, and answers with one: numbers by name, such as
+{"concept_preservation": 3, "prompt_following": 4}, the same names each time. The answers lie in
+ratings.jsonl of the run; an interrupted call goes on from there, and `evaluation.compare` reads it.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from tqdm import tqdm
+
+from elite.console import OK, run, script_parser
+from elite.files import is_file, read_text, write_text
+from elite.wording import brief
+from evaluation.cases import Case, make_cases, markdown, summarise
+from evaluation.subjects import read_prompts, read_subjects
+
+RATINGS = "ratings.jsonl"
+MOST = 2**28  # bytes of it
+RUN_REMEDY = "expected the --output_dir of a finished run of evaluate.py"
+
+
+class Program:
+    """A program that answers a line of JSON with one.
+
+    Raises:
+        ValueError: it cannot be started.
+    """
+
+    def __init__(self, command: Sequence[str]) -> None:
+        pipe, text = subprocess.PIPE, {"encoding": "utf-8", "errors": "replace"}
+        try:
+            self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, **text)
+        except OSError as error:
+            raise ValueError(
+                f"{command[0]}: cannot be started ({error.strerror}); expected a program"
+            ) from None
+
+    def __call__(self, case: Case, picture: Path) -> dict[str, float]:
+        """The ratings of a picture. Raises ValueError where it answers with none."""
+        question = {
+            "picture": str(picture),
+            "reference": str(case.subject.pair.image_path),
+            "prompt": case.class_prompt,
+        }
+        assert self.process.stdin and self.process.stdout
+        with suppress(BrokenPipeError):  # it has ended, and so answers nothing
+            self.process.stdin.write(json.dumps(question) + "\n")
+            self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not (ratings := numbers_of(line)):
+            raise ValueError(
+                f"{picture}: the program answered {brief(line)}; expected a line of JSON, numbers "
+                'by name as {"concept_preservation": 3}'
+            )
+        return ratings
+
+    def close(self) -> None:
+        assert self.process.stdin
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.wait()
+
+
+def numbers_of(line: str) -> dict[str, float]:
+    """Numbers by name of a line of JSON; none where it is something else."""
+    try:
+        found = json.loads(line)
+        numbers = {name: float(value) for name, value in found.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError):
+        return {}
+    given = all(type(value) in (int, float) for value in found.values())
+    return numbers if given and all(map(math.isfinite, numbers.values())) else {}
+
+
+# --- what is written ------------------------------------------------------------------------------
+
+
+def read_ratings(folder: Path) -> tuple[list[str], list[dict]]:
+    """The command that rated a run, and its rows; nothing where nothing did. A line that was cut
+    off is left out.
+
+    Raises:
+        ValueError: the file is something else.
+    """
+    path = folder / RATINGS
+    if not is_file(path):
+        return [], []
+    lines = read_text(path, "remove it", MOST).splitlines(keepends=True)
+    try:
+        head, *rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        return head["command"], [{"subject": row["subject"], **row} for row in rows]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: no ratings of a run; remove it") from None
+
+
+def cases_of(folder: Path) -> list[Case]:
+    """What a run has drawn. Raises ValueError where it is none, or its objects are gone."""
+    text = read_text(folder / "results.json", RUN_REMEDY, MOST)
+    try:
+        settings = json.loads(text)["settings"]
+        prompts, data = settings["prompts"], settings["test_data_dir"]
+        seeds = range(settings["seed"], settings["seed"] + settings["num_images"])
+        class_word = settings["class_word"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: damaged results.json ({error!r}); {RUN_REMEDY}") from None
+    known = read_prompts(prompts)
+    cases = make_cases(read_subjects(data, known.classes, class_word), known, seeds)
+    return [case for case in cases if is_file(folder / case.path)]
+
+
+def rate(folder: Path, command: Sequence[str]) -> list[dict]:
+    """Rates what is not rated yet. Returns all rows.
+
+    Raises:
+        ValueError: there is nothing to rate, another command rated it before, or the program does
+            not answer.
+    """
+    cases, (before, rows) = cases_of(folder), read_ratings(folder)
+    if not cases:
+        raise ValueError(f"{folder}: none of its pictures is there; {RUN_REMEDY}")
+    if before not in ([], list(command)):
+        raise ValueError(f"{folder / RATINGS}: is by {brief(before)}; remove it")
+    kept = [{"command": list(command)}, *rows]
+    write_text(folder / RATINGS, "".join(json.dumps(row) + "\n" for row in kept))
+    rated = {(row["subject"], row["prompt"], row["seed"]) for row in rows}
+    todo = [c for c in cases if (c.subject.name, c.template, c.seed) not in rated]
+    program = Program(command)
+    bar = tqdm(todo, "rate", len(cases), initial=len(rows), unit="picture")
+    try:
+        with open(folder / RATINGS, "a", encoding="utf-8") as file:
+            for case in bar:
+                row: dict = {"subject": case.subject.name, "prompt": case.template}
+                row |= {"seed": case.seed, **program(case, folder / case.path)}
+                if rows and row.keys() != rows[0].keys():
+                    raise ValueError(
+                        f"{folder / case.path}: rated by {brief(sorted(row))}, others by "
+                        f"{brief(sorted(rows[0]))}; expected the same names each time"
+                    )
+                rows.append(row)
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+            os.fsync(file.fileno())
+    finally:
+        program.close()
+    return rows
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = script_parser(__doc__)
+    parser.add_argument("run", type=Path, help="--output_dir of a run of evaluate.py")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="program and its arguments")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_args(arguments)
+    if not args.command:
+        raise ValueError("no program; expected one after the run, as python my_judge.py")
+    rows = rate(args.run, args.command)
+    print(markdown(summarise(rows), len({row["subject"] for row in rows})))
+    return OK
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,302 @@
+"""DreamBench's protocol in evaluate.py, the rows beside its scores, and the comparison of runs."""
+
+import csv
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from elite.data import pair_of
+from elite.images import read_image
+from evaluation.cases import Case
+from evaluation.metrics import Clip, Dino
+from evaluation.protocol import CLIP, DINO, GROUND, Setup, departures, digest_weights
+from evaluation.rate import Program, numbers_of, read_ratings
+from evaluation.subjects import Subject
+from tests import tiny
+from tests.conftest import run_script
+from tests.unit.test_subjects import DREAMBENCH
+
+COMPARE, RATE = "evaluation/compare.py", "evaluation/rate.py"
+
+
+# --- the protocol ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dreambench(tmp_path):
+    """backpack of three pictures, the second one with a mask, and dog2 of one."""
+    folder = tmp_path / "dataset"
+    for name, seeds, masked in (("backpack", (0, 1, 2), 1), ("dog2", (3,), 3)):
+        (folder / name).mkdir(parents=True)
+        for seed in seeds:
+            image, mask = tiny.picture(seed)
+            Image.fromarray(image).save(folder / name / f"0{seed}.png")
+            if seed == masked:
+                Image.fromarray(mask).save(folder / name / f"0{seed}_bg.png")
+    (tmp_path / "prompts_and_classes.txt").write_text(DREAMBENCH)
+    return folder
+
+
+@pytest.fixture
+def evaluate(whole_model, dreambench, tmp_path):
+    """Runs evaluate.py with tiny models; returns results.json."""
+    clip, dino = tiny.save_clip_folder(tmp_path / "clip"), tiny.save_vit_folder(tmp_path / "dino")
+
+    def run(name, *options):
+        assert run_script(
+            "evaluate.py", "--pretrained_model_name_or_path", whole_model,
+            *("--test_data_dir", dreambench, "--prompts", tmp_path / "prompts_and_classes.txt"),
+            *("--clip_name_or_path", clip, "--dino_name_or_path", dino, "--device", "cpu"),
+            *("--num_inference_steps", "2", "--output_dir", tmp_path / name, *options),
+        ) == 0  # fmt: skip
+        return json.loads((tmp_path / name / "results.json").read_text())
+
+    return run
+
+
+def cosines(model, picture, paths):
+    others = model.images([Image.fromarray(read_image(path)) for path in paths])
+    return float((others @ model.images([picture])[0]).mean())
+
+
+def test_a_run_says_with_what_it_was_measured_and_what_is_possible(
+    evaluate, dreambench, tmp_path, capsys
+):
+    results = evaluate("out", "--protocol", "dreambench", "--num_images", "2")
+    told = capsys.readouterr().out
+    clip, dino = Clip(tmp_path / "clip"), Dino(tmp_path / "dino")
+    protocol, rows = results["protocol"], results["rows"]
+    assert protocol["clip"] == f"{tmp_path / 'clip'}, weights {digest_weights(clip.model)}"
+    assert protocol["pictures"] == "2 a prompt, seeds 42 to 43" and protocol["subjects"] == "2"
+    assert protocol["prompts"].startswith("prompts_and_classes.txt, SHA-256 ")
+    assert protocol["resize"].startswith("bicubic, shorter side to 32 px and for DINO 32 px; ")
+    assert len(results["departures"]) == 5
+    for text in (*protocol.values(), *results["departures"]):
+        assert text in told and text in (tmp_path / "out/results.md").read_text()
+
+    backpack, dog = (sorted((dreambench / name).glob("0?.png")) for name in ("backpack", "dog2"))
+    ceiling, paste = (rows[name] for name in sorted(rows) if name != "this run")
+    for model, column in ((clip, "clip_i"), (dino, "dino_i")):
+        reals = [
+            cosines(model, Image.open(path), [other for other in backpack if other != path])
+            for path in backpack
+        ]
+        assert ceiling[column]["mean"] == pytest.approx(np.mean(reals), abs=1e-6)
+        assert ceiling[column]["pictures"] == 3, "dog2 has no other picture"
+        pasted = []
+        for path, paths, prompts in ((backpack[1], backpack, 2), (dog[0], dog, 1)):
+            image, mask = pair_of(path).read()
+            image = np.where(mask[..., None], image, GROUND).astype(np.uint8)
+            pasted += [cosines(model, Image.fromarray(image), paths)] * prompts
+        assert paste[column]["mean"] == pytest.approx(np.mean(pasted), abs=1e-6)
+    assert "clip_t" not in ceiling and paste["clip_t"]["pictures"] == 3
+    assert rows["this run"] == results["scores"]
+
+    plain = evaluate("plain", "--metrics", "clip", "dino", "--num_images", "2")
+    assert plain["scores"] == results["scores"] and "protocol" not in plain
+
+
+@pytest.fixture
+def cases():
+    """As many as DreamBench has."""
+    subjects = [Subject(str(n), "mug", pair_of(Path(f"{n}.jpg")), ()) for n in range(30)]
+    kinds = [(number, seed) for number in range(25) for seed in range(4)]
+    return [Case(subject, number, "{}", seed) for subject in subjects for number, seed in kinds]
+
+
+SETUP = Setup("prompts_and_classes.txt", CLIP, DINO, cropped=False)
+
+
+def test_what_is_dreambenchs_departs_in_nothing(cases):
+    assert departures(cases, SETUP) == []
+
+
+@pytest.mark.parametrize(
+    ("fewer", "change", "message"),
+    [
+        (lambda case: case.subject.name != "7", {}, "29 subjects, not 30"),
+        (lambda case: case.number or case.subject.name != "7", {}, "not 25 prompts for each"),
+        (lambda case: case.seed, {}, "3 pictures a prompt, not 4"),
+        (bool, {"prompts": "dreambench.yaml"}, "not the prompts of prompts_and_classes.txt"),
+        (bool, {"clip": "clip"}, f"CLIP clip, not {CLIP}"),
+        (bool, {"dino": "facebook/dinov2-small"}, f"DINO facebook/dinov2-small, not {DINO}"),
+        (bool, {"cropped": True}, "cropped references"),
+    ],
+)
+def test_each_departure_is_named(cases, fewer, change, message):
+    (found,) = departures([case for case in cases if fewer(case)], replace(SETUP, **change))
+    assert found.startswith(message)
+
+
+def test_other_weights_have_another_digest():
+    model = torch.nn.Linear(2, 2)
+    before = digest_weights(model)
+    assert before == digest_weights(model) and len(before) == 16
+    with torch.no_grad():
+        model.bias[0] += 1
+    assert digest_weights(model) != before
+
+
+# --- comparing runs -------------------------------------------------------------------------------
+
+
+def save_run(folder, scores, **measured_by):
+    """A run of scores by subject: a list by prompt, None where there is none."""
+    folder.mkdir()
+    settings = {"clip_name_or_path": "c", "dino_name_or_path": "d", "judge_path": "j"}
+    settings |= {"crop_references": False, **measured_by}
+    (folder / "results.json").write_text(json.dumps({"settings": settings}))
+    with open(folder / "results.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["subject", "prompt", "seed", "clip_i"])
+        writer.writeheader()
+        for subject, values in scores.items():
+            for number, value in enumerate(values):
+                row = {"subject": subject, "prompt": f"a {{}}, {number}", "seed": 42}
+                writer.writerow({**row, "clip_i": value})
+    return folder
+
+
+def test_runs_are_compared_picture_by_picture(tmp_path, capsys):
+    """Subjects differ much more than the runs do, which unpaired intervals would not see."""
+    values = {str(n): [n / 10, n / 10 + 0.01] for n in range(8)}
+    better = {n: [value + 0.02 for value in row] for n, row in values.items()}
+    one = save_run(tmp_path / "one", values)
+    other = save_run(tmp_path / "other", {**better, "9": [0.5]})
+    assert run_script(COMPARE, one, other) == 0
+    head, _, row, rest = capsys.readouterr().out.splitlines()
+    assert head.startswith("| metric | first | second | difference |")
+    assert row == (
+        "| clip_i | 0.3550 | 0.3750 | +0.0200 | +0.0200 to +0.0200 | 16 | 8 | second higher |"
+    )
+    assert rest == "left out: 0 pictures of the first alone, 1 of the second"
+    assert run_script(COMPARE, other, one) == 0
+    assert "| -0.0200 to -0.0200 | 16 | 8 | first higher |" in capsys.readouterr().out
+
+
+def test_what_could_be_chance_is_not_told_apart(tmp_path, capsys):
+    one = save_run(tmp_path / "one", {str(n): [0.5, None] for n in range(6)})
+    signs = (1, -1, 1, -1, 1, 1)
+    mixed = {str(n): [0.5 + sign / 10, 0.5] for n, sign in enumerate(signs)}
+    other = save_run(tmp_path / "other", mixed)
+    assert run_script(COMPARE, one, other) == 0
+    assert "| 6 | 6 | not told apart |" in capsys.readouterr().out, "what one lacks is no pair"
+    single = save_run(tmp_path / "single", {"0": [0.9]})
+    assert run_script(COMPARE, one, single) == 0
+    assert "| 1 | 1 | not told apart |" in capsys.readouterr().out, "one subject says nothing"
+
+
+def test_runs_that_do_not_compare_are_refused(tmp_path, capsys):
+    one = save_run(tmp_path / "one", {"a": [0.5]})
+    for name, scores, changes, message in (
+        ("b", {"a": [0.5]}, {"clip_name_or_path": "other"}, "clip_name_or_path is other, but c in"),
+        ("c", {"b": [0.5]}, {}, f"shares no picture with {one}"),
+        ("d", {"a": ["x"]}, {}, "damaged results"),
+    ):
+        other = save_run(tmp_path / name, scores, **changes)
+        assert run_script(COMPARE, one, other) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {other}: ") and message in line
+    results = {"settings": {}, "protocol": {"clip": "c, weights 1"}}
+    (tmp_path / "d/results.json").write_text(json.dumps(results))
+    (tmp_path / "d/results.csv").write_text((one / "results.csv").read_text())
+    assert run_script(COMPARE, one, tmp_path / "d") == 2
+    assert "is nothing, but c in" in capsys.readouterr().err
+    assert run_script(COMPARE, one, tmp_path / "none") == 2
+    assert "expected the --output_dir of a finished run" in capsys.readouterr().err
+
+
+# --- ratings --------------------------------------------------------------------------------------
+
+RATER = """
+import json, sys
+for number, line in enumerate(sys.stdin):
+    asked = json.loads(line)
+    with open(sys.argv[1], "a") as file:
+        file.write(line)
+    if number == int(sys.argv[2]):
+        print("dunno", flush=True)
+    else:
+        print(json.dumps({"concept": number, "prompt_following": 4}), flush=True)
+"""
+
+
+@pytest.fixture
+def rater(tmp_path):
+    """A command that rates, writes down what it was asked, and fails at a picture."""
+    (tmp_path / "rater.py").write_text(RATER)
+
+    def command(fails_at=-1):
+        return sys.executable, tmp_path / "rater.py", tmp_path / "asked", str(fails_at)
+
+    return command
+
+
+def asked(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "asked").read_text().splitlines()]
+
+
+def test_a_program_rates_a_run_and_goes_on(evaluate, rater, dreambench, tmp_path, capsys):
+    evaluate("out", "--metrics", "clip", "--num_images", "2")
+    assert run_script(RATE, tmp_path / "out", *rater(fails_at=3)) == 2
+    assert "the program answered 'dunno\\n'; expected a line of JSON" in capsys.readouterr().err
+    ratings = tmp_path / "out/ratings.jsonl"
+    assert len(ratings.read_text().splitlines()) == 1 + 3
+    assert run_script(RATE, tmp_path / "out", *rater()) == 2, "another command"
+    assert "is by [" in capsys.readouterr().err
+    _, *rows = ratings.read_text().splitlines(keepends=True)
+    command = [str(word) for word in rater()]
+    cut = '{"subject": "dog2", "pro'  # as a killed process leaves it
+    ratings.write_text("".join([json.dumps({"command": command}) + "\n", *rows, cut]))
+    assert run_script(RATE, tmp_path / "out", *rater()) == 0
+    assert len(asked(tmp_path)) == 4 + 3, "what was rated is not rated again"
+    assert asked(tmp_path)[0] == {
+        "picture": str(tmp_path / "out/backpack/00_00042.png"),
+        "reference": str(dreambench / "backpack/01.png"),
+        "prompt": "a backpack in the jungle",
+    }
+    told = capsys.readouterr().out
+    assert "| concept | 1.0000 |" in told and "| prompt_following | 4.0000 |" in told
+    assert len(ratings.read_text().splitlines()) == 1 + 6
+
+    evaluate("again", "--metrics", "clip", "--num_images", "2")
+    assert run_script(COMPARE, tmp_path / "out", tmp_path / "again") == 0
+    assert "concept" not in capsys.readouterr().out, "one of them is not rated"
+    assert run_script(RATE, tmp_path / "again", *rater()) == 0
+    capsys.readouterr()
+    assert run_script(COMPARE, tmp_path / "out", tmp_path / "again") == 0
+    assert "| concept | 1.0000 | 2.5000 | +1.5000 |" in capsys.readouterr().out
+    text = ratings.read_text().replace("rater.py", "other.py")
+    ratings.write_text(text)
+    assert run_script(COMPARE, tmp_path / "out", tmp_path / "again") == 2
+    assert "rate both alike" in capsys.readouterr().err
+
+
+NO_RATINGS = ["", "4", "[4]", "{}", '{"a": "x"}', '{"a": true}', '{"a": NaN}', "[" * 100_000]
+
+
+@pytest.mark.parametrize("line", [*NO_RATINGS, f'{{"a": 1{"0" * 400}}}'])
+def test_what_is_no_rating(line):
+    assert numbers_of(line) == {}
+
+
+def test_mistakes_in_rating_are_one_line_and_2(tmp_path, capsys):
+    run = save_run(tmp_path / "run", {"a": [0.5]})
+    for arguments, message in (
+        ((run,), "no program; expected one after the run"),
+        ((tmp_path / "none", "true"), "expected the --output_dir of a finished run"),
+        ((run, "true"), f"{run}: damaged results.json (KeyError('prompts'))"),
+    ):
+        assert run_script(RATE, *arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+    with pytest.raises(ValueError, match=r"no_such_program: cannot be started \(No such file"):
+        Program(["no_such_program"])
+    (run / "ratings.jsonl").write_text("[]\n")
+    with pytest.raises(ValueError, match=r"ratings.jsonl: no ratings of a run; remove it"):
+        read_ratings(run)
