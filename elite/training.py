@@ -2,7 +2,7 @@
 of what it trains.
 
 Everything random about a sample comes from the sample's own seed (see `stream.TrainingStream` and
-`objectives.seeded_noise`), so the loop has no random state to keep: resuming, previews, other batch
+`noise.seeded_noise`), so the loop has no random state to keep: resuming, previews, other batch
 sizes and more processes all see the same samples and the same noise.
 """
 
