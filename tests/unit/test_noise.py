@@ -40,14 +40,14 @@ def test_philox_gives_the_published_answers(counter, key, answer):
 def test_noise_is_box_muller_of_the_words_of_its_seed():
     """In float64, from the definition; places, stream and both halves of the seed count."""
     seed, blocks = 5 * 2**32 + 7, torch.arange(3)
-    counter = (blocks, 0 * blocks, 0 * blocks + POSTERIOR_STREAM, 0 * blocks)
+    counter = (blocks, 0 * blocks, 0 * blocks + NOISE_STREAM, 0 * blocks)
     words = philox(counter, (torch.tensor(7), torch.tensor(5)))
     a, b, c, d = ((word.double() + 0.5) / 2**32 for word in words)
     expected = []
     for u, v in ((a, c), (b, d)):
         radius = (-2 * u.log()).sqrt()
         expected += [radius * (2 * torch.pi * v).cos(), radius * (2 * torch.pi * v).sin()]
-    noise = seeded_noise(torch.tensor([seed]), (2, 5), POSTERIOR_STREAM)
+    noise = seeded_noise(torch.tensor([seed]), (2, 5), NOISE_STREAM)
     assert noise.shape == (1, 2, 5) and noise.dtype == torch.float32
     # float32 has the angle to 4e-7, at a radius of at most 6.7.
     torch.testing.assert_close(
