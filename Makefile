@@ -35,7 +35,7 @@ bench:  ## docs/BENCHMARKS.md anew, at full size: hours on a CPU; the GPU part w
 	$(PYTHON) -m benchmarks.training --size full --rounds 3 --batch_size 1 --stages global
 	$(PYTHON) -m benchmarks.training --size full --rounds 3 --batch_size 1 --stages local --output benchmarks/results/training_stage_2.json
 	$(PYTHON) -m benchmarks.training --size full --rounds 1 --batch_size 4 --stages global --cases "+ bf16, frozen in bf16" "+ bf16, checkpointing" --output benchmarks/results/training_batch_4.json
-	$(PYTHON) -m benchmarks.loader --size full --rounds 5 --count 32 --index_rows 1000 10000 100000 1000000 --workers 0 1 2
+	$(PYTHON) -m benchmarks.loader --size full --rounds 5 --count 32 --index_rows 1000 10000 100000 1000000 --workers 0 1 2 --shard_rows 10000000
 	$(PYTHON) -m benchmarks.folder --size full --rounds 3 --num_images 4 --batch_sizes 1 2 4 8 16 --processes 1 2
 	-$(PYTHON) -m benchmarks.gpu_check --size full
 	-$(PYTHON) -m benchmarks.gpu --size full --rounds 7

@@ -1,24 +1,29 @@
-"""Training samples a second and core, where their time goes, and how long the index takes.
+"""Training samples a second and core, from files and from shards, and how long the index takes.
 
     python -m benchmarks.loader                        small pictures, seconds
     python -m benchmarks.loader --size full --rounds 5 --count 32 \
-        --index_rows 1000 10000 100000 1000000 --workers 0 1 2
+        --index_rows 1000 10000 100000 1000000 --workers 0 1 2 --shard_rows 10000000
 
 An Open Images folder of textured JPEGs (full: 1024 x 768, samples at 512 px) is made for the
-purpose. Rates are samples per second of CPU time of one thread, beside decoding the same files with
-Pillow and doing nothing else; with workers they are per second of the clock. Where the time of a
-sample goes, `python -m cProfile -s tottime -m benchmarks.loader` shows.
+purpose, and shards of it. Rates are samples per second of CPU time of one thread, beside decoding
+the same files with Pillow, or reading the tars, and doing nothing else; with workers they are per
+second of the clock. A server of 100 MB a second shows whether shards are waited for. Where the time
+of a sample goes, `python -m cProfile -s tottime -m benchmarks.loader` shows.
 """
 
 import argparse
 import csv
+import tarfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -37,28 +42,41 @@ from benchmarks.harness import (
     parse,
     timed,
 )
+from benchmarks.memory import memory_rows, peak_memory
+from data_scripts import make_shards
 from data_scripts.make_small_world import Record, make_folders, write_annotations, write_pair
 from elite.console import run
-from elite.open_images import OpenImagesBoxes, OpenImagesMasks
+from elite.open_images import OpenImagesBoxes, OpenImagesMasks, Source
+from elite.shard_cache import Listed, Store
+from elite.shards import OpenImagesShards, open_source, save_index, shards_in, table_type
 from elite.stream import TrainingStream, stream_loader
 
 DECODE, SAMPLE, CSV_ALONE, INDEX = "decoding alone", "sample", "csv.reader alone", "index"
 GOAL = Goal(SAMPLE, 10, "least", "median")
+SHARDS, TARS = "sample from shards", "reading the tars alone"
+SHARDS_GOAL = Goal(SHARDS, 0.9, "least")
+SHARD_RATES = "Samples a second of CPU time from shards, one core"
+SERVED_EPOCH = "An epoch of shards from a server of 100 MB a second"
+EPOCH, FIRST, LATER = "an epoch", "waited in the first window", "waited after it"
 BATCH_SIZE = 4
+WINDOW = 2  # shards
+SERVED, BLOCK = 100e6, 2**18  # bytes a second of the slow server, and at a time
+IMAGES_A_SHARD, BOXES_AN_IMAGE = 1000, 8  # of Open Images in shards of 256 MB, about
 
 Dataset = OpenImagesBoxes | OpenImagesMasks
 
 
 class Sizes(NamedTuple):
-    """Sides in pixels."""
+    """Sides in pixels, and megabytes of a shard: a few pictures."""
 
     width: int
     height: int
     resolution: int
     clip: int
+    shard_mb: float
 
 
-SIZES = {"full": Sizes(1024, 768, 512, 224), "tiny": Sizes(320, 240, 64, 32)}
+SIZES = {"full": Sizes(1024, 768, 512, 224, 1), "tiny": Sizes(320, 240, 64, 32, 0.03)}
 
 
 # --- the folder -----------------------------------------------------------------------------------
@@ -106,12 +124,17 @@ def write_index(root: Path, count: int) -> None:
     write_annotations(root, records, 400, 400)
 
 
-def open_datasets(root: Path, sizes: Sizes) -> dict[str, Dataset]:
+def open_datasets(source: Source | Path, sizes: Sizes) -> dict[str, Dataset]:
     fixed = {"resolution": sizes.resolution, "clip_size": sizes.clip}
     return {
-        "stage 1, boxes": OpenImagesBoxes(root, **fixed),
-        "stage 2, masks": OpenImagesMasks(root, latent_size=sizes.resolution // 8, **fixed),
+        "stage 1, boxes": OpenImagesBoxes(source, **fixed),
+        "stage 2, masks": OpenImagesMasks(source, latent_size=sizes.resolution // 8, **fixed),
     }
+
+
+def write_shards(root: Path, target: Path, sizes: Sizes) -> None:
+    flags = ["--shard_mb", str(sizes.shard_mb), "--workers", "1"]
+    make_shards.main([str(root), str(target), *flags])
 
 
 # --- rates ----------------------------------------------------------------------------------------
@@ -174,6 +197,116 @@ def worker_table(datasets: dict[str, Dataset], workers: list[int], rounds: int) 
     return table
 
 
+# --- shards ---------------------------------------------------------------------------------------
+
+
+def open_shards(location: Path | str, cache: Path) -> OpenImagesShards:
+    source = open_source(location, cache=cache, window=WINDOW)
+    assert isinstance(source, OpenImagesShards)
+    return source
+
+
+def tar_rate(shards: Path, count: int) -> float:
+    """Samples whose files are read from the tars in a second of CPU time."""
+    start = time.process_time()
+    for path in shards_in(shards):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                assert file is not None
+                file.read()
+    return count / (time.process_time() - start)
+
+
+def shard_table(
+    datasets: dict[str, Dataset], shards: Path, cache: Path, sizes: Sizes, rounds: int
+) -> Table:
+    """Against the folder, with all shards in the cache."""
+    source = open_shards(shards, cache)
+    for listed in source.index.shards:
+        source.store.path(listed)
+    table = Table(SHARD_RATES, "1/s", SHARDS_GOAL)
+    for name, dataset in open_datasets(source, sizes).items():
+        count = len(dataset)
+        cases = {
+            SAMPLE: rate(partial(sample, datasets[name]), count),
+            SHARDS: rate(partial(sample, dataset), count),
+            TARS: partial(tar_rate, shards, count),
+        }
+        table.rows.append(Row(name, alternate(cases, rounds, name)))
+    return table
+
+
+class SlowHandler(SimpleHTTPRequestHandler):
+    """Sends so many bytes a second to all who ask."""
+
+    turn = threading.Lock()
+
+    def copyfile(self, source: Any, outputfile: Any) -> None:
+        while block := source.read(BLOCK):
+            with self.turn:
+                time.sleep(len(block) / SERVED)
+            outputfile.write(block)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@contextmanager
+def served_slowly(folder: Path) -> Iterator[str]:
+    """The URL of a folder."""
+    handler = partial(SlowHandler, directory=str(folder))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+class Watched:
+    """A `Store` that counts the seconds in which its files are waited for."""
+
+    def __init__(self, store: Store) -> None:
+        self.store, self.seconds = store, 0.0
+
+    def path(self, file: Listed) -> Path:
+        start = time.perf_counter()
+        try:
+            return self.store.path(file)
+        finally:
+            self.seconds += time.perf_counter() - start
+
+    def expect(self, files: Sequence[Listed]) -> None:
+        self.store.expect(files)
+
+
+def epoch_from_server(url: str, sizes: Sizes) -> dict[str, float]:
+    """Seconds of an epoch of stage 1 that begins with an empty cache, and of it those in which it
+    has waited for shards."""
+    with TemporaryDirectory() as cache:
+        source = open_shards(url, Path(cache))
+        dataset = open_datasets(source, sizes)["stage 1, boxes"]
+        source.store = store = Watched(source.store)
+        stream, waited = TrainingStream(dataset, 0), [0.0, 0.0]
+        start = time.perf_counter()
+        for position in range(len(dataset)):
+            before = store.seconds
+            stream[position]
+            waited[min(stream.order.find(position)[0], 1)] += store.seconds - before
+        return {EPOCH: time.perf_counter() - start, FIRST: waited[0], LATER: waited[1]}
+
+
+def server_table(shards: Path, sizes: Sizes, rounds: int) -> Table:
+    table = Table(SERVED_EPOCH, "s")
+    with served_slowly(shards) as url:
+        seen = [epoch_from_server(url, sizes) for _ in range(rounds)]
+    row = {case: [figures[case] for figures in seen] for case in (EPOCH, FIRST, LATER)}
+    table.rows.append(Row(f"stage 1, windows of {WINDOW} shards", row))
+    return table
+
+
 # --- the index ------------------------------------------------------------------------------------
 
 
@@ -202,12 +335,50 @@ def index_table(sizes: list[int], rounds: int) -> Table:
     return table
 
 
+def write_shard_index(folder: Path, count: int) -> None:
+    """The index of so many boxes, in the order of their shards, without any shard."""
+    images = np.zeros(-(-count // BOXES_AN_IMAGE), dtype=table_type("images", width=20))
+    images["shard"] = np.arange(len(images)) // IMAGES_A_SHARD
+    boxes = np.zeros(count, dtype=table_type("boxes"))
+    boxes["image"] = np.arange(count) // BOXES_AN_IMAGE
+    boxes["box"] = 0.25, 0.75, 0.25, 0.75
+    tables = {"images": images, "boxes": boxes, "masks": np.zeros(0, dtype=table_type("masks"))}
+    numbers = range(int(images["shard"][-1]) + 1)
+    save_index(folder, [Listed(f"{n:06d}.tar", 256 * 10**6, "0" * 64) for n in numbers], tables)
+
+
+def open_index(folder: str) -> dict[str, float]:
+    """Memory and CPU seconds from nothing to the first position of the stream, the SHA-256 of the
+    tables included."""
+    start = time.process_time()
+    memory = peak_memory(
+        lambda: TrainingStream(OpenImagesBoxes(open_source(folder)), 0).order.row(0),
+        torch.device("cpu"),
+    )
+    return {**memory, "seconds": time.process_time() - start}
+
+
+def shard_index_tables(sizes: list[int], rounds: int) -> list[Table]:
+    times = Table("CPU time to open shards, in a fresh process", "s")
+    peaks = Table("Peak memory of opening shards, pages of the tables included", "MiB")
+    for count in sizes:
+        with TemporaryDirectory() as folder:
+            write_shard_index(Path(folder), count)
+            rows = memory_rows({INDEX: (folder,)}, open_index, rounds, f"{count:,} boxes")
+        times.rows.append(rows["seconds"])
+        peaks.rows.append(rows["above"])
+    return [times, peaks]
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, "loader")
     parser.add_argument("--count", type=int, default=8, help="pictures (default 8)")
     parser.add_argument("--index_rows", type=int, nargs="+", default=[1000])
     parser.add_argument(
         "--workers", type=int, nargs="*", default=[], help="of the loader; 0 is none (default no)"
+    )
+    parser.add_argument(
+        "--shard_rows", type=int, nargs="*", default=[], help="boxes of shards to open (default no)"
     )
     args = parse(parser, "loader", argv)
     if args.count < BATCH_SIZE:
@@ -221,13 +392,19 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     sizes = SIZES[args.size]
     with TemporaryDirectory() as folder:
-        root = Path(folder)
+        root, shards = Path(folder) / "open_images", Path(folder) / "shards"
         write_pictures(root, args.count, sizes.width, sizes.height)
+        write_shards(root, shards, sizes)
         datasets = open_datasets(root, sizes)
-        tables = [rate_table(root, datasets, args.rounds)]
+        tables = [
+            rate_table(root, datasets, args.rounds),
+            shard_table(datasets, shards, Path(folder) / "cache", sizes, args.rounds),
+            server_table(shards, sizes, args.rounds),
+        ]
         if args.workers:
             tables.append(worker_table(datasets, args.workers, args.rounds))
     tables.append(index_table(args.index_rows, args.rounds))
+    tables += shard_index_tables(args.shard_rows, args.rounds)
     return finish(args, tables, "loader")
 
 

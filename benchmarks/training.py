@@ -50,6 +50,8 @@ class Measures:
     checkpointing: bool = False  # activations of the UNet computed twice
     compiled: bool = False  # the UNet
     cached_latents: bool = False  # of stage 1; the VAE has nothing to do
+    channels_last: bool = False  # weights of convolutions
+    fused: bool = True  # AdamW in one kernel
     needless_gradients: bool = False  # of the frozen global mapper
 
 
@@ -60,6 +62,8 @@ MEMORY_GOAL = Goal(LOW_MEMORY, 12 * 1024, of="median")  # at batch 4
 CASES = {
     PLAIN: Measures(needless_gradients=True),
     "needed gradients": Measures(),
+    "AdamW not fused": Measures(fused=False),
+    "+ channels_last": Measures(channels_last=True),
     "+ bf16": Measures(autocast=True),
     "+ bf16, frozen in bf16": Measures(autocast=True, frozen_bf16=True),
     LOW_MEMORY: Measures(autocast=True, frozen_bf16=True, checkpointing=True),
@@ -82,7 +86,10 @@ class Trainer:
         )
         self.unet, self.device = parts["unet"], device
         self.compiled = torch.compile(self.unet, dynamic=False)
-        self.optimizer = torch.optim.AdamW(self.objective.trained.parameters(), lr=1e-6, fused=True)
+        self.optimizers = {
+            fused: torch.optim.AdamW(self.objective.trained.parameters(), lr=1e-6, fused=fused)
+            for fused in (True, False)
+        }
         self.batch = random_batch(self.objective, batch_size)
         latent = torch.zeros(batch_size, *latent_shape(self.objective), device=device)
         without_pixels = {key: x for key, x in self.batch.items() if key != "pixels"}
@@ -94,6 +101,8 @@ class Trainer:
         objective = self.objective
         if measures.frozen_bf16:
             objective.cast_frozen(torch.bfloat16)
+        if measures.channels_last:
+            objective.to(memory_format=torch.channels_last)
         if measures.checkpointing:
             self.unet.enable_gradient_checkpointing()
         objective.unet = self.compiled if measures.compiled else self.unet
@@ -108,13 +117,14 @@ class Trainer:
         self.objective.unet = self.unet
         self.unet.disable_gradient_checkpointing()
         self.objective.cast_frozen(torch.float32)
+        self.objective.to(memory_format=torch.contiguous_format)
 
     def step(self, measures: Measures) -> None:
         """One step, under `under`."""
         with self._autocast(measures):
             loss = self.objective(self.cached if measures.cached_latents else self.batch)["loss"]
         loss.backward()
-        self.optimizer.step()
+        self.optimizers[measures.fused].step()
         self.objective.zero_grad()
 
     def _autocast(self, measures: Measures) -> AbstractContextManager:

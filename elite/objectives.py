@@ -16,38 +16,15 @@ from elite.defaults import PLACEHOLDER
 from elite.files import write_atomically
 from elite.images import patch_mask
 from elite.mappers import GlobalMapper, LocalMapper, clip_levels, clip_levels_of_views
+from elite.noise import POSTERIOR_STREAM, seeded_noise, seeded_timesteps
 from elite.text import encode_text, tokenize
 
 WORD_PENALTY = 0.01  # stage 1, weight of mean |w|
 VALUE_PENALTY = 1e-4  # stage 2, weight of mean |V_l f|
 PREDICTIONS = ("epsilon", "v_prediction")
 NOISING = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
-POSTERIOR_STREAM, NOISE_STREAM, TIMESTEP_STREAM = 0, 1, 2  # independent draws of one sample seed
 
 Batch = Mapping[str, Any]  # tensors, and the list of captions
-
-
-def seeded_noise(seeds: Tensor, shape: tuple[int, ...], stream: int = NOISE_STREAM) -> Tensor:
-    """Standard normal (B, *shape), row i from its own CPU generator seeded with seeds[i].
-
-    So what a sample meets depends on the sample alone: not on batch size, processes, device,
-    previews or resuming. `stream` tells independent draws of one sample apart.
-    """
-    return torch.stack([torch.randn(shape, generator=_generator(s, stream)) for s in seeds])
-
-
-def seeded_timesteps(seeds: Tensor, num_train_timesteps: int) -> Tensor:
-    """Uniform timesteps (B,), one per sample seed."""
-    return torch.cat(
-        [
-            torch.randint(num_train_timesteps, (1,), generator=_generator(s, TIMESTEP_STREAM))
-            for s in seeds
-        ]
-    )
-
-
-def _generator(seed: Tensor, stream: int) -> torch.Generator:
-    return torch.Generator().manual_seed((int(seed) + stream * 0x9E3779B97F4A7C15) % 2**63)
 
 
 class DenoisingObjective(nn.Module, ABC):

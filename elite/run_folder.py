@@ -12,7 +12,7 @@ from typing import Any, NoReturn, Self
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -135,25 +135,30 @@ class RunState:
         }
         torch.save({"step": step, **states}, folder / "training_state.pt")
 
-    def load(self, folder: Path) -> int:
-        """Returns the step."""
-        weights = load_file(folder / "weights.safetensors")
+    @staticmethod
+    def read(folder: Path) -> dict[str, Any]:
+        """What `save` wrote."""
+        state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
+        return {**state, "weights": load_file(folder / "weights.safetensors"), "folder": folder}
+
+    def restore(self, saved: dict[str, Any]) -> int:
+        """Takes over what `read` gave. Returns the step."""
+        weights, folder = saved["weights"], saved["folder"]
         if {k: v.shape for k, v in weights.items()} != {
             k: v.shape for k, v in self.trained.items()
         }:
             raise ValueError(
                 f"{folder}: checkpoint of another model or stage; resume with its own config"
             )
-        state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(weights[name])
-        if self.parts["ema"] is not None and state["ema"] is None:
+        if self.parts["ema"] is not None and saved["ema"] is None:
             raise ValueError(f"{folder}: checkpoint without EMA; resume without --ema")
         for name, part in self.parts.items():
-            if part is not None and state[name] is not None:
-                part.load_state_dict(state[name])
-        return state["step"]
+            if part is not None and saved[name] is not None:
+                part.load_state_dict(saved[name])
+        return saved["step"]
 
 
 class RunFolder:
@@ -200,7 +205,7 @@ class RunFolder:
         dropped. Returns the step."""
         settings = {"samples_per_step": self.samples_per_step, **self.config}
         check_settings(self.folder, settings, resumes=resume is not None)
-        step = state.load(find_checkpoint(self.folder, resume, self.say)) if resume else 0
+        step = self._resume(state, resume) if resume else 0
         if step > max_steps:
             raise ValueError(
                 f"{self.folder}: the checkpoint is of step {step}, the run of {max_steps} steps; "
@@ -217,6 +222,14 @@ class RunFolder:
         bar = tqdm(total=max_steps, initial=step, desc="train", unit="step")
         self.progress = self._open.enter_context(bar)
         return step
+
+    def _resume(self, state: RunState, resume: str) -> int:
+        """The main process reads the checkpoint for all, whose nodes may not have its folder."""
+        saved: list[Any] = [None]
+        if self.is_main:
+            saved = [state.read(find_checkpoint(self.folder, resume, self.say))]
+        broadcast_object_list(saved)
+        return state.restore(saved[0])
 
     def _lines(self) -> Iterator[str]:
         if self.metrics_file.exists():

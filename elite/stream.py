@@ -87,7 +87,7 @@ class Order:
     def row(self, position: int) -> int:
         """The row at a position. Says what is needed next once a quarter of a window is through:
         until then other processes may still be in the window before."""
-        window, place = self._find(position)
+        window, place = self.find(position)
         if window != self._shown:
             self._shown, self._order, self._ahead = window, self._shuffled(window), False
             self.shards.expect(self._shards_of(window))
@@ -99,10 +99,10 @@ class Order:
     def substitute(self, position: int, attempt: int, rng: np.random.Generator) -> int:
         """A row to show where that of the position cannot be read: each attempt draws from a
         window further on, so that a lost shard does not offer itself."""
-        rows = self._rows_of(self._find(position)[0] + attempt)
+        rows = self._rows_of(self.find(position)[0] + attempt)
         return int(rows[int(rng.integers(len(rows)))])
 
-    def _find(self, position: int) -> tuple[int, int]:
+    def find(self, position: int) -> tuple[int, int]:
         """The window of a position, and its place there."""
         epoch, place = divmod(position, self.length)
         starts = self._read_epoch(epoch)[1]

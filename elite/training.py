@@ -2,11 +2,12 @@
 of what it trains.
 
 Everything random about a sample comes from the sample's own seed (see `stream.TrainingStream` and
-`objectives.seeded_noise`), so the loop has no random state to keep: resuming, previews, other batch
+`noise.seeded_noise`), so the loop has no random state to keep: resuming, previews, other batch
 sizes and more processes all see the same samples and the same noise.
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -46,8 +47,14 @@ def make_accelerator(
     """An Accelerator for `fit`; None takes the precision that `accelerate launch` was given.
 
     Raises:
-        ValueError: fp16 on a CPU.
+        ValueError: fp16 on a CPU, or `accelerate launch` was told to shard what is trained.
     """
+    for sharded in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{sharded}", "").lower() == "true":
+            raise ValueError(
+                f"distributed_type {sharded} of accelerate's --config_file: every process holds "
+                "all that is trained; use MULTI_GPU, as configs/4_gpu.json"
+            )
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=accumulation,
@@ -135,8 +142,12 @@ def fit(
         while step < max_steps:
             # Accumulate.
             started, logs, shown, failures = time.monotonic(), [], [], []
+            waited = 0.0  # for data, in seconds
             for _ in range(accumulation):
-                batch = _to_device(next(batches), accelerator.device)
+                asked = time.monotonic()
+                batch = next(batches)
+                waited += time.monotonic() - asked
+                batch = _to_device(batch, accelerator.device)
                 failures += batch.pop("failures")
                 shown.append(batch.pop("sample_index"))
                 with accelerator.accumulate(model):
@@ -163,10 +174,12 @@ def fit(
                 ema.step(trained.values())
 
             # Log.
+            seconds = time.monotonic() - started
             metrics |= {
                 "grad_norm": norm,
                 "lr": schedule.get_last_lr()[0],
-                "samples_per_second": samples_per_step / (time.monotonic() - started),
+                "samples_per_second": samples_per_step / seconds,
+                "waiting_for_data": waited / seconds,
             }
             run.log(step, metrics)
 

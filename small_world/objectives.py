@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPVisionModel
 
 from elite.files import write_atomically
-from elite.objectives import seeded_noise, seeded_timesteps
+from elite.noise import seeded_noise, seeded_timesteps
 from elite.text import encode_text
 from small_world.models import WIDTH
 from small_world.world import ATTRIBUTES

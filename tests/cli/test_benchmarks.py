@@ -2,8 +2,10 @@
 
 import json
 import math
+import time
 from functools import partial
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from benchmarks import (
 from benchmarks.harness import Goal, Row, Table, alternate, default_output, spread, timed
 from elite.console import BAD_INPUT, run
 from elite.mappers import GlobalMapper
+from elite.shards import open_source
 from elite.speed import RUNGS
 
 CPU = torch.device("cpu")
@@ -334,11 +337,36 @@ def test_encoding_runs(tmp_path):
     assert json.loads(path.read_text())["bytes_of_a_concept"] > 0
 
 
-def test_loader_runs(tmp_path):
+def test_loader_runs(tmp_path, monkeypatch):
+    """In this process."""
+    monkeypatch.setattr(memory, "in_fresh_process", in_this_process)
     path = tmp_path / "loader.json"
-    assert loader.main(["--rounds", "1", "--count", "4", "--output", str(path)]) == 0
-    goals = tables_of(path)["Samples a second of CPU time, one core"]
-    assert [row["name"] for row in goals["rows"]] == ["stage 1, boxes", "stage 2, masks"]
+    arguments = ["--rounds", "1", "--count", "6", "--shard_rows", "9000", "--output", str(path)]
+    assert loader.main(arguments) == 0
+    tables = tables_of(path)
+    for title in ("Samples a second of CPU time, one core", loader.SHARD_RATES):
+        rows = tables[title]["rows"]
+        assert [row["name"] for row in rows] == ["stage 1, boxes", "stage 2, masks"]
+    (waits,) = tables[loader.SERVED_EPOCH]["rows"]
+    assert 0 < waits["medians"][loader.FIRST] < waits["medians"][loader.EPOCH]
+    assert waits["medians"][loader.LATER] > 0, "one window holds all shards"
+
+
+def test_the_index_of_simulated_shards_is_that_of_shards(tmp_path):
+    loader.write_shard_index(tmp_path, 9000)
+    source = open_source(tmp_path)
+    image_ids, boxes = source.boxes()
+    assert len(boxes) == 9000 and source.shards_of(image_ids).sizes.tolist() == [8000, 1000]
+
+
+def test_a_slow_server_sends_whole_files_at_its_pace(tmp_path, monkeypatch):
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    content = bytes(range(256)) * 1200  # two blocks
+    (tmp_path / "a.tar").write_bytes(content)
+    with loader.served_slowly(tmp_path) as url, urlopen(f"{url}/a.tar") as answer:
+        assert answer.read() == content
+    assert sum(slept) == pytest.approx(len(content) / 100e6)
 
 
 def test_every_training_case_steps():
@@ -349,7 +377,7 @@ def test_every_training_case_steps():
             with trainer.under(measures):
                 trainer.step(measures)
     for name, parameter in trainer.objective.named_parameters():
-        assert parameter.dtype == torch.float32
+        assert parameter.dtype == torch.float32 and parameter.is_contiguous()
         assert parameter.requires_grad == name.startswith("local_mapper"), name
     moved = trainer.objective.local_mapper.mapping_0[0].weight
     assert not torch.equal(moved, weights["local_mapper.mapping_0.0.weight"])

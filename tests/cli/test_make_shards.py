@@ -27,6 +27,7 @@ from elite.shards import open_source
 from tests import tiny
 from tests.cli.test_docs import commands
 from tests.conftest import REPOSITORY, run_script
+from tests.faults.runs import metrics
 from tests.open_images import UNREADABLE, as_jpeg, draw_object, encoded, make_open_images
 from tests.shards import served
 
@@ -447,9 +448,8 @@ def train(stage, data, output_dir, model_folder, mapper_folder, *options):
 
 
 def outcome(output_dir):
-    lines = map(json.loads, (output_dir / "metrics.jsonl").read_text().splitlines())
-    metrics = [{k: v for k, v in line.items() if k != "samples_per_second"} for line in lines]
-    return metrics, (checkpoints(output_dir)[-1] / "weights.safetensors").read_bytes()
+    weights = checkpoints(output_dir)[-1] / "weights.safetensors"
+    return metrics(output_dir), weights.read_bytes()
 
 
 @pytest.mark.parametrize("stage", ["global", "local"])

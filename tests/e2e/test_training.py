@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,8 @@ from elite.stream import TrainingStream, collate
 from elite.training import fit, make_accelerator
 from tests import tiny
 from tests.conftest import forget_accelerate, run_script
+from tests.faults.toy import Numbers
+from tests.faults.toy import train as train_toy
 from tests.open_images import make_open_images
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -154,16 +157,33 @@ def test_what_is_logged(train, tmp_path):
     for line in lines:
         assert line["loss"] == pytest.approx(line["mse"] + line["penalty"], rel=1e-5)
         assert line["grad_norm"] > 0 and line["samples_per_second"] > 0
-        assert line["lr"] == LEARNING_RATE
+        assert line["lr"] == LEARNING_RATE and 0 < line["waiting_for_data"] < 1
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
     saved = json.loads((tmp_path / "checkpoint-2" / "config.json").read_text())
     assert saved == {"step": 2, "samples_per_step": 2, "learning_rate": LEARNING_RATE}
     assert list((tmp_path / "logs").glob("events.out.tfevents.*"))
 
 
+def test_waiting_for_slow_samples_is_logged(tmp_path):
+    class SlowNumbers(Numbers):
+        def sample(self, index, rng):
+            time.sleep(0.1)
+            return super().sample(index, rng)
+
+    train_toy(tmp_path, SlowNumbers(100), max_steps=2)
+    assert all(0.5 < line["waiting_for_data"] < 1 for line in metrics(tmp_path))
+
+
 def test_checkpoint_limit_keeps_the_newest(train_global, tmp_path):
     train_global(tmp_path, max_steps=12, save_steps=1, batch_size=1, checkpoints_total_limit=2)
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-11", "checkpoint-12"]
+
+
+@pytest.mark.parametrize("sharded", ["FSDP", "DEEPSPEED"])
+def test_a_launcher_that_shards_is_refused(sharded, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{sharded}", "true")  # as `accelerate launch` does
+    with pytest.raises(ValueError, match=f"distributed_type {sharded} .* use MULTI_GPU"):
+        make_accelerator(cpu=True)
 
 
 # --- what must not matter -------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Runs on shards of a server that are killed and resumed end as uninterrupted ones, whatever reads
 the shards. Processes are forked from here, which costs no imports."""
 
-import json
 import multiprocessing
 import os
 import socket
@@ -18,6 +17,7 @@ from torch import Tensor
 from elite.open_images import OpenImagesMasks
 from elite.run_folder import checkpoints
 from elite.shards import open_source
+from tests.faults.runs import metrics
 from tests.faults.toy import train
 from tests.open_images import make_open_images
 from tests.shards import Server, make_shards, served
@@ -70,23 +70,16 @@ def finish(process: BaseProcess) -> int | None:
     return process.exitcode
 
 
-def lines(folder: Path) -> list[dict]:
-    path = folder / "metrics.jsonl"
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    found = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
-    return [{k: v for k, v in line.items() if k != "samples_per_second"} for line in found]
-
-
 def wait_for_step(folder: Path, step: int) -> None:
     deadline = time.monotonic() + HANGS
-    while len(lines(folder)) < step and time.monotonic() < deadline:
+    while len(metrics(folder)) < step and time.monotonic() < deadline:
         time.sleep(0.01)
 
 
 def outcome(folder: Path) -> tuple[list[dict], bytes, bytes]:
     last = checkpoints(folder)[-1]
     files = (last / "weights.safetensors", folder / "toy.safetensors")
-    return lines(folder), *(path.read_bytes() for path in files)
+    return metrics(folder), *(path.read_bytes() for path in files)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +108,7 @@ def test_a_killed_run_ends_in_the_bits_of_an_uninterrupted_one(workers, server, 
         wait_for_step(folder, step)
         process.kill()
         process.join()
-        assert step <= len(lines(folder)) < STEPS
+        assert step <= len(metrics(folder)) < STEPS
     assert finish(start(server, folder, num_workers=workers)) == 0
     assert outcome(folder) == outcome(whole)
 
@@ -132,9 +125,9 @@ def test_two_processes_of_which_one_is_killed_are_resumed_by_one(server, whole, 
     wait_for_step(folder, 5)
     pair[1].kill()
     assert finish(pair[0]) not in (0, None), "the other ends, too"
-    assert 5 <= len(lines(folder)) < STEPS
+    assert 5 <= len(metrics(folder)) < STEPS
     assert finish(start(server, folder, num_workers=1)) == 0
-    for found, expected in zip(lines(folder), lines(whole), strict=True):
+    for found, expected in zip(metrics(folder), metrics(whole), strict=True):
         assert found == pytest.approx(expected, rel=1e-6)  # sums in another order
     one, other = (load_file(run / "toy.safetensors") for run in (folder, whole))
     assert all((one[key] - other[key]).abs().max() < 1e-6 for key in one)

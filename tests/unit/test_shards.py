@@ -304,7 +304,7 @@ def test_the_next_window_is_fetched_while_this_one_is_shown(shards, tmp_path):
         source = open_source(server.url, cache=tmp_path / "cache", window=1)
         stream = TrainingStream(STAGES["masks"](source), seed=0)
         for position in range(len(stream.dataset)):
-            if stream.order._find(position)[0]:
+            if stream.order.find(position)[0]:
                 break
             stream[position]
         following = stream.order._shards_of(1)[0]
