@@ -1,7 +1,7 @@
 """Things that the small world is not: pictures of other people, put into its scenes.
 
     python data_scripts/fetch_art.py ART
-    python -m small_world.judge art ART/fluent
+    python -m small_world.judge art ART/fluent [--held_out]
 
 Each thing (a PNG with transparency) is read by ELITE in one scene and drawn in another. The judge
 has no words for it, so right is what it sees in pictures of the thing itself: main colour and
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
@@ -26,9 +25,7 @@ from elite.sheets import tile_rows
 from small_world.attributes import judged, right_ones
 from small_world.classifier import Judge
 from small_world.pretrain import to_image
-from small_world.render import Pose
 from small_world.samples import SIDE
-from small_world.scenes import draw_scene
 from small_world.score import (
     FRESH,
     LAMBDAS,
@@ -42,6 +39,7 @@ from small_world.score import (
     same_critter,
     share,
 )
+from small_world.things import composite, find_things, read_thing
 from small_world.world import ATTRIBUTES, SCENES
 
 ASKED = ("colour", "pattern", "scene", "identity")
@@ -57,44 +55,19 @@ class ArtTask(Task):
     def picture(
         self, scene: str, rng: np.random.Generator, size: int = 2 * SIDE
     ) -> tuple[np.ndarray, np.ndarray]:
-        with Image.open(self.file) as opened:
-            return composite(np.asarray(opened.convert("RGBA")), scene, rng, size)
+        return composite(read_thing(self.file), scene, rng, size)
 
 
-def composite(
-    thing: np.ndarray, scene: str, rng: np.random.Generator, size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """A cut-out RGBA (H, W, 4) in a scene, in a pose like a critter's: image (size, size, 3) and
-    mask (size, size) of 0 and 255, uint8."""
-    pose = Pose.random(rng)
-    height, width = thing.shape[:2]
-    scale = 2 * pose.half * size / max(height, width)
-    matrix = cv2.getRotationMatrix2D((width / 2, height / 2), pose.turn, scale)
-    matrix[:, 2] += np.array([pose.x, pose.y]) * size - (width / 2, height / 2)
-    layer = thing[:, ::-1] if pose.mirrored else thing
-    solid = np.dstack([layer[..., :3] * (layer[..., 3:] / 255), layer[..., 3]]).astype(np.float32)
-    for _ in range(int(np.floor(np.log2(max(1.0, 1 / scale))))):  # no alias when it gets small
-        solid = cv2.pyrDown(solid)
-        matrix[:, :2] *= 2
-    placed = cv2.warpAffine(solid, matrix, (size, size), flags=cv2.INTER_LINEAR)
-    seen = placed[..., 3:] / 255
-    image = draw_scene(scene, rng, size) * (1 - seen) + placed[..., :3]
-    mask = np.where(placed[..., 3] > 127, 255, 0).astype(np.uint8)
-    return image.round().clip(0, 255).astype(np.uint8), mask
-
-
-def make_art_tasks(folder: Path, count: int, seed: int) -> list[ArtTask]:
-    """Things of the folder in a random order, each in a scene other than that of its source.
+def make_art_tasks(
+    folder: Path, count: int, seed: int, held_out: bool | None = None
+) -> list[ArtTask]:
+    """Things as `find_things` finds them, in a random order, each in a scene other than that of its
+    source.
 
     Raises:
-        ValueError: the folder has fewer than two PNGs.
+        ValueError: as `find_things`.
     """
-    files = sorted(folder.glob("*.png"))
-    if len(files) < 2:
-        raise ValueError(
-            f"{folder}: expected a folder of PNGs with transparency; make one with "
-            "data_scripts/fetch_art.py"
-        )
+    files = find_things(folder, held_out)
     rng = np.random.default_rng((FRESH, seed))
     tasks = []
     for i in rng.permutation(len(files))[:count]:

@@ -1,6 +1,8 @@
 """The small Stable Diffusion's parts, built from configs: real diffusers and transformers
 classes."""
 
+from collections.abc import Sequence
+
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import (
     CLIPTextConfig,
@@ -16,15 +18,15 @@ from small_world.tokenizer import MAX_LENGTH
 WIDTH = 128  # of text and image features
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def build_text_encoder(tokenizer: CLIPTokenizer, width: int = WIDTH) -> CLIPTextModel:
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=4 * WIDTH,
+        hidden_size=width,
+        intermediate_size=4 * width,
         num_hidden_layers=3,
         num_attention_heads=4,
         max_position_embeddings=MAX_LENGTH,
-        projection_dim=WIDTH,
+        projection_dim=width,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -32,8 +34,8 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(config)
 
 
-def build_vae() -> AutoencoderKL:
-    """32 x 32 pictures to 8 x 8 x 16 latents."""
+def build_vae(side: int = SIDE) -> AutoencoderKL:
+    """Pictures of half the side, 32 x 32, to 8 x 8 x 16 latents."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -41,34 +43,37 @@ def build_vae() -> AutoencoderKL:
         layers_per_block=1,
         latent_channels=16,
         norm_num_groups=16,
-        sample_size=SIDE // 2,
+        sample_size=side // 2,
     )
 
 
-def build_image_encoder() -> CLIPVisionModel:
+def build_image_encoder(side: int = SIDE, width: int = WIDTH) -> CLIPVisionModel:
     """CLIP's vision tower, of 64 px pictures in patches of 8."""
     config = CLIPVisionConfig(
-        hidden_size=WIDTH,
-        intermediate_size=4 * WIDTH,
+        hidden_size=width,
+        intermediate_size=4 * width,
         num_hidden_layers=6,
         num_attention_heads=4,
-        image_size=SIDE,
+        image_size=side,
         patch_size=8,
-        projection_dim=WIDTH,
+        projection_dim=width,
     )
     return CLIPVisionModel(config)
 
 
-def build_unet() -> UNet2DConditionModel:
+def build_unet(
+    side: int = SIDE, width: int = WIDTH, channels: Sequence[int] = (128, 192)
+) -> UNet2DConditionModel:
+    """Of latents as `build_vae` makes them, and a level for each number of channels."""
     return UNet2DConditionModel(
-        sample_size=8,
+        sample_size=side // 8,
         in_channels=16,
         out_channels=16,
-        down_block_types=("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D",) * 2,
-        block_out_channels=(128, 192),
+        down_block_types=("CrossAttnDownBlock2D",) * len(channels),
+        up_block_types=("CrossAttnUpBlock2D",) * len(channels),
+        block_out_channels=tuple(channels),
         layers_per_block=1,
         norm_num_groups=16,
-        cross_attention_dim=WIDTH,
+        cross_attention_dim=width,
         attention_head_dim=4,
     )

@@ -12,7 +12,6 @@ from transformers import CLIPTextModel, CLIPVisionModel
 from elite.files import write_atomically
 from elite.noise import seeded_noise, seeded_timesteps
 from elite.text import encode_text
-from small_world.models import WIDTH
 from small_world.world import ATTRIBUTES
 
 OBJECT_WEIGHT = 4.0  # of the base model's loss, beside 1 everywhere: parts are a few latents
@@ -39,6 +38,7 @@ class VAEObjective(nn.Module):
         pixels = batch["pixels"]  # (B, 3, 32, 32) in [-1, 1]
         posterior = self.vae.encode(pixels).latent_dist
         noise = seeded_noise(batch["seed"], tuple(posterior.mean.shape[1:]))
+        noise = noise.to(posterior.mean.device)
         decoded = self.vae.decode(posterior.mean + posterior.std * noise).sample.float()
         squared = F.mse_loss(decoded, pixels)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
@@ -97,10 +97,11 @@ class ImageEncoderObjective(ViewsObjective):
     head that paints the object alone and its mask, so that features keep the outline."""
 
     def __init__(self, image_encoder: CLIPVisionModel) -> None:
-        super().__init__(2 * WIDTH)
+        width = image_encoder.config.hidden_size
+        super().__init__(2 * width)
         self.image_encoder = image_encoder
-        self.projection = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, 64))
-        self.painter = nn.Linear(WIDTH, 4 * 4 * 4)
+        self.projection = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 64))
+        self.painter = nn.Linear(width, 4 * 4 * 4)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         clip_pixels = batch["clip_pixels"].transpose(0, 1).flatten(0, 1)  # (2B, 3, 64, 64)
@@ -148,18 +149,21 @@ class BaseModelObjective(nn.Module):
         self.text_encoder, self.unet = text_encoder, unet
         self.scheduler, self.empty_probability = scheduler, empty_probability
         self.register_buffer("empty_ids", empty_ids, persistent=False)  # (48,)
+        width = text_encoder.config.hidden_size  # and that of the image encoder
         self.word_head = nn.Sequential(
-            nn.LayerNorm(2 * WIDTH),
-            nn.Linear(2 * WIDTH, 4 * WIDTH),
+            nn.LayerNorm(2 * width),
+            nn.Linear(2 * width, 4 * width),
             nn.GELU(),
-            nn.Linear(4 * WIDTH, MAX_WORDS * WIDTH),
+            nn.Linear(4 * width, MAX_WORDS * width),
         )
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         latents, seeds = batch["latents"], batch["seed"]
+        # Drawn on the CPU, so first: a GPU is still at the last step.
+        noise = seeded_noise(seeds, tuple(latents.shape[1:]))
+        t = seeded_timesteps(seeds, len(self.scheduler.alphas_cumprod))
+        noise, t = noise.to(latents), t.to(latents.device)
         context = self.context(batch)
-        noise = seeded_noise(seeds, tuple(latents.shape[1:])).to(latents)
-        t = seeded_timesteps(seeds, len(self.scheduler.alphas_cumprod)).to(latents.device)
         noisy = self.scheduler.add_noise(latents, noise, t)
         noise_hat = self.unet(noisy, t, context).sample
         alphas = self.scheduler.alphas_cumprod.to(latents.device)[t]
@@ -175,10 +179,11 @@ class BaseModelObjective(nn.Module):
         for the others."""
         seeds = batch["seed"]
         empty = (seeds % 1000 < 1000 * self.empty_probability)[:, None]  # (B, 1)
+        empty = empty.to(batch["input_ids"].device)
         told = num_told(len(seeds))
         input_ids = torch.where(empty, self.empty_ids, batch["input_ids"])[:told]
-        words = self.word_head(batch["features"][told:]).unflatten(1, (MAX_WORDS, WIDTH))
-        words = WORD_SCALE * F.layer_norm(words, (WIDTH,))
+        words = self.word_head(batch["features"][told:]).unflatten(1, (MAX_WORDS, -1))
+        words = WORD_SCALE * F.layer_norm(words, words.shape[-1:])
         num_words = MAX_WORDS // (int(seeds[0]) % MAX_WORDS + 1)  # 1 in three of five, 2, 5
         shown = encode_text(
             self.text_encoder,

@@ -25,7 +25,9 @@ from small_world.world import SCENES, labels, random_critter
 
 FRAMINGS = {"scene": 0.6, "tight": 0.22, "far": 0.1, "zoom": 0.08}
 SECOND_FRAMINGS = {"scene": 0.35, "tight": 0.4, "cutout": 0.25}
-SIDE = 64  # stored pictures; the VAE and the UNet see them at half of it
+SIDE = 64  # stored pictures of the world of 32 px; the VAE and the UNet see them at half of it
+# How captions name framings that are unlike others.
+FRAMING_PHRASES = {"far": ["a far away", "very small"], "zoom": ["zoomed in", "close up"]}
 CHUNK = 250  # samples per rendering task
 
 
@@ -38,56 +40,65 @@ def crop_box(mask: np.ndarray, pad: int) -> tuple[slice, slice]:
     )
 
 
-def _resize(image: np.ndarray, side: int = SIDE) -> np.ndarray:
+def _resize(image: np.ndarray, side: int) -> np.ndarray:
     return cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
 
 
-def whole_view(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """A whole picture with its mask, (SIDE, SIDE, 4)."""
-    return _resize(np.dstack([image, mask]))
+def whole_view(image: np.ndarray, mask: np.ndarray, side: int = SIDE) -> np.ndarray:
+    """A whole picture with its mask, (side, side, 4)."""
+    return _resize(np.dstack([image, mask]), side)
+
+
+def framed_template(framing: str, scene: str, rng: np.random.Generator) -> str:
+    """The caption of something in that framing, with `{}` for its name."""
+    if framing == "scene":
+        named = scene if rng.random() < 0.9 else None
+        return random_template(rng) + place(named)
+    if framing in FRAMING_PHRASES:
+        return f"{rng.choice(FRAMING_PHRASES[framing])} photo of a {{}}"
+    return random_template(rng)
 
 
 def framed(
-    view: np.ndarray, scene: str, framing: str, rng: np.random.Generator
+    view: np.ndarray, scene: str, framing: str, rng: np.random.Generator, side: int = SIDE
 ) -> tuple[np.ndarray, str, str | None]:
-    """A picture (H, W, 4) with its mask in that framing, (SIDE, SIDE, 4), the template of its
+    """A picture (H, W, 4) with its mask in that framing, (side, side, 4), the template of its
     caption, and the scene as far as it is visible."""
     if framing == "scene":
-        named = scene if rng.random() < 0.9 else None
-        return _resize(view), random_template(rng) + place(named), scene
-    rows, columns = crop_box(view[..., 3], pad=int(rng.integers(3, 10)))
+        return _resize(view, side), framed_template(framing, scene, rng), scene
+    rows, columns = crop_box(view[..., 3], pad=int(rng.integers(3, 10)) * side // SIDE)
     crop = view[rows, columns]
     if framing == "cutout":
-        view = (crop if rng.random() < 0.75 else view).copy()
-        view[view[..., 3] == 0] = 0
-        return _resize(view), random_template(rng), None
-    if framing == "zoom":
-        zoomed = _resize(crop, int(SIDE * rng.uniform(1.2, 1.4)))
-        top, left = rng.integers(0, len(zoomed) - SIDE + 1, size=2)
-        words = f"{rng.choice(['zoomed in', 'close up'])} photo of a {{}}"
-        return zoomed[top : top + SIDE, left : left + SIDE], words, None
-    if framing == "far":
-        small = _resize(crop, int(SIDE * rng.uniform(1 / 3, 0.6)))
-        canvas = np.zeros((SIDE, SIDE, 4), np.uint8)
-        top, left = rng.integers(0, SIDE - len(small) + 1, size=2)
-        canvas[top : top + len(small), left : left + len(small)] = small
-        return canvas, f"{rng.choice(['a far away', 'very small'])} photo of a {{}}", None
-    return _resize(crop), random_template(rng), None
+        shown = (crop if rng.random() < 0.75 else view).copy()
+        shown[shown[..., 3] == 0] = 0
+        picture = _resize(shown, side)
+    elif framing == "zoom":
+        zoomed = _resize(crop, int(side * rng.uniform(1.2, 1.4)))
+        top, left = rng.integers(0, len(zoomed) - side + 1, size=2)
+        picture = zoomed[top : top + side, left : left + side]
+    elif framing == "far":
+        small = _resize(crop, int(side * rng.uniform(1 / 3, 0.6)))
+        picture = np.zeros((side, side, 4), np.uint8)
+        top, left = rng.integers(0, side - len(small) + 1, size=2)
+        picture[top : top + len(small), left : left + len(small)] = small
+    else:
+        picture = _resize(crop, side)
+    return picture, framed_template(framing, scene, rng), None
 
 
-def _render_chunk(pool: str, seed: int) -> tuple[np.ndarray, list[dict]]:
+def _render_chunk(pool: str, side: int, seed: int, count: int) -> tuple[np.ndarray, list[dict]]:
     cv2.setNumThreads(1)
     rng = np.random.default_rng(seed)
-    views = np.empty((CHUNK, 2, SIDE, SIDE, 4), np.uint8)
+    views = np.empty((count, 2, side, side, 4), np.uint8)
     records = []
-    for i in range(CHUNK):
+    for i in range(count):
         critter = random_critter(rng, pool)
         scenes = [str(name) for name in rng.choice(list(SCENES), 2, replace=False)]
         shown: list[dict] = []
         for scene, framings in zip(scenes, (FRAMINGS, SECOND_FRAMINGS), strict=True):
             framing = str(rng.choice(list(framings), p=list(framings.values())))
-            view = np.dstack(draw(critter, scene, rng, 2 * SIDE))
-            views[i, len(shown)], template, visible = framed(view, scene, framing, rng)
+            view = np.dstack(draw(critter, scene, rng, 2 * side))
+            views[i, len(shown)], template, visible = framed(view, scene, framing, rng, side)
             shown.append({"framing": framing, "template": template, "scene": visible})
         noun = random_noun(critter, rng)
         records.append(
@@ -102,23 +113,25 @@ def _render_chunk(pool: str, seed: int) -> tuple[np.ndarray, list[dict]]:
     return views, records
 
 
-def render_samples(folder: Path, count: int, pool: str, seed: int = 0, workers: int = 2) -> None:
-    """Writes `views.npy` (count, 2, SIDE, SIDE, 4: RGB and mask) and `records.json` of critters of
+def render_samples(
+    folder: Path, count: int, pool: str, seed: int = 0, workers: int = 2, side: int = SIDE
+) -> None:
+    """Writes `views.npy` (count, 2, side, side, 4: RGB and mask) and `records.json` of critters of
     the pool; does nothing where they exist."""
     if (folder / "records.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     views = np.lib.format.open_memmap(
-        folder / "views.npy", mode="w+", dtype=np.uint8, shape=(count, 2, SIDE, SIDE, 4)
+        folder / "views.npy", mode="w+", dtype=np.uint8, shape=(count, 2, side, side, 4)
     )
     records: list[dict] = []
-    chunks = range(seed * 1_000_000, seed * 1_000_000 + -(-count // CHUNK))
+    sizes = [min(CHUNK, count - start) for start in range(0, count, CHUNK)]
+    seeds = range(seed * 1_000_000, seed * 1_000_000 + len(sizes))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as executor:
-        work = executor.map(partial(_render_chunk, pool), chunks)
-        for pictures, described in tqdm(work, "render", len(chunks), unit="chunk"):
-            start = len(records)
-            views[start : start + CHUNK] = pictures[: count - start]
-            records += described[: count - start]
+        work = executor.map(partial(_render_chunk, pool, side), seeds, sizes)
+        for pictures, described in tqdm(work, "render", len(sizes), unit="chunk"):
+            views[len(records) : len(records) + len(pictures)] = pictures
+            records += described
     views.flush()
     write_text(folder / "records.json", json.dumps(records))
 
@@ -131,5 +144,6 @@ def load_samples(folder: Path) -> tuple[np.ndarray, list[dict]]:
 
 
 def small_pixels(view: np.ndarray) -> Tensor:
-    """A view (64, 64, 4) as the base model sees it: (3, 32, 32) in [-1, 1]."""
+    """A view (64, 64, 4) as the base model sees it: (3, 32, 32) in [-1, 1]; others by half,
+    too."""
     return F.avg_pool2d(to_pixels(view[..., :3]), 2)

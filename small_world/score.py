@@ -198,15 +198,17 @@ def same_colours(case: Case) -> Case:
 T = TypeVar("T", bound=Task)
 
 
-def draw_renders(tasks: Sequence[T], shown_for: Callable[[T], Task] = lambda task: task) -> Tensor:
-    """The renderer itself, of each thing or of another shown for it."""
-    views = [whole_view(*shown_for(task).picture(task.scene, task.rng)) for task in tasks]
-    return torch.stack([small_pixels(view) for view in views])
+def draw_renders(
+    tasks: Sequence[T], shown_for: Callable[[T], Task] = lambda task: task, side: int = SIDE
+) -> Tensor:
+    """The renderer itself, of each thing or of another shown for it; pictures of half the side."""
+    pictures = [shown_for(task).picture(task.scene, task.rng, 2 * side) for task in tasks]
+    return torch.stack([small_pixels(whole_view(*picture, side)) for picture in pictures])
 
 
 def draw_through_vae(pipe: StableDiffusionPipeline, tasks: Sequence[Task]) -> Tensor:
     """Renders, encoded and decoded: the best that any picture of the model can be."""
-    pixels = draw_renders(tasks).to(pipe.device)
+    pixels = draw_renders(tasks, side=2 * pipe.vae.config.sample_size).to(pipe.device)
     return pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mean).sample
 
 
@@ -356,7 +358,7 @@ def same_critter(directions: Tensor, known: Tensor) -> Tensor:
     others = torch.arange(1, min(GALLERY, len(known)))
     rivals = (torch.arange(len(directions))[:, None] + others) % len(known)  # (N, GALLERY - 1)
     likeness = directions @ known.T
-    return (own > likeness.gather(1, rivals).amax(1)).long()
+    return (own[:, None] > likeness.gather(1, rivals)).all(1).long()
 
 
 def columns(found: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -461,7 +463,7 @@ def score_model(
     return score_rows(judge.to(base.device), rows, batch_size)
 
 
-def score_judge(judge: Judge, samples: int = 2000) -> dict[str, dict]:
+def score_judge(judge: Judge, samples: int) -> dict[str, dict]:
     """The judge alone, on fresh renders."""
     rows = [
         Row(name, make_cases(samples, kind, seed=0), draw_renders)

@@ -1,5 +1,6 @@
 """A byte-level BPE of the small world's own words, in the format every CLIP tokenizer has."""
 
+from collections.abc import Iterable
 from itertools import pairwise
 from string import ascii_letters, punctuation
 
@@ -42,11 +43,11 @@ def _pieces(word: str, merges: list[tuple[str, str]]) -> list[str]:
     return pieces
 
 
-def build_tokenizer() -> CLIPTokenizer:
-    """The tokenizer in which each word of the world is one token; any other text is spelled out in
-    bytes."""
+def build_tokenizer(more: Iterable[str] = ()) -> CLIPTokenizer:
+    """The tokenizer in which each word of the world, and each of `more` (lower-case letters), is
+    one token; any other text is spelled out in bytes."""
     merges: list[tuple[str, str]] = []
-    for word in world_words():
+    for word in [*world_words(), *more]:
         pieces = _pieces(word, merges)
         while len(pieces) > 1:
             merges.append((pieces[0], pieces[1]))

@@ -72,6 +72,22 @@ def test_a_folder_without_things_is_refused(tmp_path):
         make_art_tasks(tmp_path, 3, seed=0)
 
 
+def test_tasks_of_held_out_things_alone(tmp_path):
+    for i in range(30):
+        cut_out().save(tmp_path / f"thing{i}.png")
+    tasks = make_art_tasks(tmp_path, 30, seed=0, held_out=True)
+    assert sorted(task.file.stem for task in tasks) == ["thing12", "thing25", "thing26"]
+
+
+def test_renders_of_any_size(art):
+    """The VAE row of a model of 64 px shows what its own VAE can do."""
+    task = make_art_tasks(art, 1, seed=0)[0]
+    small, large = draw_renders([task]), draw_renders([task], side=128)
+    assert (small.shape, large.shape) == ((1, 3, 32, 32), (1, 3, 64, 64))
+    alike = torch.nn.functional.avg_pool2d(large, 2) - small
+    assert alike.abs().mean() < 0.2
+
+
 def test_right_is_what_the_judge_sees_in_the_thing_itself(art):
     torch.manual_seed(0)
     judge, cases = Judge().eval(), make_art_tasks(art, 3, seed=0)
