@@ -2,6 +2,7 @@
 
 python encode.py                                             test_datasets/ into outputs/concepts/
 python encode.py --test_data_dir photos --no_mask            whole pictures, without masks
+python encode.py --push_to_hub --hub_model_id me/mugs        uploads them, with their pictures
 accelerate launch encode.py ...                              the folder shared among processes
 
 `python inference_local.py --concept_path outputs/concepts` draws them, as often as you like. A file
@@ -19,11 +20,14 @@ from elite.settings import EncodeConfig
 def main() -> int:
     config = parse_config(EncodeConfig)
     quiet_libraries()
+    from accelerate import PartialState
+
     from elite.encoding import encode_folder
     from elite.inference import (
         load_pipeline,
         model_metadata,
         place,
+        publish_concepts,
         read_pairs,
         report_failures,
     )
@@ -34,6 +38,8 @@ def main() -> int:
     failures = encode_folder(
         pipe, pairs, output_dir, skip_existing=config.skip_existing, metadata=model_metadata(config)
     )
+    if config.push_to_hub and PartialState().is_main_process:
+        publish_concepts(config, pairs, pipe.fingerprint)
     count = len(pairs) - len(failures)
     done = f"{count} concepts in {output_dir}; look at {output_dir / 'grid.png'} first"
     return report_failures(failures, len(pairs), "pairs could not be encoded", done)

@@ -86,27 +86,13 @@ class EliteAttnProcessor:
             encoder_hidden_states = encoder_hidden_states, []
         context, image_embeds = encoder_hidden_states
         if isinstance(image_embeds, dict):  # K_g, V_g; K_l, V_l and lambda of each concept
-            K, V, local, visible = image_embeds[self.layer]
+            read = image_embeds[self.layer]
         else:
-            K, V, local, visible = self.keys_values(attn, context, image_embeds)
+            read = self.keys_values(attn, context, image_embeds)
 
-        # V_g has one-hots of the placeholders beside it: there comes out what each query pays them.
-        Q = _heads(attn.to_q(hidden_states), attn.heads)  # Q: (B, h, q, c)
-        bias = self._bias(attn, attention_mask, context, visible, Q)  # (B, 1, q, 77), mostly None
-        s, kernel = attn.scale, self._attention_backend
-        out = _attend(Q, K, V, bias, s, kernel)  # softmax(Q K_g^T s) V_g: (B, h, q, c + 8)
-        if local:
-            rows = slice(-len(local[0].K), None)  # the R conditional ones
-            paid = out[rows, ..., -COLUMNS:]  # softmax(Q K_g^T s) in the columns S: (R, h, q, 8)
-            out = out[..., :-COLUMNS]  # softmax(Q K_g^T s) V_g: (B, h, q, c)
-            Q = Q[rows]  # Q: (R, h, q, c)
-
-        for n, (K_l, V_l, lambda_) in enumerate(local):
-            column = paid[..., n, None]  # softmax(Q K_g^T s) in the column S: (R, h, q, 1)
-            a = column / self._maximum(column, lambda_)  # a, at most 1: (R, h, q, 1)
-            branch = _fused(Q, K_l, V_l, None, s, kernel)  # softmax(Q K_l^T s) V_l: (R, h, q, c)
-            out = _add_to_last_rows(out, lambda_ * a * branch)  # + lambda a softmax(..) V_l
-
+        Q = split_heads(attn.to_q(hidden_states), attn.heads)  # Q: (B, h, q, c)
+        bias = self._bias(attn, attention_mask, context, read.visible, Q)  # mostly None
+        out = equation_6(Q, read, attn.scale, bias, self.attention_norm, self._attention_backend)
         out = out.transpose(1, 2).flatten(2).to(hidden_states.dtype)  # all heads: (B, q, C)
         return attn.to_out[1](attn.to_out[0](out))  # the layer's own projection: (B, q, C)
 
@@ -118,26 +104,21 @@ class EliteAttnProcessor:
         LoRA adapters of the UNet's own to_k and to_v, which ELITE replaces, add to K_g and V_g.
         """
         heads = attn.heads
-        K = _heads(self.K_g(context) + _lora(attn.to_k, context, lora_scale), heads)
-        V = _heads(self.V_g(context) + _lora(attn.to_v, context, lora_scale), heads)
+        K = split_heads(self.K_g(context) + _lora(attn.to_k, context, lora_scale), heads)
+        V = split_heads(self.V_g(context) + _lora(attn.to_v, context, lora_scale), heads)
         concepts, visible = split_local_inputs(local)
         if not concepts or self.K_l is None or self.V_l is None:
             return KeysValues(K, V, visible=visible)
-        # The placeholders' one-hots ride along as more channels of V: what comes out there is the
-        # attention paid to them.
         one_hots = torch.cat([placeholder for _, placeholder, _ in concepts], dim=1)  # (R, N, 77)
-        columns = one_hots.transpose(1, 2)[:, None].to(V)  # (R, 1, 77, N)
-        free = COLUMNS - len(concepts)
-        guided = len(context) - len(columns)  # rows without a local branch
-        columns = F.pad(columns, (0, free, 0, 0, 0, 0, guided, 0))  # (B, 1, 77, 8)
-        V = torch.cat([V, columns.expand(-1, heads, -1, -1)], dim=-1)  # (B, h, 77, c + 8)
         of_each = tuple(
             LocalKeysValues(
-                _heads(self.K_l(f), heads), _heads(self.V_l(f), heads), lambda_[:, None].to(V)
+                split_heads(self.K_l(f), heads),
+                split_heads(self.V_l(f), heads),
+                lambda_[:, None].to(V),
             )
             for f, _, lambda_ in concepts
         )
-        return KeysValues(K, V, of_each, visible)
+        return with_concepts(K, V, one_hots, of_each, visible)
 
     @staticmethod
     def _bias(
@@ -158,16 +139,63 @@ class EliteAttnProcessor:
             bias = hidden if bias is None else bias + hidden
         return bias
 
-    def _maximum(self, column: Tensor, lambda_: Tensor) -> Tensor:
-        """The divisor of a, (R, 1, 1, 1): over heads and queries, and in "batch" over all rows with
-        a lambda."""
-        maximum = column.amax(dim=(1, 2, 3), keepdim=True)
-        if self.attention_norm == "batch":
-            maximum = maximum.where(lambda_ != 0, maximum.min()).max()
-        return maximum.clamp(min=torch.finfo(column.dtype).tiny)
+
+def equation_6(
+    Q: Tensor,
+    read: KeysValues,
+    s: float,
+    bias: Tensor | None = None,
+    attention_norm: AttentionNorm = "sample",
+    backend: AttentionBackendName | None = None,
+) -> Tensor:
+    """Eq. 6 of the paper for queries Q (B, h, q, c), what they read, a scale s and what is added to
+    the scores of the text. Returns (B, h, q, c)."""
+    # V_g has one-hots of the placeholders beside it: there comes out what each query pays them.
+    out = _attend(Q, read.K, read.V, bias, s, backend)  # softmax(Q K_g^T s) V_g: (B, h, q, c + 8)
+    if read.local:
+        rows = slice(-len(read.local[0].K), None)  # the R conditional ones
+        paid = out[rows, ..., -COLUMNS:]  # softmax(Q K_g^T s) in the columns S: (R, h, q, 8)
+        out = out[..., :-COLUMNS]  # softmax(Q K_g^T s) V_g: (B, h, q, c)
+        Q = Q[rows]  # Q: (R, h, q, c)
+
+    for n, (K_l, V_l, lambda_) in enumerate(read.local):
+        column = paid[..., n, None]  # softmax(Q K_g^T s) in the column S: (R, h, q, 1)
+        a = column / _maximum(column, lambda_, attention_norm)  # a, at most 1: (R, h, q, 1)
+        branch = _fused(Q, K_l, V_l, None, s, backend)  # softmax(Q K_l^T s) V_l: (R, h, q, c)
+        out = _add_to_last_rows(out, lambda_ * a * branch)  # + lambda a softmax(..) V_l
+    return out
 
 
-def _heads(x: Tensor, heads: int) -> Tensor:
+def with_concepts(
+    K: Tensor,
+    V: Tensor,
+    one_hots: Tensor,
+    local: tuple[LocalKeysValues, ...],
+    visible: Tensor | None = None,
+) -> KeysValues:
+    """K and V of the text, (B, h, 77, c), with what is local to N concepts, of the last R rows;
+    one_hots (R, N, 77) say where their placeholders stand.
+
+    These ride along as more channels of V: what comes out there is the attention paid to them.
+    """
+    columns = one_hots.transpose(1, 2)[:, None].to(V)  # (R, 1, 77, N)
+    free = COLUMNS - len(local)
+    guided = len(V) - len(columns)  # rows without a local branch
+    columns = F.pad(columns, (0, free, 0, 0, 0, 0, guided, 0))  # (B, 1, 77, 8)
+    V = torch.cat([V, columns.expand(-1, V.shape[1], -1, -1)], dim=-1)  # (B, h, 77, c + 8)
+    return KeysValues(K, V, local, visible)
+
+
+def _maximum(column: Tensor, lambda_: Tensor, attention_norm: AttentionNorm) -> Tensor:
+    """The divisor of a, (R, 1, 1, 1): over heads and queries, and in "batch" over all rows with a
+    lambda."""
+    maximum = column.amax(dim=(1, 2, 3), keepdim=True)
+    if attention_norm == "batch":
+        maximum = maximum.where(lambda_ != 0, maximum.min()).max()
+    return maximum.clamp(min=torch.finfo(column.dtype).tiny)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
     """(B, n, C) to (B, heads, n, C / heads)."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 

@@ -2,15 +2,17 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from diffusers.utils import PushToHubMixin
 
 from elite.files import give_usual_rights, write_text
 
 CARD = "README.md"
+GALLERY_TAG = "elite-concepts"  # by which the card of a gallery is known
 EMPTY_CARD = "This model card has been automatically generated"  # in those of diffusers
 
 PIPELINE = """\
@@ -75,6 +77,40 @@ To be written by whoever publishes this: data, steps and licence. `config.yaml` 
 has the settings. The base model's own licence and limits apply to what is drawn.
 """
 
+GALLERY = """\
+---
+{front_matter}
+---
+
+# Concepts of ELITE
+
+Objects, each read from a picture and its mask by ELITE (Wei et al., ICCV 2023, arXiv 2302.13848).
+A file has the object's words and feature tokens, a few hundred kB at the size of Stable Diffusion,
+and fits no other mappers than those that made it, of the fingerprint `{fingerprint}`.
+
+| file | picture, object |
+|---|---|
+{rows}
+
+## How to use
+
+With the package `elite-diffusion` and a pipeline of the same model and mappers:
+
+```python
+from huggingface_hub import hf_hub_download
+
+from elite import Concept
+
+concept = Concept.load(hf_hub_download("THIS REPOSITORY", "{first}.safetensors"))
+pipe("a photo of a S", concept=concept, seed=0).images[0].save("drawn.png")
+```
+
+## Licence, limits
+
+To be written by whoever publishes this: whose pictures these are, under which licence, and whether
+people who are shown in them agree.
+"""
+
 WHAT = {
     "GlobalMapper": "The global mapping network, one word for each level of CLIP features",
     "LocalMapper": "The local mapping network, one feature token for each patch of the object",
@@ -112,10 +148,10 @@ def pipeline_card(base_model: str, local_branch: bool, resolution: int) -> str:
         local_branch: whether there is a local mapper.
         resolution: side of its pictures in pixels.
     """
-    named = re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) and not Path(base_model).exists()
+    named = _hub_name(base_model)
     return PIPELINE.format(
-        front_matter=_front_matter("text-to-image", base_model if named else None),
-        base=f"({base_model}) " if named else "",
+        front_matter=_front_matter("text-to-image", named),
+        base=f"({named}) " if named else "",
         branch="It has both the global and the local branch."
         if local_branch
         else "It has the global branch only.",
@@ -137,7 +173,38 @@ def mapper_card(name: str, config: Mapping[str, Any]) -> str:
     )
 
 
-def _front_matter(task: str, base_model: str | None) -> str:
-    lines = ["library_name: diffusers", f"pipeline_tag: {task}", "tags:", "- elite"]
-    lines += ["- stable-diffusion", "- personalization"]
+def gallery_card(names: Sequence[str], pictures: str, fingerprint: str, base_model: str) -> str:
+    """The card of a folder of concept files.
+
+    Args:
+        names: of the concepts; each has `NAME.safetensors` and a PNG in the folder `pictures`.
+        fingerprint: of their mappers.
+        base_model: they are drawn with; named only if it is a name on the hub.
+    """
+    rows = [
+        f"| [{_plain(name)}]({quote(name)}.safetensors) | ![]({pictures}/{quote(name)}.png) |"
+        for name in names
+    ]
+    return GALLERY.format(
+        front_matter=_front_matter("text-to-image", _hub_name(base_model), GALLERY_TAG),
+        fingerprint=fingerprint,
+        rows="\n".join(rows),
+        first=names[0],
+    )
+
+
+def _plain(name: str) -> str:
+    """A name in a cell of a table."""
+    return re.sub(r"([\\|\[\]`<*_])", r"\\\1", name)
+
+
+def _hub_name(model: str) -> str | None:
+    """The name of a model on the hub, None of one in a folder."""
+    named = re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).exists()
+    return model if named else None
+
+
+def _front_matter(task: str, base_model: str | None, *tags: str) -> str:
+    lines = ["library_name: diffusers", f"pipeline_tag: {task}", "tags:"]
+    lines += [f"- {tag}" for tag in ("elite", "stable-diffusion", "personalization", *tags)]
     return "\n".join(lines + ([f"base_model: {base_model}"] if base_model else []))

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers import UNet2DConditionModel
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor
 from transformers import CLIPVisionModel
@@ -17,6 +18,7 @@ from elite.mappers import HIDDEN_LAYERS, Mapper
 M = TypeVar("M", bound=Mapper)
 MOST_KEYS_SHOWN = 6
 TORCH_FILES = (".pt", ".pth", ".bin")  # endings of what torch.save writes
+WANTED = ["config.json", "*.safetensors"]  # of a mapper on the hub
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST, MOST_LAYERS = 16_384, 1024  # of a mapper that is worth building
 
@@ -36,9 +38,12 @@ def load_mapper(
     if Path(path).suffix.lower() in TORCH_FILES:
         return mapper_from_state_dict(cls, load_official(path), unet, image_encoder, name=str(path))
     try:
-        _check_config(cls.load_config(path))
-        _check_files(Path(path))
-        mapper = cls.from_pretrained(path, use_safetensors=True)
+        folder = Path(path)
+        if not folder.exists():  # a name on the hub
+            folder = Path(snapshot_download(str(path), allow_patterns=WANTED))
+        _check_config(cls.load_config(folder))
+        _check_files(folder)
+        mapper = cls.from_pretrained(folder, use_safetensors=True)
     except Exception as error:  # a config of any shape
         raise ValueError(
             f"{path}: not a {cls.__name__} folder ({_first_line(error)}); expected config.json "

@@ -19,6 +19,7 @@ from elite.drawing import (
     draw_folder,
     draw_prompt_grid,
 )
+from elite.gallery import push_gallery, save_gallery
 from elite.hardware import (
     FP8,
     compile_blocks,
@@ -76,6 +77,14 @@ def model_name(config: ModelConfig) -> str:
     """What a file calls the Stable Diffusion that made it."""
     variant = f", variant {config.variant}" if config.variant else ""
     return config.pretrained_model_name_or_path + variant
+
+
+def publish_concepts(config: EncodeConfig, pairs: PairFolder, fingerprint: str) -> None:
+    """Uploads the concepts of these pairs as a gallery. Raises ValueError where that fails."""
+    folder, model = Path(config.output_dir), config.pretrained_model_name_or_path
+    files = save_gallery(pairs, folder, fingerprint, model)
+    repository = config.hub_model_id or folder.absolute().name
+    print(f"uploaded: {push_gallery(folder, files, repository, config.hub_token)}")
 
 
 def model_metadata(config: ConceptConfig) -> dict[str, str]:

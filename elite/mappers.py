@@ -6,6 +6,7 @@ that are trained together with it, one pair per cross-attention layer of the UNe
 plugs them in.
 """
 
+import hashlib
 from collections.abc import Sequence
 from typing import Self
 
@@ -209,6 +210,38 @@ class LocalMapper(Mapper):
             cls, patches = self.map_level(i, features)
             tokens = tokens.to(patches) + (cls[:, None] + patches) / len(levels)
         return tokens if patch_mask is None else tokens * patch_mask.to(tokens)
+
+
+def words_and_tokens(
+    image_encoder: CLIPVisionModel,
+    global_mapper: GlobalMapper,
+    local_mapper: LocalMapper | None,
+    clip_pixels: Tensor,
+    object_pixels: Tensor,
+    patch_mask: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """w (B, levels, D) and f (B, patches, D) of objects, from their views as
+    `images.object_views` gives them; without a local mapper f is None."""
+    layers = global_mapper.config.hidden_layers
+    if local_mapper is None:
+        return global_mapper(clip_levels(image_encoder, clip_pixels, layers)), None
+    levels, object_levels = clip_levels_of_views(
+        image_encoder,
+        [clip_pixels, object_pixels],
+        [layers, local_mapper.config.hidden_layers],
+    )
+    return global_mapper(levels), local_mapper(object_levels, patch_mask)
+
+
+def fingerprint_of(*mappers: Mapper | None) -> str:
+    """A short name for the weights of mappers, which ties concepts to them."""
+    digest = hashlib.sha256()
+    for mapper in mappers:
+        for key, value in sorted(mapper.state_dict().items()) if mapper is not None else ():
+            value = value.cpu().double()  # MPS has no double
+            sums = torch.stack([value.sum(), value.abs().sum()])
+            digest.update(key.encode() + sums.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _mlp(input_dim: int, hidden_dim: int, output_dim: int) -> nn.Sequential:

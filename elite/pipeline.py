@@ -5,7 +5,6 @@ In reading order: construct, encode, call, condition. What diffusers alone asks 
 `compat.py`.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -50,7 +49,7 @@ from elite.deep_features import deep_features_reused
 from elite.defaults import DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
 from elite.images import ImageLike, as_image, as_mask, doubt, fit_mask, object_views
 from elite.loading import inside, load_parts, pixels_per_latent, side_in_pixels
-from elite.mappers import GlobalMapper, LocalMapper, Mapper, clip_levels, clip_levels_of_views
+from elite.mappers import GlobalMapper, LocalMapper, fingerprint_of, words_and_tokens
 from elite.named_concepts import (
     ConceptLike,
     Concepts,
@@ -104,7 +103,7 @@ class ElitePipeline(DiffusersPipeline):
         )
         self.register_modules(global_mapper=global_mapper, local_mapper=local_mapper)
         # Ties concepts to these mappers; kept when they are loaded in another precision.
-        self.fingerprint = fingerprint or _fingerprint(global_mapper, local_mapper)
+        self.fingerprint = fingerprint or fingerprint_of(global_mapper, local_mapper)
         self.register_to_config(fingerprint=self.fingerprint)
         self.install()
 
@@ -239,18 +238,10 @@ class ElitePipeline(DiffusersPipeline):
             patch_mask: m, (B, patches, 1).
         """
         device = self._execution_device
-        clip_pixels, object_pixels = clip_pixels.to(device), object_pixels.to(device)
-        layers = self.global_mapper.config.hidden_layers
-        if self.local_mapper is None:
-            levels = clip_levels(self.image_encoder, clip_pixels, layers)
-            return Concept(self.global_mapper(levels), None, self.fingerprint)
-        levels, object_levels = clip_levels_of_views(
-            self.image_encoder,
-            [clip_pixels, object_pixels],
-            [layers, self.local_mapper.config.hidden_layers],
-        )
-        tokens = self.local_mapper(object_levels, patch_mask.to(device))
-        return Concept(self.global_mapper(levels), tokens, self.fingerprint)
+        views = (view.to(device) for view in (clip_pixels, object_pixels, patch_mask))
+        mappers = self.global_mapper, self.local_mapper
+        words, tokens = words_and_tokens(self.image_encoder, *mappers, *views)
+        return Concept(words, tokens, self.fingerprint)
 
     # --- call -------------------------------------------------------------------------------------
 
@@ -559,14 +550,3 @@ def initial_noise(
     shape = (pipe.unet.config.in_channels, height // factor, width // factor)
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
     return noise.to(pipe._execution_device, pipe.unet.dtype)
-
-
-def _fingerprint(*mappers: Mapper | None) -> str:
-    """A short name for these weights."""
-    digest = hashlib.sha256()
-    for mapper in mappers:
-        for key, value in sorted(mapper.state_dict().items()) if mapper is not None else ():
-            value = value.cpu().double()  # MPS has no double
-            sums = torch.stack([value.sum(), value.abs().sum()])
-            digest.update(key.encode() + sums.numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -153,7 +153,20 @@ class FitConfig(ModelFilesConfig):
 
 
 @dataclass(kw_only=True)
-class TrainConfig(FitConfig):
+class HubConfig:
+    """Where results are uploaded to."""
+
+    push_to_hub: bool = setting(False, "Upload what was made to the Hugging Face hub.")
+    hub_model_id: str | None = setting(
+        None, "Hub repository for the upload; None means the name of output_dir."
+    )
+    hub_token: str | None = setting(
+        None, "Hub token; None means that of the login; never saved.", secret=True
+    )
+
+
+@dataclass(kw_only=True)
+class TrainConfig(HubConfig, FitConfig):
     """What both stages of ELITE share."""
 
     train_data_dir: str = required(
@@ -194,13 +207,6 @@ class TrainConfig(FitConfig):
         "test_datasets", "Folder of NAME.jpg and NAME_bg.png pairs for the previews.", shipped=True
     )
     num_validation_images: int = setting(4, "Pairs drawn in a preview.", at_least=1)
-    push_to_hub: bool = setting(False, "Upload the finished mapper to the Hugging Face hub.")
-    hub_model_id: str | None = setting(
-        None, "Hub repository for the upload; None means the name of output_dir."
-    )
-    hub_token: str | None = setting(
-        None, "Hub token; None means that of the login; never saved.", secret=True
-    )
 
 
 @dataclass(kw_only=True)
@@ -432,7 +438,7 @@ class LocalConfig(LocalMapperConfig):
 
 
 @dataclass(kw_only=True)
-class EncodeConfig(FolderConfig, LocalMapperConfig, ConceptConfig):
+class EncodeConfig(HubConfig, FolderConfig, LocalMapperConfig, ConceptConfig):
     """Concept files of the pairs of a folder, to be drawn with --concept_path."""
 
     output_dir: str = setting("outputs/concepts", "Folder that receives the concept files.")

@@ -32,9 +32,7 @@ def find_placeholder(prompt: str, placeholder: str) -> int:
     Deviation: the release counts words between blanks and falls back to position 0; here "S," and
     "close-up of a S" are found, and a placeholder that is absent or there twice is a ValueError.
     """
-    found = [
-        match.start() for match in re.finditer(rf"(?<!\w){re.escape(placeholder)}(?!\w)", prompt)
-    ]
+    found = [match.start() for match in whole_word(placeholder).finditer(prompt)]
     if len(found) != 1:
         count = "no" if not found else f"{len(found)} times the"
         raise ValueError(
@@ -42,6 +40,11 @@ def find_placeholder(prompt: str, placeholder: str) -> int:
             "write it exactly once, as a word of its own"
         )
     return found[0]
+
+
+def whole_word(placeholder: str) -> re.Pattern:
+    """What finds a placeholder in prompts."""
+    return re.compile(rf"(?<!\w){re.escape(placeholder)}(?!\w)")
 
 
 # --- learned words --------------------------------------------------------------------------------

@@ -15,9 +15,18 @@ from elite.speed import RUNGS, Speed
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/*.md"))]
-OTHERS = [REPOSITORY / name for name in ("CONTRIBUTING.md", "SECURITY.md", "small_world/README.md")]
+OTHERS = [
+    REPOSITORY / name
+    for name in (
+        "CONTRIBUTING.md",
+        "SECURITY.md",
+        "small_world/README.md",
+        "integrations/comfyui/README.md",
+    )
+]
 HAND_WRITTEN = [page for page in PAGES if page.name != "flags.md"]
 make_flags = runpy.run_path(str(REPOSITORY / "docs/make_flags.py"))
+make_card = runpy.run_path(str(REPOSITORY / "docs/make_card.py"))
 make_teaser = runpy.run_path(str(REPOSITORY / "docs/make_teaser.py"))
 
 
@@ -119,6 +128,12 @@ def test_every_module_named_is_there() -> None:
 def test_the_page_of_flags_is_current() -> None:
     """`python docs/make_flags.py` brings it up to date."""
     assert make_flags["page"]() == (REPOSITORY / "docs/flags.md").read_text(encoding="utf-8")
+
+
+def test_the_card_of_the_small_world_has_the_results_of_the_readme() -> None:
+    """`python docs/make_card.py` brings it up to date."""
+    card = (REPOSITORY / "checkpoints/small_world/README.md").read_text(encoding="utf-8")
+    assert make_card["page"]() == card and "| ELITE, lambda 0.8 |" in card
 
 
 def test_the_page_says_what_the_speeds_stand_for() -> None:

@@ -59,6 +59,7 @@ def test_the_snippets_draw(tmp_path: Path) -> None:
         "critter_on_the_grass.png",
         "two_critters.png",
         "critter_in_place_of_the_other.png",
+        "critter_in_blocks.png",
     ):
         assert (tmp_path / name).stat().st_size > 500
     assert (tmp_path / "critter.safetensors").exists()

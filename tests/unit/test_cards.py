@@ -14,10 +14,13 @@ from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import set_client_factory
 from PIL import Image
 
-from elite import ElitePipeline, LocalMapper
-from elite.cards import CARD, EMPTY_CARD, pipeline_card
+from elite import Concept, ElitePipeline, LocalMapper
+from elite.cards import CARD, EMPTY_CARD, gallery_card, pipeline_card
+from elite.checkpoint import load_mapper
+from elite.sheets import TILE
 from tests import tiny
 from tests.conftest import REPOSITORY as CHECKOUT
+from tests.conftest import run_script
 from tests.tiny import draw
 
 REPOSITORY = "someone/elite-tiny"
@@ -128,6 +131,46 @@ def test_a_card_on_the_hub_stays(hub, pipe):
     assert hub.files[CARD].split() == mine.split()
 
 
+def test_a_mapper_comes_from_the_hub_by_its_name(tmp_path, hub, mappers, parts, monkeypatch):
+    mappers[1].push_to_hub(REPOSITORY, token="hf_nothing")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    models = parts["unet"], parts["image_encoder"]
+    for offline in (False, True):  # fetched, then as it lies in the cache
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        loaded = load_mapper(LocalMapper, REPOSITORY, *models).state_dict()
+        assert all(torch.equal(loaded[key], x) for key, x in mappers[1].state_dict().items())
+    with pytest.raises(ValueError, match="someone/else: not a LocalMapper folder"):
+        load_mapper(LocalMapper, "someone/else", *models)
+
+
+def test_encode_uploads_a_gallery(tmp_path, hub, whole_model, pairs, capsys):
+    folder = tmp_path / "concepts"
+    (folder / "old").mkdir(parents=True)
+    (folder / "old.safetensors").write_bytes(b"of an earlier run")
+    given = ("--pretrained_model_name_or_path", whole_model, "--test_data_dir", pairs)
+    given += ("--output_dir", folder, "--mixed_precision", "no", "--device", "cpu")
+    given += ("--push_to_hub", "--hub_model_id", REPOSITORY, "--hub_token", "hf_nothing")
+    assert run_script("encode.py", *given) == 0
+    names = {f"pair{i}.safetensors" for i in range(2)} | {f"pictures/pair{i}.png" for i in range(2)}
+    assert set(hub.files) == {CARD, *names}  # nothing that is no pair's
+    assert hub.files["pair0.safetensors"] == (folder / "pair0.safetensors").read_bytes()
+    assert f"uploaded: {URL}/commit/1" in capsys.readouterr().out
+    card = ModelCard(hub.files[CARD].decode())
+    assert card.data.tags[-1] == "elite-concepts" and card.data.base_model is None
+    assert "| [pair1](pair1.safetensors) | ![](pictures/pair1.png) |" in card.text
+    assert Concept.load(folder / "pair0.safetensors").fingerprint in card.text
+    assert Image.open(folder / "pictures" / "pair0.png").size == (2 * TILE, TILE)
+
+
+def test_a_gallery_that_is_refused_is_one_line(tmp_path, hub, whole_model, pairs, capsys):
+    given = ("--pretrained_model_name_or_path", whole_model, "--test_data_dir", pairs)
+    given += ("--output_dir", tmp_path / "c", "--mixed_precision", "no", "--device", "cpu")
+    assert run_script("encode.py", *given, "--push_to_hub", "--hub_model_id", "a/b/c") == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "a/b/c: not uploaded" in told and "hf auth login" in told
+    assert (tmp_path / "c" / "pair0.safetensors").exists()
+
+
 # --- cards ----------------------------------------------------------------------------------------
 
 
@@ -170,6 +213,12 @@ def test_a_card_of_ones_own_stays(tmp_path, mappers):
     (tmp_path / CARD).write_text(EMPTY_CARD, encoding="utf-8")
     mappers[0].save_pretrained(tmp_path)
     assert ModelCard.load(tmp_path / CARD).data.tags[0] == "elite"
+
+
+def test_the_card_of_a_gallery_names_files_that_have_odd_names(tmp_path):
+    text = gallery_card(["my cup|1", "b"], "pictures", "abc", "CompVis/stable-diffusion-v1-4")
+    assert "| [my cup\\|1](my%20cup%7C1.safetensors) | ![](pictures/my%20cup%7C1.png) |" in text
+    assert ModelCard(text).data.base_model == "CompVis/stable-diffusion-v1-4"
 
 
 def test_a_card_does_not_hinder_loading(tmp_path, mappers):

@@ -1,0 +1,56 @@
+"""ELITE as modular blocks of diffusers draws what the pipeline draws."""
+
+import pytest
+import torch
+from diffusers.modular_pipelines import ModularPipeline
+
+from elite import ElitePipeline
+from elite.modular import EliteBlocks
+from tests import tiny
+from tests.tiny import STEPS, draw
+
+PROMPT = "a photo of a S"
+GIVEN = {"prompt": PROMPT, "negative_prompt": "blurry", "seed": 7, "num_inference_steps": STEPS}
+
+
+def modular_of(pipe: ElitePipeline, blocks: EliteBlocks) -> ModularPipeline:
+    """The blocks over the parts of a pipeline."""
+    names = [spec.name for spec in blocks.expected_components]
+    made = blocks.init_pipeline()
+    made.update_components(**{name: pipe.components[name] for name in names})
+    made.update_components(fingerprint=pipe.fingerprint)
+    return made
+
+
+def test_blocks_draw_what_the_pipeline_draws(pipe, concept):
+    image, mask = tiny.picture(0)
+    expected = draw(pipe, PROMPT, concept=concept, lambda_=0.6, negative_prompt="blurry")
+    modular = modular_of(pipe, EliteBlocks())
+    state = modular(image=image, mask=mask, lambda_=0.6, **GIVEN)
+    assert torch.equal(state.latents, expected)
+    assert state.images[0].size == (32, 32)
+    other = modular(image=image, mask=mask, lambda_=0.1, output="latents", **GIVEN)
+    assert not torch.equal(other, expected)
+
+
+def test_a_concept_takes_the_place_of_its_block(pipe, concept):
+    blocks = EliteBlocks()
+    blocks.sub_blocks.pop("concept")
+    modular = modular_of(pipe, blocks)
+    expected = draw(pipe, PROMPT, concept=concept, guidance_scale=1.0)
+    drawn = modular(concept=concept, guidance_scale=1.0, output="latents", **GIVEN)
+    assert torch.equal(drawn, expected)
+    other = type(concept)(concept.words, concept.feature_tokens, "another")
+    with pytest.raises(ValueError, match="concept was made by other mappers"):
+        modular(concept=other, **GIVEN)
+
+
+def test_blocks_load_a_saved_pipeline(tmp_path, pipe, concept):
+    pipe.save_pretrained(tmp_path)
+    modular = EliteBlocks().init_pipeline(str(tmp_path))
+    modular.load_components()
+    image, mask = tiny.picture(0)
+    drawn = modular(image=image, mask=mask, output="latents", **GIVEN)
+    expected = draw(pipe, PROMPT, concept=concept, negative_prompt="blurry")
+    assert torch.equal(drawn, expected)
+    assert modular.config.fingerprint == pipe.fingerprint
