@@ -32,7 +32,7 @@ class ImageEncoder:
     dtype = torch.float32
 
     def __init__(self, clip_vision: Any) -> None:
-        tower = getattr(clip_vision.model, "vision_model", None)
+        tower: Any = getattr(clip_vision.model, "vision_model", None)
         if getattr(tower, "embeddings", None) is None:
             raise ValueError(
                 f"clip_vision is {type(clip_vision.model).__name__}; expected CLIP ViT, for "
