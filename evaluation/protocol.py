@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -70,7 +71,9 @@ def describe(
 ) -> dict[str, str]:
     """What scores are measured with; those of the same are comparable."""
     seeds = sorted({case.seed for case in cases})
-    models = {name: metric.model for name, metric in zip(METRICS, metrics, strict=True)}
+    models: dict[str, Any] = {
+        name: metric.model for name, metric in zip(METRICS, metrics, strict=True)
+    }
     sides = {name: model.side for name, model in models.items()}
     file = Path(setup.prompts)
     own = any(case.subject.templates for case in cases)
