@@ -61,13 +61,15 @@ def measure(path: Path, root: Path) -> Photo | str:
 
 
 def measure_all(root: Path, workers: int) -> tuple[list[Photo], list[str]]:
-    """The photos of a folder and of those in it, by name; and what is wrong with the others.
+    """The photos of a folder and of the folders in it, but hidden ones, by name; and what is wrong
+    with the others.
 
     Raises:
         ValueError: there is none.
     """
-    folders = [root, *sorted(path for path in root.rglob("*/") if path.is_dir())]
-    paths = [path for folder in folders for path in pictures_in(folder)]
+    inside = (path.relative_to(root) for path in sorted(root.rglob("*/")) if path.is_dir())
+    seen = [path for path in inside if not any(part[0] == "." for part in path.parts)]
+    paths = [path for folder in (Path(), *seen) for path in pictures_in(root / folder)]
     if not paths:
         raise ValueError(f"{root}: no picture in it; expected photos (jpg, png, webp, ...)")
     photos, failures = [], []
