@@ -227,8 +227,13 @@ class RunFolder:
         """The main process reads the checkpoint for all, whose nodes may not have its folder."""
         saved: list[Any] = [None]
         if self.is_main:
-            saved = [state.read(find_checkpoint(self.folder, resume, self.say))]
+            try:
+                saved = [state.read(find_checkpoint(self.folder, resume, self.say))]
+            except ValueError as error:
+                saved = [error]
         broadcast_object_list(saved)
+        if isinstance(saved[0], ValueError):
+            raise saved[0]  # in every process, so that none waits for another
         return state.restore(saved[0])
 
     def _lines(self) -> Iterator[str]:

@@ -26,7 +26,11 @@ from tests.faults.runs import (
     start_pair,
     steps_done,
 )
-from tests.faults.toy import train_until_stopped, train_with_a_failing_process
+from tests.faults.toy import (
+    resume_nothing,
+    train_until_stopped,
+    train_with_a_failing_process,
+)
 
 # Objects that the small world's judge knows; what the pictures show does not matter.
 SUBJECTS = tuple(name_of(number) for number in range(6))
@@ -129,6 +133,14 @@ def test_failure_of_one_process_ends_both_with_its_message(tmp_path):
     assert "error: 10 samples in a row could not be read" in failing
     assert LOST.search(other), other[-3000:]
     assert "Traceback" not in other + failing
+
+
+def test_both_processes_say_that_there_is_nothing_to_resume(tmp_path):
+    """The first one alone has looked."""
+    pair = start_pair((resume_nothing, (str(tmp_path / "run"),)), tmp_path)
+    assert [finish(process) for process in pair] == [2, 2]
+    for rank in range(2):
+        assert "no checkpoint to resume from" in (tmp_path / f"{rank}.log").read_text()
 
 
 @pytest.mark.parametrize("script", ["inference_local.py", "evaluate.py"])

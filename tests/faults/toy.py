@@ -94,6 +94,11 @@ def train_until_stopped(folder: str) -> int:
     return 0
 
 
+def resume_nothing(folder: str) -> None:
+    """For processes of their own: a run that cannot go on."""
+    run(lambda: bool(train(Path(folder), resume="latest")))
+
+
 def train_with_a_failing_process(folder: str) -> None:
     """For two processes: the second cannot read anything."""
     bad = range(100) if os.environ["RANK"] == "1" else ()
