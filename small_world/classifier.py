@@ -20,6 +20,7 @@ from elite.run_folder import checkpoints
 from elite.training import fit, make_accelerator
 from small_world.objectives import ViewsObjective
 from small_world.samples import load_samples, render_samples, small_pixels
+from small_world.scale import scaled
 from small_world.world import ATTRIBUTES
 
 NUM_SAMPLES = 60_000
@@ -140,18 +141,18 @@ def disturbed(pixels: Tensor, rng: np.random.Generator) -> Tensor:
     return (pixels + rng.uniform(0, 0.08) * noise).clamp(-1, 1)
 
 
-def train_judge(work_dir: Path, target: Path) -> None:
+def train_judge(work_dir: Path, target: Path, scale: float) -> None:
     """Renders critters of all kinds and trains the judge on them, from its last checkpoint where
-    there is one."""
+    there is one; a share of RECIPE."""
     folder = work_dir / "judge"
-    render_samples(work_dir / "judge_samples", NUM_SAMPLES, "any", SEED)
+    render_samples(work_dir / "judge_samples", scaled(NUM_SAMPLES, scale), "any", SEED)
     objective = JudgeObjective(Judge())
     fit(
         objective,
         JudgeSamples(work_dir / "judge_samples"),
         make_accelerator("bf16", cpu=not torch.cuda.is_available()),
         output_dir=folder,
-        max_steps=RECIPE["samples"] // RECIPE["batch_size"],
+        max_steps=scaled(RECIPE["samples"] // RECIPE["batch_size"], scale),
         batch_size=RECIPE["batch_size"],
         learning_rate=RECIPE["learning_rate"],
         lr_scheduler="cosine",

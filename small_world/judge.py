@@ -1,9 +1,9 @@
 """The judge: a small classifier says what pictures of the small world show, and so scores models.
 
-    python -m small_world.judge train [--work_dir runs/small_world]
+    python -m small_world.judge train [--work_dir runs/small_world] [--scale 1]
     python -m small_world.judge score --report FILE.json [--model checkpoints/small_world]
     python -m small_world.judge couples --output_dir FOLDER [--model checkpoints/small_world]
-    python -m small_world.judge art ART_FOLDER --output_dir FOLDER [--model checkpoints/small_world]
+    python -m small_world.judge art ART_FOLDER --output_dir FOLDER [--held_out] [--model MODEL]
 
 `train` leaves its run in WORK_DIR/judge and the weights, fp16, in checkpoints/small_world_judge,
 where `score` finds them. `score` prints a Markdown table of accuracies with 95 % intervals (Wilson)
@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING
 
 from elite.console import OK, quiet_libraries, run, script_parser
 from elite.files import check_writable
+from small_world.scale import add_scale, scaled
 
 if TYPE_CHECKING:
     from PIL import Image
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
+JUDGED = 2000  # renders of each kind that tell how good the judge is
 
 
 def train(args: argparse.Namespace) -> None:
@@ -34,8 +36,8 @@ def train(args: argparse.Namespace) -> None:
     from small_world.score import markdown, score_judge
 
     torch.manual_seed(0)
-    train_judge(args.work_dir, args.target)
-    print(markdown(score_judge(load_judge(args.target))))
+    train_judge(args.work_dir, args.target, args.scale)
+    print(markdown(score_judge(load_judge(args.target), scaled(JUDGED, args.scale))))
 
 
 def score(args: argparse.Namespace) -> None:
@@ -82,14 +84,14 @@ def art(args: argparse.Namespace) -> None:
     from small_world.classifier import load_judge
     from small_world.score import load_pipelines, markdown
 
-    tasks = make_art_tasks(args.art, args.samples, args.seed)
+    tasks = make_art_tasks(args.art, args.samples, args.seed, args.held_out or None)
     base, elite = load_pipelines(args.model, args.global_mapper_path, args.local_mapper_path)
     options = {name: getattr(args, name) for name in ("guidance_scale", "num_inference_steps")}
     rows = art_rows(base, elite, tasks, **options)
     judge = load_judge(args.judge).to(base.device)
     scores, pictures = score_art(judge, rows, tasks, args.batch_size)
     about = {"model": str(args.model), "art": str(args.art), "samples": len(tasks)}
-    about |= {"seed": args.seed, **options, "rows": scores}
+    about |= {"held_out": args.held_out, "seed": args.seed, **options, "rows": scores}
     _report(args.output_dir / "art", about, markdown(scores, ASKED), sheet(tasks, pictures))
 
 
@@ -116,6 +118,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         default=CHECKPOINTS / "small_world_judge",
         help="where the fp16 weights go",
     )
+    add_scale(train_parser)
     train_parser.set_defaults(act=train)
     score_parser = commands.add_parser("score", help="judge a model")
     score_parser.add_argument("--report", type=Path, required=True, help="JSON file to write")
@@ -129,6 +132,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     art_parser = commands.add_parser("art", help="judge things that are no critters")
     art_parser.add_argument("art", type=Path, help="folder of PNGs with transparency")
     art_parser.add_argument("--output_dir", type=Path, default=Path("runs/small_world/art"))
+    art_parser.add_argument(
+        "--held_out", action="store_true", help="only what small_world.large never trains on"
+    )
     _add_drawing(art_parser, samples=300)
     art_parser.set_defaults(act=art)
     args = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
 """Trains the small Stable Diffusion from nothing, part by part, each resumable:
 
     python -m small_world.pretrain samples | vae | vae_decoder | image_encoder | base | assemble
-    [--work_dir runs/small_world]
+    [--work_dir runs/small_world] [--scale 1]
 
 `samples` renders the pretraining set; `vae`, `vae_decoder` (the VAE trained on, its latents as they
 are, so before or after `base`), `image_encoder` and `base` (text encoder and UNet together) train
@@ -33,6 +33,7 @@ from small_world.captions import describe, fill, place
 from small_world.models import build_image_encoder, build_text_encoder, build_unet, build_vae
 from small_world.objectives import BaseModelObjective, ImageEncoderObjective, VAEObjective
 from small_world.samples import load_samples, render_samples, small_pixels
+from small_world.scale import add_scale, scaled
 from small_world.tokenizer import MAX_LENGTH, build_tokenizer
 from small_world.world import ATTRIBUTES, SCENES, random_critter
 
@@ -75,6 +76,10 @@ class VAEPictures:
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
         return {"pixels": small_pixels(self.views[index, 0])}
+
+    def first(self, count: int) -> Tensor:
+        """(count, 3, 32, 32), or as many as there are."""
+        return torch.stack([small_pixels(view) for view in self.views[:count, 0]])
 
 
 class Views:
@@ -176,17 +181,22 @@ def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
 def encode_all(
     vae: AutoencoderKL, image_encoder: CLIPVisionModel, views: np.ndarray, chunk: int = 250
 ) -> dict[str, Tensor]:
-    """Posterior means of the first views, unscaled (N, 16, 8, 8), and features of the second ones:
-    CLS beside the mean of the patches, (N, 2 x width)."""
+    """Posterior means of the first views, unscaled (N, 16, 8, 8), and `image_features` of the
+    second ones."""
     latents, features = [], []
     for start in tqdm(range(0, len(views), chunk), "encode"):
         first, second = np.array(views[start : start + chunk]).swapaxes(0, 1)
         pixels = torch.stack([small_pixels(view) for view in first])
         latents.append(vae.encode(pixels).latent_dist.mean)
         clip_pixels = torch.stack([to_clip_pixels(view[..., :3]) for view in second])
-        states = image_encoder(clip_pixels).last_hidden_state
-        features.append(torch.cat([states[:, 0], states[:, 1:].mean(1)], dim=1))
+        features.append(image_features(image_encoder, clip_pixels))
     return {"latents": torch.cat(latents), "features": torch.cat(features)}
+
+
+def image_features(image_encoder: CLIPVisionModel, clip_pixels: Tensor) -> Tensor:
+    """CLS beside the mean of the patches, (B, 2 x width)."""
+    states = image_encoder(clip_pixels).last_hidden_state
+    return torch.cat([states[:, 0], states[:, 1:].mean(1)], dim=1)
 
 
 def grid(pictures: list[Image.Image], columns: int, side: int = 128) -> Image.Image:
@@ -200,9 +210,14 @@ def grid(pictures: list[Image.Image], columns: int, side: int = 128) -> Image.Im
 
 
 def train(
-    part: str, objective: nn.Module, dataset: object, work_dir: Path, preview: Callable | None
+    part: str,
+    objective: nn.Module,
+    dataset: object,
+    work_dir: Path,
+    scale: float,
+    preview: Callable | None,
 ) -> None:
-    """Fits a part by its recipe; processes of `accelerate launch` share the batch."""
+    """Fits a part by a share of its recipe; processes of `accelerate launch` share the batch."""
     recipe = RECIPES[part]
     folder = work_dir / part
     accelerator = make_accelerator("bf16", cpu=not torch.cuda.is_available())
@@ -211,7 +226,7 @@ def train(
         dataset,
         accelerator,
         output_dir=folder,
-        max_steps=recipe["samples"] // recipe["batch_size"],
+        max_steps=scaled(recipe["samples"] // recipe["batch_size"], scale),
         batch_size=recipe["batch_size"] // accelerator.num_processes,
         learning_rate=recipe["learning_rate"],
         lr_scheduler="cosine",
@@ -227,38 +242,38 @@ def train(
     )
 
 
-def train_vae(work_dir: Path, tokenizer: CLIPTokenizer) -> None:
+def train_vae(work_dir: Path, tokenizer: CLIPTokenizer, scale: float) -> None:
     dataset = VAEPictures(work_dir / "samples")
     objective = VAEObjective(build_vae())
-    fit_vae("vae", objective, dataset, work_dir)
-    scale_latents(objective.vae, dataset, work_dir / "vae" / "vae")
+    fit_vae("vae", objective, dataset, work_dir, scale)
+    set_scaling_factor(objective.vae, dataset.first(512))
+    write_atomically(work_dir / "vae" / "vae", objective.vae.save_pretrained)
 
 
-def train_vae_decoder(work_dir: Path, tokenizer: CLIPTokenizer) -> None:
+def train_vae_decoder(work_dir: Path, tokenizer: CLIPTokenizer, scale: float) -> None:
     dataset = VAEPictures(work_dir / "samples")
     vae = AutoencoderKL.from_pretrained(work_dir / "vae" / "vae")
-    fit_vae("vae_decoder", VAEObjective(vae, decoder_only=True), dataset, work_dir)
+    objective = VAEObjective(vae, decoder_only=True)
+    fit_vae("vae_decoder", objective, dataset, work_dir, scale)
 
 
-def fit_vae(part: str, objective: VAEObjective, dataset: VAEPictures, work_dir: Path) -> None:
-    pixels = torch.stack([dataset.sample(i, np.random.default_rng(0))["pixels"] for i in range(16)])
+def fit_vae(
+    part: str, objective: VAEObjective, dataset: VAEPictures, work_dir: Path, scale: float
+) -> None:
+    pixels = dataset.first(16)
 
     def preview() -> Image.Image:
         decoded = objective.vae.decode(objective.vae.encode(pixels).latent_dist.mean).sample
         return grid([to_image(x) for x in torch.cat([pixels, decoded])], columns=16)
 
-    train(part, objective, dataset, work_dir, preview)
+    train(part, objective, dataset, work_dir, scale, preview)
 
 
 @torch.no_grad()
-def scale_latents(vae: AutoencoderKL, dataset: VAEPictures, folder: Path) -> None:
-    """Saves the VAE with the scaling factor that gives its latents unit deviation."""
-    pixels = torch.stack(
-        [dataset.sample(i, np.random.default_rng(0))["pixels"] for i in range(512)]
-    )
+def set_scaling_factor(vae: AutoencoderKL, pixels: Tensor) -> None:
+    """Gives the VAE the scaling factor by which its latents have unit deviation."""
     deviation = vae.encode(pixels).latent_dist.mean.std()
     vae.register_to_config(scaling_factor=round(1 / float(deviation), 5))
-    write_atomically(folder, vae.save_pretrained)
 
 
 def to_image(pixels: Tensor) -> Image.Image:
@@ -267,12 +282,13 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(values.permute(1, 2, 0).cpu().numpy())
 
 
-def train_image_encoder(work_dir: Path, tokenizer: CLIPTokenizer) -> None:
+def train_image_encoder(work_dir: Path, tokenizer: CLIPTokenizer, scale: float) -> None:
     objective = ImageEncoderObjective(build_image_encoder())
-    train("image_encoder", objective, Views(work_dir / "samples"), work_dir, preview=None)
+    dataset = Views(work_dir / "samples")
+    train("image_encoder", objective, dataset, work_dir, scale, preview=None)
 
 
-def train_base(work_dir: Path, tokenizer: CLIPTokenizer) -> None:
+def train_base(work_dir: Path, tokenizer: CLIPTokenizer, scale: float) -> None:
     vae = AutoencoderKL.from_pretrained(work_dir / "vae" / "vae").eval()
     folder = work_dir / "image_encoder" / "image_encoder"
     image_encoder = CLIPVisionModel.from_pretrained(folder).eval()
@@ -295,7 +311,7 @@ def train_base(work_dir: Path, tokenizer: CLIPTokenizer) -> None:
             8,
         )
 
-    train("base", objective, dataset, work_dir, preview)
+    train("base", objective, dataset, work_dir, scale, preview)
 
 
 def preview_prompts() -> list[str]:
@@ -336,8 +352,13 @@ def assemble(work_dir: Path, target: Path) -> None:
         build_tokenizer(),
         UNet2DConditionModel.from_pretrained(work_dir / "base" / "unet"),
     )
-    pipe.to(dtype=torch.float16).save_pretrained(target)
     image_encoder = CLIPVisionModel.from_pretrained(work_dir / "image_encoder" / "image_encoder")
+    save_model(pipe, image_encoder, target)
+
+
+def save_model(pipe: StableDiffusionPipeline, image_encoder: CLIPVisionModel, target: Path) -> None:
+    """Writes fp16 safetensors in diffusers layout, the image encoder among them."""
+    pipe.to(dtype=torch.float16).save_pretrained(target)
     write_atomically(target / "image_encoder", image_encoder.half().save_pretrained)
 
 
@@ -352,16 +373,17 @@ def main() -> int:
     parser.add_argument("part", choices=["samples", *trainers, "assemble"])
     parser.add_argument("--work_dir", type=Path, default=Path("runs/small_world"))
     parser.add_argument("--target", type=Path, default=REPOSITORY / "checkpoints" / "small_world")
+    add_scale(parser)
     args = parser.parse_args()
     check_writable(args.target if args.part == "assemble" else args.work_dir)
     torch.manual_seed(0)
     if args.part == "samples":
-        render_samples(args.work_dir / "samples", NUM_SAMPLES, "trained")
+        render_samples(args.work_dir / "samples", scaled(NUM_SAMPLES, args.scale), "trained")
     elif args.part == "assemble":
         assemble(args.work_dir, args.target)
     else:
         try:
-            trainers[args.part](args.work_dir, build_tokenizer())
+            trainers[args.part](args.work_dir, build_tokenizer(), args.scale)
         except Stopped:
             print("resume with:", command_again())
             raise

@@ -1,35 +1,46 @@
 #!/usr/bin/env bash
 # Remakes the small world from nothing: renders, base model, ELITE's two stages, judge, test objects.
 #
-#   bash small_world/remake.sh [RUN_DIR] [TARGET_DIR]
+#   bash small_world/remake.sh                             hours; test_datasets/ anew, too
+#   SCALE=0.002 bash small_world/remake.sh FOLDER          minutes: does all of it still run?
 #
-# RUN_DIR (default runs/small_world) gets logs, previews and checkpoints, TARGET_DIR (default
-# checkpoints/small_world) the fp16 weights. A part that was interrupted goes on from its last
-# checkpoint, a part that is done is left as it is; remove RUN_DIR to begin anew. PYTHON chooses the
-# interpreter.
+# FOLDER (default: the repository) gets runs/small_world (logs, previews, checkpoints), the fp16
+# weights in checkpoints/, and test_datasets/. A part that was interrupted goes on from its last
+# checkpoint, a part that is done is left as it is; remove runs/small_world to begin anew. SCALE is
+# the share of all samples and steps, PYTHON chooses the interpreter.
 set -euo pipefail
+scale=${SCALE:-1}
+if [ "$scale" != 1 ] && [ $# = 0 ]; then
+    echo "error: SCALE=$scale: expected a FOLDER, so that what is shipped stays as it is" >&2
+    exit 2
+fi
+root=${1:-$(dirname "$0")/..}
+mkdir -p "$root"
+root=$(cd "$root" && pwd)
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python}
-run=${1:-runs/small_world}
-target=${2:-checkpoints/small_world}
+run=$root/runs/small_world
+target=$root/checkpoints/small_world
 
+scaled() { "$python" -c "from small_world.scale import scaled; print(scaled($1, $scale))"; }
 step() { printf '\n== %s\n' "$*"; "$@"; }
 launch() { step "$python" -m accelerate.commands.launch --config_file configs/cpu_2.json "$@"; }
 
 # The base model.
 for part in samples vae vae_decoder image_encoder base; do
-    step "$python" -m small_world.pretrain "$part" --work_dir "$run"
+    step "$python" -m small_world.pretrain "$part" --work_dir "$run" --scale "$scale"
 done
 step "$python" -m small_world.pretrain assemble --work_dir "$run" --target "$target"
 
 # The judge.
-step "$python" -m small_world.judge train --work_dir "$run" --target "${target}_judge"
+step "$python" -m small_world.judge train --work_dir "$run" --target "${target}_judge" \
+    --scale "$scale"
 
 # ELITE, with the scripts and the data layout of the real thing.
-step "$python" data_scripts/make_small_world.py --test_datasets test_datasets
+step "$python" data_scripts/make_small_world.py --test_datasets "$root/test_datasets"
 if [ ! -d "$run/open_images" ]; then
-    step "$python" data_scripts/make_small_world.py "$run/open_images" --count 20000
+    step "$python" data_scripts/make_small_world.py "$run/open_images" --count "$(scaled 20000)"
 fi
 for stage in global local; do
     resume=()
@@ -40,9 +51,12 @@ for stage in global local; do
     if [ "$stage" = local ]; then
         mapper=(--global_mapper_path "$run/global/global_mapper")
     fi
-    launch "train_$stage.py" --config "configs/small_world_$stage.yaml" \
+    config=configs/small_world_$stage.yaml
+    steps=$(awk '/^max_train_steps:/ { print $2 }' "$config")
+    launch "train_$stage.py" --config "$config" --max_train_steps "$(scaled "$steps")" \
         --pretrained_model_name_or_path "$target" --train_data_dir "$run/open_images" \
-        --output_dir "$run/$stage" "${mapper[@]}" "${resume[@]}"
+        --validation_data_dir "$root/test_datasets" --output_dir "$run/$stage" \
+        "${mapper[@]}" "${resume[@]}"
 done
 step "$python" - "$run" "$target" <<'PYTHON'
 """Copies the mappers beside the base model, as fp16."""
@@ -58,4 +72,4 @@ for stage, kind in (("global", GlobalMapper), ("local", LocalMapper)):
 PYTHON
 
 step "$python" -m small_world.judge score --model "$target" --judge "${target}_judge" \
-    --report "$run/score.json"
+    --samples "$(scaled 500)" --report "$run/score.json"
