@@ -1,18 +1,21 @@
 """Render the small world as an Open Images folder for training, and its held-out test objects.
 
     python data_scripts/make_small_world.py OUT_DIR [--count 6000] [--seed 1] [--workers 2]
+    [--art ART/fluent ...]
     python data_scripts/make_small_world.py --test_datasets test_datasets
 
 The first writes what Open Images V6 has on disk (images/test, segs/test with its index of boxes,
-annotations), with critters that may be trained on alone. The folder appears whole or not at all; it
-depends on count, seed and size, not on workers. The second writes sixteen critters that nothing was
+annotations), with critters that may be trained on alone; with --art every second picture shows a
+thing of these folders instead (PNGs as fetch_art.py leaves them, but for one in six that is held
+out). The folder appears whole or not at all; it depends on count, seed, size and art, not on
+workers. The second writes sixteen critters that nothing was
 trained on, NAME.jpg with NAME_bg.png. Exit code 2: nothing was written.
 """
 
 import argparse
 import csv
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +36,7 @@ from elite.open_images import mask_boxes_path, save_mask_boxes
 from small_world.captions import CLASS_WORD
 from small_world.objects import NUM_OBJECTS, name_of, object_rng, test_object
 from small_world.render import Pose, draw
+from small_world.things import composite, find_things, read_thing
 from small_world.world import SCENES, random_critter
 
 BOX_COLUMNS = (
@@ -64,11 +68,18 @@ class Record:
         return f"{self.image_id}_{LABEL.strip('/').replace('/', '')}_{self.box_id}.png"
 
 
-def write_picture(root: Path, seed: int, size: int, number: int) -> Record:
-    """Draws picture `number` of the seed and writes it with its mask, 1 bit as in Open Images."""
+def write_picture(
+    root: Path, seed: int, size: int, number: int, things: Sequence[Path] = ()
+) -> Record:
+    """Draws picture `number` of the seed and writes it with its mask, 1 bit as in Open Images; the
+    odd ones show a thing, where there are things."""
     rng = np.random.default_rng((seed, number))
-    critter = random_critter(rng, "trained")
-    image, mask = draw(critter, str(rng.choice(list(SCENES))), rng, size)
+    if things and number % 2:
+        thing = read_thing(things[rng.integers(len(things))])
+        image, mask = composite(thing, str(rng.choice(list(SCENES))), rng, size)
+    else:
+        critter = random_critter(rng, "trained")
+        image, mask = draw(critter, str(rng.choice(list(SCENES))), rng, size)
     return write_pair(root, number, image, mask > 0)
 
 
@@ -85,16 +96,20 @@ def write_pair(
     return record
 
 
-def make_open_images(root: Path, count: int, seed: int, size: int, workers: int) -> None:
+def make_open_images(
+    root: Path, count: int, seed: int, size: int, workers: int, things: Sequence[Path] = ()
+) -> None:
     """The whole folder. Raises ValueError where it is there already."""
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise ValueError(f"{root}: is there already; remove it or choose another folder")
-    write_atomically(root, partial(_fill_folder, count, seed, size, workers))
+    write_atomically(root, partial(_fill_folder, count, seed, size, workers, things))
 
 
-def _fill_folder(count: int, seed: int, size: int, workers: int, root: Path) -> None:
+def _fill_folder(
+    count: int, seed: int, size: int, workers: int, things: Sequence[Path], root: Path
+) -> None:
     make_folders(root)
-    write = partial(write_picture, root, seed, size)
+    write = partial(write_picture, root, seed, size, things=things)
     with ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=cv2.setNumThreads, initargs=(1,)
     ) as pool:
@@ -151,6 +166,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="of everything random (default 1)")
     parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
     parser.add_argument("--size", type=int, default=256, help="side in pixels (default 256)")
+    parser.add_argument("--art", type=Path, nargs="+", default=[], help="folders of PNGs")
     parser.add_argument("--test_datasets", type=Path, help="folder for the held-out test objects")
     return parser.parse_args(arguments)
 
@@ -171,7 +187,8 @@ def main(arguments: list[str] | None = None) -> int:
         make_test_datasets(args.test_datasets, args.size)
         print(f"{args.test_datasets}: {NUM_OBJECTS} held-out objects with masks")
     if args.out_dir is not None:
-        make_open_images(args.out_dir, args.count, args.seed, args.size, args.workers)
+        things = [file for folder in args.art for file in find_things(folder, held_out=False)]
+        make_open_images(args.out_dir, args.count, args.seed, args.size, args.workers, things)
         print(f"{args.out_dir}: {args.count} pictures in Open Images layout")
     return OK
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from data_scripts import make_small_world as writer
 from elite.data import PairFolder
@@ -25,6 +26,7 @@ from small_world.samples import (
     render_samples,
     small_pixels,
 )
+from small_world.things import find_things, is_held_out_thing
 from small_world.world import (
     ATTRIBUTES,
     HELD_OUT_KINDS,
@@ -107,6 +109,27 @@ def test_only_critters_that_may_be_trained_on_are_drawn(tmp_path, monkeypatch):
         writer.write_picture(tmp_path, 1, 32, number)
     assert len(set(drawn)) == 60
     assert not any(is_held_out(critter) or unseen_kinds(critter) for critter in drawn)
+
+
+def test_every_second_picture_shows_a_thing(tmp_path, monkeypatch):
+    """With --art, and never one that is held out."""
+    art = tmp_path / "art"
+    art.mkdir()
+    for i in (1, 2, 12, 25, 26, 31):
+        file = art / f"thing{i}.png"
+        colour = (0, 0, 0) if is_held_out_thing(file) else (250, 0, 250)
+        Image.fromarray(np.full((40, 40, 4), (*colour, 255), np.uint8)).save(file)
+    assert len(find_things(art, held_out=True)) == 4
+    monkeypatch.setattr(
+        writer, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers)
+    )
+    root = tmp_path / "made"
+    writer.main([str(root), "--count", "20", "--size", "64", "--art", str(art)])
+    for number in range(20):
+        image = read_image(root / "images" / "test" / f"{number:016x}.jpg")
+        (mask_file,) = (root / "segs" / "test").glob(f"{number:016x}_*.png")
+        inside = np.median(image[read_mask(mask_file)].astype(float), axis=0)
+        assert (np.abs(inside - (250, 0, 250)).max() < 12) == (number % 2 == 1)
 
 
 def test_finished_folder_is_not_overwritten(folder):
