@@ -9,7 +9,7 @@ does for both by the same code.
 | VAE in float16 | as in float32 | overflows |
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
 from elite.text import spell_out, text_output, tokenize
-from elite.wording import brief, note
+from elite.wording import brief
 
 # The tokenizer of each text encoder, by the names of the parts.
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
@@ -88,7 +88,6 @@ def tokenize_for_each(
     prompts: Sequence[str],
     placeholders: str | Sequence[str],
     num_words: int = 1,
-    tell: Callable[[str], object] = note,
 ) -> tuple[list[Tensor], Tensor]:
     """`text.tokenize` for each text encoder, with learned words spelled out. Returns the ids for
     each, and the positions, which are the same for all.
@@ -97,7 +96,7 @@ def tokenize_for_each(
         ValueError: as `tokenize`, or the tokenizers read a prompt differently.
     """
     read = [
-        tokenize(one, [spell_out(prompt, one) for prompt in prompts], placeholders, num_words, tell)
+        tokenize(one, [spell_out(prompt, one) for prompt in prompts], placeholders, num_words)
         for one in tokenizers
     ]
     index = read[0][1]

@@ -133,6 +133,12 @@ def test_prompt_2_is_no_place_for_a_concept(xl, xl_concept):
     assert torch.isfinite(draw(xl, "a photo", prompt_2="red")).all()
 
 
+def test_a_word_learned_by_one_text_encoder_alone_is_refused(xl, xl_concept):
+    xl.tokenizer.add_tokens(["<cat>"])
+    with pytest.raises(ValueError, match="find the placeholder at different places; load learned"):
+        draw(xl, "a <cat> with a S", concept=xl_concept)
+
+
 def test_guidance_ends_as_with_the_callback_of_diffusers(xl, xl_concept):
     ended = draw(xl, concept=xl_concept, speed="exact", guidance_stop=0.5, num_inference_steps=4)
     cut = SDXLCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
