@@ -24,7 +24,7 @@ from elite.files import write_atomically
 from elite.images import from_clip_pixels
 from elite.loading import SCHEDULERS, make_scheduler
 from elite.named_concepts import Words
-from elite.pipeline import ElitePipeline
+from elite.pipeline import Elite
 from elite.previews import Preview
 from elite.sheets import tile_rows
 from elite.speed import speed_of
@@ -150,7 +150,7 @@ class Studio:
 
     def __init__(
         self,
-        pipe: ElitePipeline,
+        pipe: Elite,
         *,
         placeholder_token: str = PLACEHOLDER,
         resolution: int | None = None,
@@ -188,7 +188,7 @@ class Studio:
         """What the networks see, uint8 (size, size, 3) each: the picture, the object alone, and
         that object with the patches marked that the local branch does not read.
 
-        Args: as `ElitePipeline.concept_views`.
+        Args: as `Elite.concept_views`.
         """
         views = self.pipe.concept_views(image, mask)
         picture, cut_out = (
@@ -227,7 +227,7 @@ class Studio:
         return prompts
 
     def encode(self, image: np.ndarray, mask: np.ndarray) -> Concept:
-        """Arguments and errors as `ElitePipeline.encode_concept`."""
+        """Arguments and errors as `Elite.encode_concept`."""
         with self._lock:
             return self.pipe.encode_views(**self.pipe.concept_views(image, mask))
 
@@ -239,8 +239,8 @@ class Studio:
         """
         with folder_hidden(path):
             concept = ConceptFolder(path).read(0)
-            concept.check_mappers(self.pipe.fingerprint)
-            width = self.pipe.text_encoder.config.hidden_size
+            concept.check_mappers(self.pipe.fingerprint, self.pipe.family)
+            width = self.pipe.unet.config.cross_attention_dim
             fits = concept.words.shape == (1, self.num_words, width)
             if (tokens := concept.feature_tokens) is not None:  # of one picture or several
                 fits = fits and not tokens.shape[1] % self.pipe.grid**2

@@ -6,14 +6,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from elite.concept import Concept
     from elite.mappers import GlobalMapper, LocalMapper
-    from elite.pipeline import ElitePipeline
+    from elite.pipeline import Elite, ElitePipeline, EliteXLPipeline
     from elite.speed import Speed
 
-__all__ = ["Concept", "ElitePipeline", "GlobalMapper", "LocalMapper", "Speed"]
+__all__ = [
+    "Concept",
+    "Elite",
+    "ElitePipeline",
+    "EliteXLPipeline",
+    "GlobalMapper",
+    "LocalMapper",
+    "Speed",
+]
 
 _HOMES = {
     "Concept": "elite.concept",
+    "Elite": "elite.pipeline",
     "ElitePipeline": "elite.pipeline",
+    "EliteXLPipeline": "elite.pipeline",
     "GlobalMapper": "elite.mappers",
     "LocalMapper": "elite.mappers",
     "Speed": "elite.speed",

@@ -34,9 +34,9 @@ the folder as the plain Stable Diffusion inside.
 ```python
 from PIL import Image
 
-from elite import ElitePipeline
+from elite import {pipeline}
 
-pipe = ElitePipeline.from_pretrained("THIS REPOSITORY OR FOLDER")
+pipe = {pipeline}.from_pretrained("THIS REPOSITORY OR FOLDER")
 concept = pipe.encode_concept(Image.open("object.jpg"), Image.open("object_bg.png"))
 pipe("a photo of a S", concept=concept, seed=0).images[0].save("drawn.png")
 ```
@@ -63,7 +63,7 @@ features, {input_dim} wide, and writes vectors {output_dim} wide; it fits no oth
 
 ## How to use
 
-It is a part of a pipeline of the package `elite-diffusion`:
+It is a part of a pipeline of the package `elite-diffusion` (of SDXL, `EliteXLPipeline`):
 
 ```python
 from elite import ElitePipeline
@@ -140,13 +140,16 @@ class Carded(PushToHubMixin, ABC):
             write_text(path, self.card())
 
 
-def pipeline_card(base_model: str, local_branch: bool, resolution: int) -> str:
+def pipeline_card(
+    base_model: str, local_branch: bool, resolution: int, pipeline: str = "ElitePipeline"
+) -> str:
     """The card of a whole pipeline.
 
     Args:
         base_model: where the UNet came from; named only if it is a name on the hub.
         local_branch: whether there is a local mapper.
         resolution: side of its pictures in pixels.
+        pipeline: its class.
     """
     named = _hub_name(base_model)
     return PIPELINE.format(
@@ -156,6 +159,7 @@ def pipeline_card(base_model: str, local_branch: bool, resolution: int) -> str:
         if local_branch
         else "It has the global branch only.",
         resolution=resolution,
+        pipeline=pipeline,
     )
 
 

@@ -7,29 +7,29 @@ from inspect import signature
 from types import MappingProxyType
 from typing import Any
 
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from elite.attention import KeysValues, conditional_rows, is_installed
 from elite.cards import Carded, pipeline_card
+from elite.families import Family
 from elite.loading import side_in_pixels
 from elite.speed import Speed
 from elite.text import read_prompt
 from elite.wording import nearest
 
 
-class DiffusersPipeline(Carded, StableDiffusionPipeline):
-    """The side of `ElitePipeline` that faces diffusers; that class adds `install` and
-    `uninstall`."""
+class DiffusersPipeline(Carded, DiffusionPipeline):
+    """The side of `pipeline.Elite` that faces diffusers, before a stock pipeline in the order of
+    bases; that class adds `install` and `uninstall`."""
 
-    model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
+    family: Family
     # The UNet reads their K and V; a hook on the whole mapper would not see that.
     _exclude_from_cpu_offload = ["global_mapper", "local_mapper"]  # noqa: RUF012
     # What metadata says of a change of its weights: {"lora": ..., "weights": ...}.
     changed_weights: Mapping[str, str] = MappingProxyType({})
-    _optional_components = ["safety_checker", "feature_extractor", "local_mapper"]  # noqa: RUF012
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
@@ -52,7 +52,7 @@ class DiffusersPipeline(Carded, StableDiffusionPipeline):
         """The model card that is saved with it."""
         base = str(self.unet.config.get("_name_or_path") or "")
         side = side_in_pixels(self.unet, self.vae)
-        return pipeline_card(base, self.local_mapper is not None, side)
+        return pipeline_card(base, self.local_mapper is not None, side, type(self).__name__)
 
     @contextmanager
     def _plain_unet(self) -> Iterator[None]:
@@ -88,7 +88,7 @@ class DiffusersPipeline(Carded, StableDiffusionPipeline):
     ) -> str | list[str]:
         return read_prompt(prompt, tokenizer)
 
-    def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
         """As diffusers', whose clip_skip looks for the `text_model` that transformers 5 has
         dissolved."""
         encoder = self.text_encoder
@@ -103,13 +103,12 @@ class DiffusersPipeline(Carded, StableDiffusionPipeline):
 
 # --- the arguments of a call ----------------------------------------------------------------------
 
-# Of `__call__`, where diffusers takes the first two by **kwargs, and of `condition`.
-CALL_OPTIONS = {
-    "callback",
-    "callback_steps",
-    *signature(StableDiffusionPipeline.__call__).parameters,
-}
 CONDITION_OPTIONS = {"clip_skip", "cross_attention_kwargs", "height", "width"}
+
+
+def call_options(stock_call: Callable) -> set[str]:
+    """The arguments of a stock pipeline's call, which takes the first two by **kwargs."""
+    return {"callback", "callback_steps", *signature(stock_call).parameters}
 
 
 def check_names(given: Iterable[str], options: Set[str], function: Callable) -> None:
@@ -132,7 +131,7 @@ def callback_may_change_context(kwargs: dict) -> bool:
     return any("prompt_embeds" in name for name in _callback_inputs(kwargs))
 
 
-def between_steps(kept: dict, kwargs: dict, speed: Speed) -> dict[str, Any]:
+def between_steps(kept: dict, kwargs: dict, speed: Speed, family: Family) -> dict[str, Any]:
     """The arguments of a call with which guidance ends where the speed says so, and `kept` is empty
     before the VAE decodes, which takes more memory than the steps."""
     callback = kwargs.get("callback_on_step_end")
@@ -149,7 +148,8 @@ def between_steps(kept: dict, kwargs: dict, speed: Speed) -> dict[str, Any]:
             kept.clear()
         return answer
 
-    needed = [] if speed.guidance_stop == 1 or "prompt_embeds" in asked else ["prompt_embeds"]
+    guided = [] if speed.guidance_stop == 1 else family.guided
+    needed = [name for name in guided if name not in asked]
     return {
         "callback_on_step_end": on_step_end,
         "callback_on_step_end_tensor_inputs": [*asked, *needed],
@@ -157,11 +157,11 @@ def between_steps(kept: dict, kwargs: dict, speed: Speed) -> dict[str, Any]:
 
 
 def _without_guidance(pipe: Any, kept: dict[str, KeysValues], tensors: dict) -> dict:
-    """The tensors of a step with which the next ones have the conditional rows alone; a callback of
-    diffusers, SDCFGCutoffCallback, does the same for a single prompt."""
+    """The tensors of a step with which the next ones have the conditional rows alone; callbacks of
+    diffusers, SDCFGCutoffCallback and SDXLCFGCutoffCallback, do the same for a single prompt."""
     pipe._guidance_scale = 1.0
     kept.update(conditional_rows(kept))
-    return {**tensors, "prompt_embeds": tensors["prompt_embeds"].chunk(2)[1]}
+    return {**tensors, **{name: tensors[name].chunk(2)[1] for name in pipe.family.guided}}
 
 
 def _callback_inputs(kwargs: dict) -> list[str]:

@@ -3,7 +3,7 @@ its file."""
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,7 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from elite.families import FAMILIES, STABLE_DIFFUSION, Family
 from elite.files import is_file, write_atomically
+from elite.wording import brief
 
 FORMAT_VERSION = "1"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -28,11 +30,13 @@ class Concept:
         feature_tokens: f after the mask, (B, patches, D), of an object read from several pictures
             those of all, one picture after the other; None without a local mapper.
         fingerprint: of the mappers that made it.
+        family: name of their model's.
     """
 
     words: Tensor
     feature_tokens: Tensor | None
     fingerprint: str
+    family: str = STABLE_DIFFUSION.name
 
     def __len__(self) -> int:
         return len(self.words)
@@ -45,33 +49,40 @@ class Concept:
     def __getitem__(self, row: int) -> "Concept":
         """One of several objects."""
         tokens = self.feature_tokens
-        return Concept(
-            self.words[row : row + 1],
-            None if tokens is None else tokens[row : row + 1],
-            self.fingerprint,
+        rows = slice(row, row + 1)
+        return replace(
+            self,
+            words=self.words[rows],
+            feature_tokens=None if tokens is None else tokens[rows],
         )
 
     def expand(self, count: int) -> "Concept":
         """One object, `count` times."""
         tokens = self.feature_tokens
-        return Concept(
-            self.words.expand(count, -1, -1),
-            None if tokens is None else tokens.expand(count, -1, -1),
-            self.fingerprint,
+        return replace(
+            self,
+            words=self.words.expand(count, -1, -1),
+            feature_tokens=None if tokens is None else tokens.expand(count, -1, -1),
         )
 
     def as_one(self) -> "Concept":
         """These objects as pictures of the same one: its words are their mean, and its local branch
         reads the feature tokens of all, (1, pictures x patches, D)."""
         tokens = self.feature_tokens
-        return Concept(
-            self.words.mean(dim=0, keepdim=True),
-            None if tokens is None else tokens.flatten(0, 1)[None],
-            self.fingerprint,
+        return replace(
+            self,
+            words=self.words.mean(dim=0, keepdim=True),
+            feature_tokens=None if tokens is None else tokens.flatten(0, 1)[None],
         )
 
-    def check_mappers(self, fingerprint: str) -> None:
+    def check_mappers(self, fingerprint: str, family: Family = STABLE_DIFFUSION) -> None:
         """Raises ValueError where the mappers of this fingerprint did not make the concept."""
+        if self.family != family.name:
+            own = FAMILIES.get(self.family)
+            raise ValueError(
+                f"concept was made for {own.title if own else brief(self.family)}, this model is "
+                f"{family.title}; encode it again with this pipeline"
+            )
         if self.fingerprint != fingerprint:
             raise ValueError(
                 f"concept was made by other mappers (fingerprint {self.fingerprint}, these are "
@@ -101,6 +112,8 @@ class Concept:
             origin: what it was encoded from, for `is_saved`.
         """
         metadata = {**(origin or {}), **HEADER, "fingerprint": self.fingerprint}
+        if self.family != STABLE_DIFFUSION.name:  # which files without a family are of
+            metadata["family"] = self.family
         content = save(self.tensors, metadata)  # save_file lets nobody else read its file
         write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
@@ -125,7 +138,12 @@ class Concept:
                 f"{path}: concept format {metadata.get('version')}, this version reads "
                 f"{FORMAT_VERSION}; encode it again"
             )
-        concept = cls(tensors["words"], tensors.get("feature_tokens"), metadata["fingerprint"])
+        concept = cls(
+            tensors["words"],
+            tensors.get("feature_tokens"),
+            metadata["fingerprint"],
+            metadata.get("family", STABLE_DIFFUSION.name),
+        )
         if not concept.is_sound:
             raise ValueError(
                 f"{path}: words or feature tokens of a wrong shape or type, or not numbers; "
@@ -157,10 +175,10 @@ class Concept:
                 "at a time"
             )
         tokens = [c.feature_tokens for c in concepts if c.feature_tokens is not None]
-        return Concept(
-            torch.cat([concept.words for concept in concepts]),
-            torch.cat(tokens) if tokens else None,
-            concepts[0].fingerprint,
+        return replace(
+            concepts[0],
+            words=torch.cat([concept.words for concept in concepts]),
+            feature_tokens=torch.cat(tokens) if tokens else None,
         )
 
 

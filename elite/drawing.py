@@ -26,7 +26,7 @@ from elite.encoding import batches, columns, progress_bar, read_entries, shown
 from elite.files import check_writable, write_atomically
 from elite.loading import side_in_pixels
 from elite.named_concepts import Words
-from elite.pipeline import ElitePipeline, initial_noise, make_generators
+from elite.pipeline import Elite, initial_noise, make_generators
 from elite.sheets import SHEET_ROWS, tile_rows
 from elite.speed import EXACT, Speed
 
@@ -66,7 +66,7 @@ class Drawing:
 
     def __call__(
         self,
-        pipe: ElitePipeline,
+        pipe: Elite,
         prompts: Sequence[str],
         concepts: Sequence[Concept],
         seeds: Sequence[int],
@@ -81,7 +81,7 @@ class Drawing:
 
     def with_concepts(
         self,
-        pipe: ElitePipeline,
+        pipe: Elite,
         concepts: Mapping[str, Concept],
         weights: Mapping[str, float],
         regions: Mapping[str, np.ndarray],
@@ -117,7 +117,7 @@ class Drawing:
             **self.options,
         ).images
 
-    def metadata(self, pipe: ElitePipeline) -> dict[str, str]:
+    def metadata(self, pipe: Elite) -> dict[str, str]:
         """What a PNG says of how it was drawn: all that it depends on besides prompt and seed."""
         return {
             "fingerprint": pipe.fingerprint,
@@ -186,7 +186,7 @@ def is_drawn(path: Path, metadata: Mapping[str, str]) -> bool:
 
 
 def draw_folder(
-    pipe: ElitePipeline,
+    pipe: Elite,
     folder: PairFolder | ConceptFolder,
     output_dir: Path,
     drawing: Drawing,

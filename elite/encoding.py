@@ -21,7 +21,7 @@ from elite.concept import Concept, ConceptFolder, is_saved
 from elite.data import PairFolder
 from elite.files import write_atomically
 from elite.images import cut_out
-from elite.pipeline import ElitePipeline, stack_views
+from elite.pipeline import Elite, stack_views
 from elite.sheets import SHEET_ROWS, fit_tile, label_tile, tile_rows
 
 T = TypeVar("T")
@@ -57,7 +57,7 @@ def batches(items: Iterator[T], size: int) -> Iterator[list[T]]:
 
 def read_entries(
     pool: Executor,
-    pipe: ElitePipeline,
+    pipe: Elite,
     folder: PairFolder | ConceptFolder,
     indices: Sequence[int],
     batch_size: int,
@@ -85,21 +85,21 @@ def read_entries(
             yield from encode(done)
 
 
-def _read_concept(pipe: ElitePipeline, folder: ConceptFolder, index: int) -> Entry:
+def _read_concept(pipe: Elite, folder: ConceptFolder, index: int) -> Entry:
     concept = folder.read(index)
     try:
-        concept.check_mappers(pipe.fingerprint)
+        concept.check_mappers(pipe.fingerprint, pipe.family)
     except ValueError as error:
         raise ValueError(f"{folder.paths[index]}: {error}") from None
     return Entry(index, concept)
 
 
-def _read_pair(pipe: ElitePipeline, pairs: PairFolder, index: int) -> ReadPair:
+def _read_pair(pipe: Elite, pairs: PairFolder, index: int) -> ReadPair:
     pictures = pairs.read_all(index)
     return index, pictures[0][0], [pipe.concept_views(*picture) for picture in pictures]
 
 
-def _encode_pairs(pipe: ElitePipeline, pairs: list[ReadPair]) -> Iterator[Entry]:
+def _encode_pairs(pipe: Elite, pairs: list[ReadPair]) -> Iterator[Entry]:
     encoded = pipe.encode_views(**stack_views([view for _, _, views in pairs for view in views]))
     rows = (encoded[row] for row in range(len(encoded)))
     for index, image, views in pairs:
@@ -108,7 +108,7 @@ def _encode_pairs(pipe: ElitePipeline, pairs: list[ReadPair]) -> Iterator[Entry]
 
 
 def encode_folder(
-    pipe: ElitePipeline,
+    pipe: Elite,
     pairs: PairFolder,
     output_dir: Path,
     *,

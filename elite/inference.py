@@ -35,7 +35,7 @@ from elite.loading import (
 )
 from elite.lora import fuse_loras
 from elite.named_concepts import Words
-from elite.pipeline import ElitePipeline
+from elite.pipeline import Elite
 from elite.settings import (
     ConceptConfig,
     DrawConfig,
@@ -143,7 +143,7 @@ def load_pipeline(
     config: ConceptConfig,
     local_mapper: str | Literal[False] | None = None,
     encodes: bool = True,
-) -> ElitePipeline:
+) -> Elite:
     """The pipeline of a configuration's models, to be placed.
 
     Args:
@@ -151,7 +151,7 @@ def load_pipeline(
         encodes: False leaves out the image encoder, which concept files do not need.
     """
     model, encoder = config.pretrained_model_name_or_path, config.image_encoder_name_or_path
-    pipe = ElitePipeline.from_stable_diffusion(
+    pipe = Elite.from_stable_diffusion(
         model,
         global_mapper=config.global_mapper_path,
         local_mapper=local_mapper,
@@ -168,7 +168,7 @@ def build_pipeline(
     config: EliteConfig,
     local_mapper: str | Literal[False] | None = None,
     encodes: bool = True,
-) -> ElitePipeline:
+) -> Elite:
     """`load_pipeline` with the sampler of the configuration, ready to draw."""
     pipe = load_pipeline(config, local_mapper, encodes)
     prepare_to_draw(pipe, config)
@@ -227,7 +227,7 @@ def read_objects(config: InferenceConfig) -> PairFolder | ConceptFolder:
 
 def draw_objects(
     config: InferenceConfig,
-    pipe: ElitePipeline,
+    pipe: Elite,
     objects: PairFolder | ConceptFolder,
     drawing: Drawing,
     output_dir: Path,

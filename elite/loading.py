@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from elite.defaults import DEFAULT_SAMPLER
+from elite.families import SDXL, family_of
 from elite.files import check_archive, is_file
 from elite.text import read_prompt
 from elite.wording import first_line
@@ -157,7 +158,7 @@ def load_stable_diffusion(
         weights = {**hub, **({"variant": variant} if variant else {})}
         names = {"text_encoder": CLIPTextModel, "vae": AutoencoderKL, "unet": UNet2DConditionModel}
         parts = {name: load_part(cls, model, name, **weights) for name, cls in names.items()}
-        if is_xl(parts["unet"]):
+        if family_of(parts["unet"]) is SDXL:
             parts["text_encoder_2"] = load_part(
                 CLIPTextModelWithProjection, model, "text_encoder_2", **weights
             )
@@ -199,11 +200,6 @@ def _load_single_file(path: str | Path, config: str | Path | None) -> dict:
         if isinstance(part, torch.nn.Module):
             part.float().eval()
     return {**parts, "scheduler": make_scheduler(DEFAULT_SAMPLER, pipe.scheduler.config)}
-
-
-def is_xl(unet: UNet2DConditionModel) -> bool:
-    """Whether this is the UNet of SDXL, which reads two text encoders and the picture's size."""
-    return unet.config.addition_embed_type == "text_time"
 
 
 def stock_pipeline(parts: dict) -> StableDiffusionPipeline | StableDiffusionXLPipeline:

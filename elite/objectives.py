@@ -3,6 +3,7 @@ eq. 4 and 7)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,16 +14,18 @@ from torch import Tensor, nn
 
 from elite.attention import install, local_inputs, local_values
 from elite.defaults import PLACEHOLDER
+from elite.families import encode_texts, family_of, text_encoders, tokenize_for_each, tokenizers
 from elite.files import write_atomically
 from elite.images import patch_mask
+from elite.loading import pixels_per_latent
 from elite.mappers import GlobalMapper, LocalMapper, clip_levels, clip_levels_of_views
 from elite.noise import POSTERIOR_STREAM, seeded_noise, seeded_timesteps
-from elite.text import encode_text, tokenize
 
 WORD_PENALTY = 0.01  # stage 1, weight of mean |w|
 VALUE_PENALTY = 1e-4  # stage 2, weight of mean |V_l f|
 PREDICTIONS = ("epsilon", "v_prediction")
 NOISING = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
+INPUT_IDS = ("input_ids", "input_ids_2")  # of a batch, for each text encoder
 
 Batch = Mapping[str, Any]  # tensors, and the list of captions
 
@@ -31,7 +34,8 @@ class DenoisingObjective(nn.Module, ABC):
     """What every objective shares: a frozen Stable Diffusion and its noising step.
 
     Args:
-        parts: vae, text_encoder, unet, scheduler, as `loading.load_stable_diffusion` gives them.
+        parts: vae, text_encoder, unet, scheduler, as `loading.load_stable_diffusion` gives them; of
+            SDXL text_encoder_2 too.
 
     Raises:
         ValueError: the UNet predicts neither noise nor velocity.
@@ -45,8 +49,8 @@ class DenoisingObjective(nn.Module, ABC):
                 f"the model's scheduler has prediction_type {prediction!r}; training knows "
                 f"{' and '.join(PREDICTIONS)}"
             )
-        self.vae, self.text_encoder = parts["vae"], parts["text_encoder"]
-        self.unet = parts["unet"]
+        self.vae, self.unet = parts["vae"], parts["unet"]
+        self.family, self.text_encoders = family_of(self.unet), nn.ModuleList(text_encoders(parts))
         # The release trains on DDPM noise whatever the sampler.
         known = parts["scheduler"].config
         self.scheduler = DDPMScheduler(**{key: known[key] for key in NOISING if key in known})
@@ -69,8 +73,9 @@ class DenoisingObjective(nn.Module, ABC):
     def cast_frozen(self, dtype: torch.dtype) -> None:
         """Keeps what does not learn in the dtype it computes in under autocast: half the memory, no
         cast at each step."""
-        for parameter in self.parameters():
-            if not parameter.requires_grad:
+        vae_stays = self.family.vae_overflows and dtype == torch.float16
+        for name, parameter in self.named_parameters():
+            if not parameter.requires_grad and not (vae_stays and name.startswith("vae.")):
                 parameter.data = parameter.data.to(dtype)
 
     def train(self, mode: bool = True) -> Self:
@@ -103,7 +108,9 @@ class DenoisingObjective(nn.Module, ABC):
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor, seeds: Tensor) -> Tensor:
         """x (B, 3, H, W) in [-1, 1] to z in float32, one draw of the posterior per sample seed."""
-        posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+        as_it_is = torch.autocast(pixels.device.type, enabled=False)
+        with as_it_is if self.family.vae_overflows else nullcontext():
+            posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         return self.draw_latents(posterior.mean.float(), posterior.std.float(), seeds)
 
     def draw_latents(self, mean: Tensor, std: Tensor, seeds: Tensor) -> Tensor:
@@ -124,7 +131,7 @@ class EliteObjective(DenoisingObjective):
     """What both stages share: words in the prompt, mappers in the UNet.
 
     Args:
-        parts: also tokenizer and image_encoder, as `loading.load_parts` gives them.
+        parts: also tokenizers and image_encoder, as `loading.load_parts` gives them.
         global_mapper, local_mapper: installed in the UNet; stage 1 has no local mapper.
         placeholder_token: the word of the captions that the concept's words replace.
 
@@ -141,7 +148,7 @@ class EliteObjective(DenoisingObjective):
     ) -> None:
         super().__init__(parts)
         self.image_encoder = parts["image_encoder"]
-        self.tokenizer, self.placeholder_token = parts["tokenizer"], placeholder_token
+        self.tokenizers, self.placeholder_token = tokenizers(parts), placeholder_token
         self.global_mapper, self.local_mapper = global_mapper, local_mapper
         self.freeze()
         install(self.unet, global_mapper, local_mapper)
@@ -161,10 +168,10 @@ class EliteObjective(DenoisingObjective):
         """How many words the placeholder becomes."""
 
     def tokens(self, captions: list[str]) -> dict[str, Tensor]:
-        input_ids, index = tokenize(
-            self.tokenizer, captions, self.placeholder_token, self.words_injected
+        ids_of_each, index = tokenize_for_each(
+            self.tokenizers, captions, self.placeholder_token, self.words_injected
         )
-        return {"input_ids": input_ids, "index": index}
+        return {"index": index, **dict(zip(INPUT_IDS, ids_of_each, strict=False))}
 
     def predict(
         self,
@@ -174,11 +181,19 @@ class EliteObjective(DenoisingObjective):
         words: Tensor,
         local: list[Tensor] | None = None,
     ) -> Tensor:
-        """eps_hat (B, C, h, w) with `words` (B, L, D) in the prompt."""
-        context = encode_text(self.text_encoder, batch["input_ids"], words, batch["index"])
-        return self.unet(
-            noisy_latents, t, context, added_cond_kwargs={"image_embeds": local or []}
-        ).sample
+        """eps_hat (B, C, h, w) with `words` (B, L, D) in the prompt; SDXL is told that the picture
+        is whole and of its own size."""
+        height, width = (n * pixels_per_latent(self.vae) for n in noisy_latents.shape[2:])
+        whole = torch.tensor([height, width, 0, 0, height, width]).to(noisy_latents)
+        context, added = encode_texts(
+            list(self.text_encoders),
+            [batch[name] for name in INPUT_IDS if name in batch],
+            whole.expand(len(noisy_latents), -1),
+            words,
+            batch["index"],
+        )
+        added["image_embeds"] = local or []
+        return self.unet(noisy_latents, t, context, added_cond_kwargs=added).sample
 
 
 class GlobalObjective(EliteObjective):

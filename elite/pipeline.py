@@ -1,27 +1,35 @@
-"""ElitePipeline: Stable Diffusion with ELITE's mappers plugged in; encode a concept once, draw it
-many times.
+"""ElitePipeline and EliteXLPipeline: Stable Diffusion and SDXL with ELITE's mappers plugged in;
+encode a concept once, draw it many times.
 
-In reading order: construct, encode, call, condition. What diffusers alone asks for is in
-`compat.py`.
+In reading order: construct, encode, call, condition, all of it for both; at the end the two. In
+what they differ is in `families.py`, what diffusers alone asks for in `compat.py`.
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from diffusers.pipelines.stable_diffusion_xl import StableDiffusionXLPipelineOutput
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModel
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionModel,
+)
 
 from elite.attention import (
     COLUMNS,
@@ -36,10 +44,10 @@ from elite.attention import (
 )
 from elite.checkpoint import load_mapper
 from elite.compat import (
-    CALL_OPTIONS,
     CONDITION_OPTIONS,
     DiffusersPipeline,
     between_steps,
+    call_options,
     callback_may_change_context,
     check_names,
     text_options,
@@ -47,6 +55,15 @@ from elite.compat import (
 from elite.concept import Concept
 from elite.deep_features import deep_features_reused
 from elite.defaults import DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
+from elite.families import (
+    SDXL,
+    STABLE_DIFFUSION,
+    family_of,
+    split_words,
+    text_encoders,
+    tokenize_for_each,
+    tokenizers,
+)
 from elite.images import ImageLike, as_image, as_mask, doubt, fit_mask, object_views
 from elite.loading import inside, load_parts, pixels_per_latent, side_in_pixels
 from elite.mappers import GlobalMapper, LocalMapper, fingerprint_of, words_and_tokens
@@ -62,12 +79,13 @@ from elite.named_concepts import (
     weights_by_name,
 )
 from elite.speed import Speed, speed_of
-from elite.text import check_texts, injected, spell_out, tokenize, word_positions
+from elite.text import check_texts, injected, word_positions
 from elite.wording import brief, note
 
 
-class ElitePipeline(DiffusersPipeline):
-    """Text-to-image with one-picture concepts (ELITE, arXiv 2302.13848).
+class Elite(DiffusersPipeline):
+    """Text-to-image with one-picture concepts (ELITE, arXiv 2302.13848): what the pipelines of both
+    families are.
 
     A call without a concept draws the prompt through the mappers' K_g, V_g, as the release does for
     its unconditional pass. `local_mapper` may be None: global mapping only.
@@ -75,34 +93,19 @@ class ElitePipeline(DiffusersPipeline):
 
     # --- construct --------------------------------------------------------------------------------
 
-    def __init__(
+    def add_mappers(
         self,
-        vae: AutoencoderKL,
-        text_encoder: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
-        unet: UNet2DConditionModel,
-        scheduler: KarrasDiffusionSchedulers,
-        image_encoder: CLIPVisionModel,
         global_mapper: GlobalMapper,
-        local_mapper: LocalMapper | None = None,
-        safety_checker: None = None,
-        feature_extractor: None = None,
-        requires_safety_checker: bool = False,
+        local_mapper: LocalMapper | None,
         fingerprint: str | None = None,
     ) -> None:
-        super().__init__(
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            unet=unet,
-            scheduler=scheduler,
-            safety_checker=safety_checker,
-            feature_extractor=feature_extractor,
-            image_encoder=image_encoder,
-            requires_safety_checker=requires_safety_checker,
-        )
+        """Plugs the mappers in; the constructors' last step.
+
+        Args:
+            fingerprint: ties concepts to these mappers; kept when they are loaded in another
+                precision. None takes one of their values.
+        """
         self.register_modules(global_mapper=global_mapper, local_mapper=local_mapper)
-        # Ties concepts to these mappers; kept when they are loaded in another precision.
         self.fingerprint = fingerprint or fingerprint_of(global_mapper, local_mapper)
         self.register_to_config(fingerprint=self.fingerprint)
         self.install()
@@ -118,9 +121,10 @@ class ElitePipeline(DiffusersPipeline):
         torch_dtype: torch.dtype = torch.float32,
         variant: str | None = None,
         single_file_config: str | Path | None = None,
-    ) -> "ElitePipeline":
+    ) -> Self:
         """Composes a pipeline from a Stable Diffusion and mappers; its scheduler is the default
         sampler over the model's noise schedule (`loading.make_scheduler` makes others).
+        `Elite.from_stable_diffusion` takes a model of either family.
 
         Args:
             model: folder in diffusers layout, hub name, or a checkpoint in a single file.
@@ -132,12 +136,19 @@ class ElitePipeline(DiffusersPipeline):
             variant, single_file_config: as for `loading.load_parts`.
 
         Raises:
-            ValueError: a part is missing or does not fit; the message names it.
+            ValueError: a part is missing or does not fit; the message names it. Or the model is of
+                the other family.
         """
         parts = load_parts(
             model, image_encoder, variant=variant, single_file_config=single_file_config
         )
         unet, encoder = parts["unet"], parts["image_encoder"]
+        of_family = pipeline_of(unet)
+        if cls is not Elite and not issubclass(cls, of_family):
+            raise ValueError(
+                f"{model}: is {of_family.family.title}, no model of {cls.__name__}; "
+                f"{of_family.__name__}.from_stable_diffusion takes it"
+            )
         mappers: dict[str, Any] = {}
         for name, kind, given in (
             ("global_mapper", GlobalMapper, global_mapper),
@@ -152,7 +163,8 @@ class ElitePipeline(DiffusersPipeline):
                 f"{model}: has no global_mapper/; pass the path of a global mapper "
                 "(--global_mapper_path)"
             )
-        pipe = cls(**parts, **mappers)
+        made: Any = of_family if cls is Elite else cls
+        pipe = made(**parts, **mappers)
         for part in pipe.components.values():
             if isinstance(part, torch.nn.Module) and part.dtype != torch_dtype:
                 part.to(torch_dtype)
@@ -241,7 +253,7 @@ class ElitePipeline(DiffusersPipeline):
         views = (view.to(device) for view in (clip_pixels, object_pixels, patch_mask))
         mappers = self.global_mapper, self.local_mapper
         words, tokens = words_and_tokens(self.image_encoder, *mappers, *views)
-        return Concept(words, tokens, self.fingerprint)
+        return Concept(words, tokens, self.fingerprint, self.family.name)
 
     # --- call -------------------------------------------------------------------------------------
 
@@ -263,7 +275,7 @@ class ElitePipeline(DiffusersPipeline):
         guidance_stop: float | None = None,
         deep_every: int | None = None,
         **kwargs: Any,
-    ) -> StableDiffusionPipelineOutput:
+    ) -> StableDiffusionPipelineOutput | StableDiffusionXLPipelineOutput:
         """Draws a prompt with a concept in place of its placeholder, or with several.
 
         Args:
@@ -283,10 +295,10 @@ class ElitePipeline(DiffusersPipeline):
                 travel between devices, dtypes and batch sizes. None uses `generator`.
             speed: "exact", "balanced" or "fast": how much exactness is given up for time.
             guidance_stop, deep_every: knobs of `Speed`; None leaves them as the speed has them.
-            args, kwargs: as for StableDiffusionPipeline.
+            args, kwargs: as for StableDiffusionPipeline or StableDiffusionXLPipeline.
 
         Returns:
-            StableDiffusionPipelineOutput.
+            What that pipeline returns.
 
         Raises:
             ValueError: placeholder absent, twice or too late; concept of other mappers; wrong
@@ -294,15 +306,20 @@ class ElitePipeline(DiffusersPipeline):
         """
         if "ip_adapter_image" in kwargs:
             raise ValueError("ip_adapter_image: not taken; pass what encode_concept makes of it")
-        check_names(kwargs, CALL_OPTIONS, self.__call__)
+        check_names(kwargs, call_options(super().__call__), self.__call__)
         speed = speed_of(speed, guidance_stop, deep_every)
         local = kwargs.pop("ip_adapter_image_embeds", None) or []
         concepts = concepts_by_name(concept, concepts, placeholder_token)
         if concepts and prompt is not None:
+            if kwargs.get("prompt_2") is not None:
+                raise ValueError(
+                    "prompt_2: with a concept both text encoders read prompt; leave prompt_2 out"
+                )
             prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-            kwargs["prompt_embeds"], local = self._condition(
+            embeds, local = self._condition(
                 prompts, concepts, lambda_, words, regions or {}, kwargs
             )
+            kwargs |= embeds
             if isinstance(kwargs.get("negative_prompt"), str):
                 kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(prompts)
             prompt = None
@@ -321,7 +338,7 @@ class ElitePipeline(DiffusersPipeline):
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
                 ip_adapter_image=conditioning,
-                **{**kwargs, **between_steps(conditioning.kept, kwargs, speed)},
+                **{**kwargs, **between_steps(conditioning.kept, kwargs, speed, self.family)},
             )
 
     def _initial_noise(
@@ -383,7 +400,8 @@ class ElitePipeline(DiffusersPipeline):
 
         Returns:
             {prompt_embeds (1, 77, D), negative_prompt_embeds (1, 77, D) or None without guidance,
-            ip_adapter_image_embeds (list), guidance_scale}.
+            for SDXL the pooled ones of both (1, P) too, ip_adapter_image_embeds (list),
+            guidance_scale}.
 
         Raises:
             ValueError: as for a call of this pipeline, or no concept.
@@ -394,18 +412,18 @@ class ElitePipeline(DiffusersPipeline):
         named = concepts_by_name(concept, concepts, placeholder_token)
         if not named:
             raise ValueError("no concept; pass concept or concepts")
-        context, local = self._condition([prompt], named, lambda_, words, regions or {}, kwargs)
-        given = {**kwargs, "prompt_embeds": context, "negative_prompt": negative_prompt}
+        embeds, local = self._condition([prompt], named, lambda_, words, regions or {}, kwargs)
+        given = {**kwargs, **embeds, "negative_prompt": negative_prompt}
         contexts = self._encode_text(None, guidance_scale, given)
         if not local:  # stock pipelines want some; this adds nothing
+            context = contexts[-1]
             nothing = context.new_zeros(1, 1, context.shape[2])
             index = torch.zeros(1, dtype=torch.int64, device=context.device)
             local = local_inputs(nothing, index, 0.0, context.shape[1])
         if len(contexts) > 1:  # the guidance rows read no feature tokens, and see everything
             local = [torch.cat([torch.full_like(x, x.ndim == 4), x]) for x in local]
         return {
-            "prompt_embeds": given["prompt_embeds"],
-            "negative_prompt_embeds": given["negative_prompt_embeds"],
+            **{name: given[name] for name in self.family.embeds},
             "ip_adapter_image_embeds": local,
             "guidance_scale": guidance_scale,
         }
@@ -418,8 +436,9 @@ class ElitePipeline(DiffusersPipeline):
         words: Words,
         regions: Mapping[str, ImageLike],
         kwargs: dict,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Context (B, 77, D) and the local inputs of these prompts."""
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """`prompt_embeds` (B, 77, D), for SDXL `pooled_prompt_embeds` (B, P) too, and the local
+        inputs of these prompts."""
         check_texts(prompts)
         names, device, count = list(concepts), self._execution_device, len(prompts)
         if len(names) > COLUMNS:
@@ -432,12 +451,26 @@ class ElitePipeline(DiffusersPipeline):
         # The words into the prompt.
         chosen = torch.stack([pick_words(row.words, words) for row in rows], dim=1).to(device)
         num_words = chosen.shape[2]  # of (B, N, L, D)
-        spelled = [spell_out(prompt, self.tokenizer) for prompt in prompts]
-        input_ids, index = tokenize(self.tokenizer, spelled, names, num_words)
+        encoders = text_encoders(self.components)
+        ids_of_each, index = tokenize_for_each(
+            tokenizers(self.components), prompts, names, num_words
+        )
         index = index.to(device)
-        with injected(self.text_encoder, chosen, index, input_ids.to(device)):
+        with ExitStack() as injections:
+            of_each = zip(encoders, split_words(chosen, encoders), ids_of_each, strict=True)
+            for encoder, part, input_ids in of_each:
+                injections.enter_context(injected(encoder, part, index, input_ids.to(device)))
             # These ids are read, whatever the text; `tokenize` has checked their number.
-            context, _ = self.encode_prompt([""] * count, device, 1, False, **text_options(kwargs))
+            encoded = self.encode_prompt(
+                prompt=[""] * count,
+                device=device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=False,
+                **text_options(kwargs),
+            )
+        named = zip(self.family.embeds, encoded, strict=True)
+        embeds = {name: x for name, x in named if x is not None}
+        length = embeds["prompt_embeds"].shape[1]
 
         # Beside it the feature tokens of each concept, its placeholder and its lambda.
         index = word_positions(index, num_words)  # (B, N)
@@ -451,16 +484,16 @@ class ElitePipeline(DiffusersPipeline):
                     f"{weight.numel()} lambdas for {count} prompts; pass one, or one per prompt"
                 )
             f = row.feature_tokens.to(device, self.unet.dtype)
-            local += local_inputs(f, index[:, n], weight.to(device), context.shape[1])
+            local += local_inputs(f, index[:, n], weight.to(device), length)
         if shares is not None:
             shares = shares.to(device, self.unet.dtype)
-            local.append(visibility(shares, index, num_words, context.shape[1]))
-        return context, local
+            local.append(visibility(shares, index, num_words, length))
+        return embeds, local
 
     def _rows(self, concept: ConceptLike | Sequence[ConceptLike], count: int) -> Concept:
         """One concept's rows for these prompts, seen to be of this pipeline."""
         rows = row_per_prompt(concept, count)
-        rows.check_mappers(self.fingerprint)
+        rows.check_mappers(self.fingerprint, self.family)
         width = self.unet.config.cross_attention_dim
         if rows.words.shape[2] != width:
             raise ValueError(
@@ -476,23 +509,23 @@ class ElitePipeline(DiffusersPipeline):
 
         In `kwargs` they take the place of the prompts.
         """
-        given = {
-            key: kwargs.pop(key, None)
-            for key in ("negative_prompt", "prompt_embeds", "negative_prompt_embeds")
-        }
+        texts, embeds = self.family.texts, self.family.embeds
+        given = {key: kwargs.pop(key, None) for key in (*texts, *embeds)}
         side = self.resolution
-        self.check_inputs(prompt, side, side, None, **given)
-        check_texts(prompt, given["negative_prompt"])
+        self.check_inputs(prompt=prompt, height=side, width=side, callback_steps=None, **given)
+        check_texts(prompt, *(given[key] for key in texts))
         self._clip_skip = kwargs.get("clip_skip")
-        context, negative = self.encode_prompt(
-            prompt,
-            self._execution_device,
-            1,
-            guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None,
+        encoded = self.encode_prompt(
+            prompt=prompt,
+            device=self._execution_device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=guidance_scale > 1
+            and self.unet.config.time_cond_proj_dim is None,
             **text_options(kwargs),
             **given,
         )
-        kwargs |= {"prompt_embeds": context, "negative_prompt_embeds": negative}
+        kwargs |= dict(zip(embeds, encoded, strict=True))
+        context, negative = kwargs["prompt_embeds"], kwargs["negative_prompt_embeds"]
         return [context] if negative is None else [negative, context]
 
     def prepare_ip_adapter_image_embeds(
@@ -520,6 +553,88 @@ class ElitePipeline(DiffusersPipeline):
         lora_scale = (self.cross_attention_kwargs or {}).get("scale", 1.0)
         ip_adapter_image.kept.update(keys_values(self.unet, context, local, lora_scale))
         return ip_adapter_image.kept
+
+
+class ElitePipeline(Elite, StableDiffusionPipeline):
+    """`Elite` of Stable Diffusion 1.x and 2.x."""
+
+    family = STABLE_DIFFUSION
+    model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
+    _optional_components = ["safety_checker", "feature_extractor", "local_mapper"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        image_encoder: CLIPVisionModel,
+        global_mapper: GlobalMapper,
+        local_mapper: LocalMapper | None = None,
+        safety_checker: None = None,
+        feature_extractor: None = None,
+        requires_safety_checker: bool = False,
+        fingerprint: str | None = None,
+    ) -> None:
+        super().__init__(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            image_encoder=image_encoder,
+            requires_safety_checker=requires_safety_checker,
+        )
+        self.add_mappers(global_mapper, local_mapper, fingerprint)
+
+
+class EliteXLPipeline(Elite, StableDiffusionXLPipeline):
+    """`Elite` of SDXL: its words are 768 + 1280 wide, for the two text encoders, its K and V
+    2048."""
+
+    family = SDXL
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->image_encoder->unet->vae"
+    _optional_components = ["feature_extractor", "local_mapper"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        text_encoder_2: CLIPTextModelWithProjection,
+        tokenizer: CLIPTokenizer,
+        tokenizer_2: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        image_encoder: CLIPVisionModel,
+        global_mapper: GlobalMapper,
+        local_mapper: LocalMapper | None = None,
+        feature_extractor: None = None,
+        force_zeros_for_empty_prompt: bool = True,
+        add_watermarker: bool = False,
+        fingerprint: str | None = None,
+    ) -> None:
+        super().__init__(
+            vae=vae,
+            text_encoder=text_encoder,
+            text_encoder_2=text_encoder_2,
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer_2,
+            unet=unet,
+            scheduler=scheduler,
+            image_encoder=image_encoder,
+            feature_extractor=feature_extractor,
+            force_zeros_for_empty_prompt=force_zeros_for_empty_prompt,
+            add_watermarker=add_watermarker,
+        )
+        self.add_mappers(global_mapper, local_mapper, fingerprint)
+
+
+def pipeline_of(unet: UNet2DConditionModel) -> type[ElitePipeline] | type[EliteXLPipeline]:
+    """The pipeline for the family of a UNet."""
+    return EliteXLPipeline if family_of(unet) is SDXL else ElitePipeline
 
 
 @dataclass(frozen=True)

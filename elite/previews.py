@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from elite.families import family_of
 from elite.images import to_pixels
 from elite.loading import pixels_per_latent
 
@@ -47,8 +48,14 @@ def fit_preview(pipe: DiffusionPipeline, pictures: Sequence[np.ndarray]) -> Prev
     pixels = torch.stack(
         [F.interpolate(to_pixels(x)[None], (side, side), mode="area")[0] for x in pictures]
     )  # (N, 3, side, side)
+    dtype = pipe.vae.dtype
+    overflows = dtype == torch.float16 and family_of(pipe.unet).vae_overflows
+    if overflows:
+        pipe.vae.float()
     given = pixels.to(pipe._execution_device, pipe.vae.dtype)
     latents = pipe.vae.encode(given).latent_dist.mean * pipe.vae.config.scaling_factor
+    if overflows:
+        pipe.vae.to(dtype)
     x = latents.float().cpu().movedim(1, -1).flatten(0, 2)  # (N SIDE^2, C)
     x = torch.cat([x, torch.ones(len(x), 1)], dim=1)
     colours = F.adaptive_avg_pool2d(pixels, SIDE).movedim(1, -1).flatten(0, 2)  # (N SIDE^2, 3)

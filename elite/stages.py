@@ -22,7 +22,7 @@ from elite.mappers import Mapper
 from elite.named_concepts import Words
 from elite.objectives import DenoisingObjective, EliteObjective
 from elite.open_images import Source
-from elite.pipeline import ElitePipeline
+from elite.pipeline import pipeline_of
 from elite.settings import FitConfig, TrainConfig
 from elite.shards import open_source
 from elite.sheets import tile_rows
@@ -161,7 +161,7 @@ def pair_preview(
     """The previews of a stage; None where the configuration wants none.
 
     Args:
-        words: those the stage trains with, as for a call of `ElitePipeline`.
+        words: those the stage trains with, as for a call of `Elite`.
     """
     if not config.validation_steps or config.dry_run:
         return None
@@ -183,7 +183,7 @@ class PairPreview:
         self.words, self.pairs = words, pairs
 
     def __call__(self) -> Image.Image:
-        pipe = ElitePipeline(
+        pipe = pipeline_of(self.parts["unet"])(
             **{**self.parts, "scheduler": make_scheduler("dpm++", self.parts["scheduler"].config)},
             global_mapper=self.objective.global_mapper,
             local_mapper=self.objective.local_mapper,

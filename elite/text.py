@@ -4,9 +4,10 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
 from elite.wording import brief, note
@@ -281,21 +282,45 @@ def injected(
     text_encoder: CLIPTextModel, words: Tensor, index: Tensor, input_ids: Tensor | None = None
 ) -> Iterator[None]:
     """Within it, this text encoder (no other instance) reads `words` where the placeholders stand,
-    and `input_ids`, if given, in place of the ids it is called with."""
+    and `input_ids`, if given, in place of the ids it is called with. Pooled text is taken where the
+    words have moved the end to."""
+    embedding, moved = text_encoder.get_input_embeddings(), _moved(words, index)
+    embedded = input_ids
+
+    def ids_given(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        nonlocal embedded
+        embedded = args[0] if input_ids is None else input_ids
+        return (_end_moved(embedded, moved, text_encoder.config.eos_token_id), *args[1:])
+
     hooks = [
-        text_encoder.get_input_embeddings().register_forward_hook(
+        text_encoder.register_forward_pre_hook(ids_given),
+        embedding.register_forward_pre_hook(lambda module, args: (embedded,)),
+        embedding.register_forward_hook(
             lambda module, inputs, output: inject_words(output, words, index)
-        )
+        ),
     ]
-    if input_ids is not None:
-        hooks.append(
-            text_encoder.register_forward_pre_hook(lambda module, args: (input_ids, *args[1:]))
-        )
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _moved(words: Tensor, index: Tensor) -> int:
+    """By how many places words move the end of a text; arguments as for `inject_words`."""
+    return (words.shape[-2] - 1) * (1 if index.ndim == 1 else index.shape[1])
+
+
+def _end_moved(input_ids: Tensor, moved: int, end: int) -> Tensor:
+    """Ids (B, 77) by which a text encoder finds the end of a text whose words have moved it; at the
+    last place where they have moved it out."""
+    if not moved:
+        return input_ids
+    start = input_ids[:, :1].expand(-1, moved)  # is no end
+    ids = torch.cat([start, input_ids[:, :-moved]], dim=1)
+    # CLIP's old configs call the end 2, and then the largest id is taken for it; the first counts.
+    ids[:, -1] = input_ids.amax(dim=1) if end == 2 else end
+    return ids
 
 
 def encode_text(
@@ -306,7 +331,18 @@ def encode_text(
 ) -> Tensor:
     """Context (B, 77, D): the last hidden state, with words in it if given, as for
     `inject_words`."""
+    return text_output(text_encoder, input_ids, words, index).last_hidden_state
+
+
+def text_output(
+    text_encoder: CLIPTextModel,
+    input_ids: Tensor,
+    words: Tensor | None = None,
+    index: Tensor | None = None,
+    **options: Any,
+) -> Any:
+    """All that the text encoder gives; arguments as for `encode_text`, and its own options."""
     if words is None or index is None:
-        return text_encoder(input_ids).last_hidden_state
+        return text_encoder(input_ids, **options)
     with injected(text_encoder, words, index):
-        return text_encoder(input_ids).last_hidden_state
+        return text_encoder(input_ids, **options)

@@ -20,7 +20,7 @@ from elite.drawing import Drawing, is_drawn, png_info
 from elite.encoding import progress_bar
 from elite.files import write_atomically, write_json, write_text
 from elite.images import cut_out
-from elite.pipeline import ElitePipeline
+from elite.pipeline import Elite
 from elite.sheets import tile_rows
 from evaluation.metrics import Clip, Dino, bootstrap, mean_cosine
 from evaluation.subjects import Prompts, Subject
@@ -112,7 +112,7 @@ def _mean_cosines(
 
 
 def draw_cases(
-    pipe: ElitePipeline,
+    pipe: Elite,
     cases: Sequence[Case],
     output_dir: Path,
     drawing: Drawing,

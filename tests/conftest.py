@@ -13,7 +13,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
-from elite import Concept, ElitePipeline
+from elite import Concept, Elite, ElitePipeline
 from elite.loading import load_parts
 from elite.mappers import Mapper
 from tests import tiny
@@ -119,8 +119,8 @@ def pipe(model_folder: Path, mapper_folder: Path) -> ElitePipeline:
     return make_pipe(model_folder, mapper_folder)
 
 
-def make_pipe(model_folder: Path, mapper_folder: Path) -> ElitePipeline:
-    pipe = ElitePipeline.from_stable_diffusion(
+def make_pipe(model_folder: Path, mapper_folder: Path) -> Elite:
+    pipe = Elite.from_stable_diffusion(
         model_folder,
         global_mapper=mapper_folder / "global_mapper",
         local_mapper=mapper_folder / "local_mapper",

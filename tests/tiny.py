@@ -3,6 +3,7 @@ for the tests."""
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,9 +49,11 @@ from transformers.models.grounding_dino.image_processing_pil_grounding_dino impo
 )
 from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
 
-from elite import Concept, ElitePipeline, GlobalMapper, LocalMapper
+from elite import Concept, Elite, GlobalMapper, LocalMapper
+from elite.families import text_encoders
 from elite.loading import load_parts
 from elite.mappers import Mapper
+from elite.pipeline import pipeline_of
 from small_world.tokenizer import build_tokenizer
 from small_world.world import Body, Critter
 
@@ -147,10 +150,9 @@ def build_xl_models() -> dict[str, nn.Module]:
     return models
 
 
-def save_xl_folder(folder: Path) -> Path:
+def save_xl_folder(folder: Path, prediction_type: str = "epsilon") -> Path:
     """A tiny SDXL in diffusers layout."""
-    save_model_folder(folder)
-    shutil.rmtree(folder / "image_encoder")
+    save_model_folder(folder, prediction_type=prediction_type)
     for name, model in build_xl_models().items():
         model.save_pretrained(folder / name)
     shutil.copytree(folder / "tokenizer", folder / "tokenizer_2")
@@ -178,11 +180,11 @@ def save_model_folder(
     return folder
 
 
-def build_untouched(model_folder: Path) -> ElitePipeline:
+def build_untouched(model_folder: Path) -> Elite:
     """A pipeline of fresh mappers: their K and V are still the UNet's."""
     parts = load_parts(model_folder)
     models = parts["unet"], parts["image_encoder"], 32, HIDDEN_LAYERS
-    pipe = ElitePipeline(
+    pipe = pipeline_of(parts["unet"])(
         **parts,
         global_mapper=GlobalMapper.for_models(*models),
         local_mapper=LocalMapper.for_models(*models),
@@ -191,13 +193,13 @@ def build_untouched(model_folder: Path) -> ElitePipeline:
     return pipe
 
 
-def word_as_concept(pipe: ElitePipeline, word: str = "S") -> Concept:
+def word_as_concept(pipe: Elite, word: str = "S") -> Concept:
     """A concept whose words are the embedding of a word of the tokenizer: it changes nothing but
     what the local branch adds."""
     token = pipe.tokenizer(word)["input_ids"][1]
-    embedding = pipe.text_encoder.get_input_embeddings().weight[token].detach()
-    concept = pipe.encode_concept(*picture(0))
-    return Concept(embedding.expand(1, 3, -1), concept.feature_tokens, concept.fingerprint)
+    encoders = text_encoders(pipe.components)
+    rows = [encoder.get_input_embeddings().weight[token].detach() for encoder in encoders]
+    return replace(pipe.encode_concept(*picture(0)), words=torch.cat(rows).expand(1, 3, -1))
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

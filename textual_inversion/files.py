@@ -22,6 +22,7 @@ from torch import Tensor
 
 from elite.checkpoint import TORCH_FILES, load_torch
 from elite.concept import DTYPES, Concept
+from elite.families import STABLE_DIFFUSION, TOKENIZERS
 from elite.files import is_file, write_atomically
 from elite.wording import brief, note
 
@@ -32,7 +33,6 @@ EMBEDDING_FILES = {
 }
 # Tensors of files that hold one word, named after the file, and the text encoder they belong to.
 UNNAMED = {"emb_params": "text_encoder", "clip_l": "text_encoder", "clip_g": "text_encoder_2"}
-TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 Embeddings = dict[str, Tensor]  # placeholder to its vectors (L, D)
 
@@ -130,7 +130,13 @@ def _load_file(path: Path) -> dict[str, Embeddings]:
         content = {"emb_params": next(iter(params.values()))} if is_one else {}
     words = content.get("words")
     if isinstance(words, Tensor) and words.ndim == 3:
-        return {"text_encoder": {f"<{path.stem}>": Concept.load(path).words[0, :1]}}
+        concept = Concept.load(path)
+        if concept.family != STABLE_DIFFUSION.name:
+            raise ValueError(
+                f"{path}: concept for another family than {STABLE_DIFFUSION.title}, whose words "
+                "are no embeddings of one text encoder; draw it with inference_local.py"
+            )
+        return {"text_encoder": {f"<{path.stem}>": concept.words[0, :1]}}
     found: dict[str, dict[str, Any]] = {"text_encoder": content}
     if content and content.keys() <= UNNAMED.keys():
         found = {of: {word: content[key]} for key, of in UNNAMED.items() if key in content}

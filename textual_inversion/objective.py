@@ -2,7 +2,6 @@
 concept, by the same loss as Stable Diffusion itself."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,10 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from elite.concept import Concept
-from elite.loading import is_xl
+from elite.families import TOKENIZERS, encode_texts
 from elite.objectives import Batch, DenoisingObjective
 from elite.text import read_prompt
-from textual_inversion.files import EMBEDDING_FILES, TOKENIZERS, save_embeddings, spell
+from textual_inversion.files import EMBEDDING_FILES, save_embeddings, spell
 
 # --- tokens and rows ------------------------------------------------------------------------------
 
@@ -89,24 +88,33 @@ def initial_rows(
     return known[[ids[i % len(ids)] for i in range(num_vectors)]]
 
 
-def concept_rows(path: Path | str, width: int, num_vectors: int) -> Tensor:
-    """ELITE's words of a concept as rows (L, D): w0 for one vector, all words for as many.
+def concept_rows(
+    path: Path | str, widths: Mapping[str, int], num_vectors: int
+) -> dict[str, Tensor]:
+    """ELITE's words of a concept as rows (L, D) of each text encoder: w0 for one vector, all words
+    for as many. A concept of Stable Diffusion gives rows of SDXL's first text encoder alone.
+
+    Args:
+        widths: D of each text encoder.
 
     Raises:
         ValueError: no concept, of another width, or of another number of words.
     """
-    words = Concept.load(path).words[0].float()  # (levels, D)
-    if words.shape[1] != width:
+    words = Concept.load(path).words[0].float()  # (levels, D), or D of all
+    if words.shape[1] != sum(widths.values()):
+        widths = {"text_encoder": widths["text_encoder"]}
+    if words.shape[1] != sum(widths.values()):
         raise ValueError(
-            f"{path}: its words are {words.shape[1]} wide, the text encoder's {width}; "
-            "use the model it was made with"
+            f"{path}: its words are {words.shape[1]} wide, the text encoder's "
+            f"{widths['text_encoder']}; use the model it was made with"
         )
     if num_vectors not in (1, len(words)):
         raise ValueError(
             f"{path}: has {len(words)} words for {num_vectors} vectors; choose --num_vectors 1 "
             f"or {len(words)}"
         )
-    return words[:num_vectors]
+    parts = words[:num_vectors].split(list(widths.values()), dim=1)
+    return dict(zip(widths, parts, strict=True))
 
 
 def starting_rows(
@@ -121,18 +129,19 @@ def starting_rows(
     Args:
         parts: as `loading.load_stable_diffusion` gives them.
         words, seed: as `initializer` and `seed` of `initial_rows`.
-        concept: a concept file of ELITE, for the first text encoder; see `concept_rows`.
+        concept: a concept file of ELITE; see `concept_rows`.
     """
-    rows = {}
-    for encoder, tokenizer in TOKENIZERS.items():
-        if encoder not in parts:
-            continue
-        embedding = parts[encoder].get_input_embeddings()
-        if concept is not None and encoder == "text_encoder":
-            rows[encoder] = concept_rows(concept, embedding.weight.shape[1], num_vectors)
-        else:
-            rows[encoder] = initial_rows(embedding, parts[tokenizer], num_vectors, words, seed)
-    return rows
+    embeddings = {
+        encoder: parts[encoder].get_input_embeddings() for encoder in TOKENIZERS if encoder in parts
+    }
+    widths = {encoder: known.weight.shape[1] for encoder, known in embeddings.items()}
+    of_concept = {} if concept is None else concept_rows(concept, widths, num_vectors)
+    return {
+        encoder: of_concept[encoder]
+        if encoder in of_concept
+        else initial_rows(known, parts[TOKENIZERS[encoder]], num_vectors, words, seed)
+        for encoder, known in embeddings.items()
+    }
 
 
 # --- learning -------------------------------------------------------------------------------------
@@ -162,7 +171,6 @@ class TextualInversionObjective(DenoisingObjective):
             known = parts[encoder].get_input_embeddings()
             self.rows[encoder] = ExtendedEmbedding(known, ids[0], start)
             parts[encoder].set_input_embeddings(self.rows[encoder])
-        self.text_encoder_2 = parts.get("text_encoder_2")
         self.freeze()
 
     @property
@@ -173,13 +181,6 @@ class TextualInversionObjective(DenoisingObjective):
         """`learned_embeds.safetensors`, and for SDXL `learned_embeds_2.safetensors`."""
         for encoder, rows in self.rows.items():
             save_embeddings(folder / EMBEDDING_FILES[encoder], {self.placeholder: rows.learned})
-
-    @torch.no_grad()
-    def encode_pixels(self, pixels: Tensor, seeds: Tensor) -> Tensor:
-        # SDXL's VAE overflows in fp16.
-        xl = is_xl(self.unet)
-        with torch.autocast(pixels.device.type, enabled=False) if xl else nullcontext():
-            return super().encode_pixels(pixels, seeds)
 
     def tokens(self, captions: list[str]) -> dict[str, Tensor]:
         """Token ids (B, 77) by text encoder. Raises ValueError where the new word is cut off."""
@@ -196,16 +197,8 @@ class TextualInversionObjective(DenoisingObjective):
 
     def loss(self, batch: Batch, latents: Tensor, noise: Tensor, t: Tensor) -> dict[str, Tensor]:
         noisy = self.scheduler.add_noise(latents, noise, t)
-        context, added = self.encode_text(batch)
+        input_ids = [batch[encoder] for encoder in self.rows]
+        context, added = encode_texts(list(self.text_encoders), input_ids, batch["size_and_crop"])
         eps_hat = self.unet(noisy, t, context, added_cond_kwargs=added).sample
         mse = F.mse_loss(eps_hat.float(), self.target(latents, noise, t).float())
         return {"loss": mse}
-
-    def encode_text(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Context (B, 77, D), and what SDXL's UNet reads besides."""
-        if self.text_encoder_2 is None:
-            return self.text_encoder(batch["text_encoder"]).last_hidden_state, {}
-        first = self.text_encoder(batch["text_encoder"], output_hidden_states=True)
-        second = self.text_encoder_2(batch["text_encoder_2"], output_hidden_states=True)
-        context = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-        return context, {"text_embeds": second.text_embeds, "time_ids": batch["size_and_crop"]}

@@ -150,7 +150,7 @@ class Recorder:
     ) -> Tensor:
         eps_hat = self._predict(batch, noisy_latents, t, words, local)
         context = encode_text(
-            self.objective.text_encoder, batch["input_ids"], words, batch["index"]
+            self.objective.text_encoders[0], batch["input_ids"], words, batch["index"]
         )
         self.seen = {
             "noisy_latents": noisy_latents,

@@ -1,18 +1,20 @@
 """Textual inversion: which rows learn, where they start, their files, and merging."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
+from elite.families import TOKENIZERS, encode_texts
 from elite.loading import load_stable_diffusion, stock_pipeline
 from elite.settings import EMBEDDING_FORMATS, TextualInversionConfig
 from elite.wording import Note
 from textual_inversion import preview
 from textual_inversion.files import (
     EMBEDDING_FILES,
-    TOKENIZERS,
     files_of,
     load_embeddings,
     load_into,
@@ -112,12 +114,19 @@ def test_random_rows_look_like_known_ones(embedding, tokenizer):
 def test_rows_start_from_a_concept(tmp_path, pipe, concept):
     path = tmp_path / "thing.safetensors"
     concept.save(path)
-    assert torch.equal(concept_rows(path, 24, 1), concept.words[0, :1])
-    assert torch.equal(concept_rows(path, 24, 3), concept.words[0])
+    one, two = {"text_encoder": 24}, {"text_encoder": 24, "text_encoder_2": 32}
+    assert torch.equal(concept_rows(path, one, 1)["text_encoder"], concept.words[0, :1])
+    assert torch.equal(concept_rows(path, one, 3)["text_encoder"], concept.words[0])
+    assert concept_rows(path, two, 1).keys() == one.keys()
     with pytest.raises(ValueError, match="3 words for 2 vectors; choose --num_vectors 1 or 3"):
-        concept_rows(path, 24, 2)
+        concept_rows(path, one, 2)
     with pytest.raises(ValueError, match="words are 24 wide, the text encoder's 768"):
-        concept_rows(path, 768, 1)
+        concept_rows(path, {"text_encoder": 768}, 1)
+    wide = replace(concept, words=torch.randn(1, 3, 56), feature_tokens=None, family="sdxl")
+    wide.save(path)
+    assert [rows.shape for rows in concept_rows(path, two, 3).values()] == [(3, 24), (3, 32)]
+    with pytest.raises(ValueError, match=r"concept for another family than Stable Diffusion 1.x"):
+        load_embeddings(path)
 
 
 # --- what the objective reads ---------------------------------------------------------------------
@@ -132,7 +141,9 @@ def test_text_is_what_the_stock_pipeline_reads(family, tmp_path):
     caption = f"a photo of a {WORD} in the snow"
     tokens = objective.tokens([caption])
     with torch.no_grad():
-        context, added = objective.encode_text({**tokens, "size_and_crop": torch.zeros(1, 6)})
+        context, added = encode_texts(
+            objective.text_encoders, list(tokens.values()), torch.zeros(1, 6)
+        )
     stock = stock_pipeline(load_stable_diffusion(family))
     for encoder in objective.rows:
         stock.load_textual_inversion(
