@@ -56,7 +56,8 @@ def main() -> int:
         complain(failure)
     if not rows:
         return BAD_INPUT
-    more, below = {}, ""
+    more: dict[str, Any] = {}
+    below = ""
     if config.protocol:
         setup = Setup(
             config.prompts,

@@ -39,9 +39,11 @@ class Program:
     """
 
     def __init__(self, command: Sequence[str]) -> None:
-        pipe, text = subprocess.PIPE, {"encoding": "utf-8", "errors": "replace"}
+        pipe = subprocess.PIPE
         try:
-            self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, **text)
+            self.process = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, encoding="utf-8", errors="replace"
+            )
         except OSError as error:
             raise ValueError(
                 f"{command[0]}: cannot be started ({error.strerror}); expected a program"
