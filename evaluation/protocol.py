@@ -55,8 +55,9 @@ def by_protocol(
         metrics: of CLIP and of DINO.
     """
     scored = {row["subject"] for row in rows}
+    cases = [case for case in cases if case.subject.name in scored]
     measured, wrong = describe(cases, metrics, setup), departures(cases, setup)
-    found = {"this run": rows, **baselines([c for c in cases if c.subject.name in scored], metrics)}
+    found = {"this run": rows, **baselines(cases, metrics)}
     summaries = {name: summarise(each) for name, each in found.items()}
     lines = [f"- {name}: {text}" for name, text in measured.items()]
     lines += [
