@@ -121,6 +121,8 @@ def test_objects_are_alone_on_black_with_their_masks(folder):
 class Painter(nn.Module):
     """A vision tower whose patch features begin with what is given, (2B, 64 patches, 64)."""
 
+    config = SimpleNamespace(hidden_size=WIDTH)
+
     def __init__(self, patches: Tensor) -> None:
         super().__init__()
         wide = F.pad(patches, (0, WIDTH - patches.shape[2]))
