@@ -102,7 +102,7 @@ def test_every_other_weight_stays(family, photos, tmp_path, monkeypatch):
     for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
         if name not in parts:
             continue
-        end = dict(getattr(trained[0], name).state_dict())
+        end = dict(trained[0].parts[name].state_dict())
         for key, value in parts[name].state_dict().items():
             assert torch.equal(
                 value,
