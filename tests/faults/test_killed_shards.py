@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -49,6 +50,7 @@ def live(
     server: Server, folder: Path, options: Mapping[str, int], environment: Mapping[str, str]
 ) -> None:
     """A run, or what is left of it."""
+    torch.set_num_threads(1)  # a fork has none of its parent's threads, and would wait for them
     os.environ |= environment
     resume = "latest" if checkpoints(folder) else None
     dataset = Brightness(server, server.folder.parent / "cache")
