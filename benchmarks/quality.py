@@ -41,10 +41,16 @@ from small_world.samplers import FAR
 from small_world.score import draw_concepts, gallery, load_pipelines, make_cases
 
 EXACT = "exact"
+
+
+def _right(name: str, found: Verdicts) -> np.ndarray:
+    return np.asarray(found[name], dtype=np.float64)
+
+
 SCORES: dict[str, Callable[[Verdicts], np.ndarray]] = {
     "likeness": fidelity,
-    "scene": lambda found: np.asarray(found["scene"], dtype=np.float64),
-    "identity": lambda found: np.asarray(found["identity"], dtype=np.float64),
+    "scene": partial(_right, "scene"),
+    "identity": partial(_right, "identity"),
 }
 # What may be lost of each score; where it is more than MAY_LOSE, pictures may also be far.
 MAY_LOSE = 0.02

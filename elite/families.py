@@ -116,7 +116,7 @@ def split_words(words: Tensor, text_encoders: Sequence[CLIPTextModel]) -> Sequen
 def encode_texts(
     text_encoders: Sequence[CLIPTextModel],
     input_ids: Sequence[Tensor],
-    size_and_crop: Tensor,
+    size_and_crop: Tensor | None = None,
     words: Tensor | None = None,
     index: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
@@ -124,8 +124,8 @@ def encode_texts(
 
     Args:
         input_ids: (B, 77) for each text encoder.
-        size_and_crop: (B, 6), what SDXL is told in pixels: height and width of a picture, top and
-            left of the crop, height and width of that.
+        size_and_crop: (B, 6), what SDXL, and it alone, is told in pixels: height and width of a
+            picture, top and left of the crop, height and width of that.
         words, index: as for `text.encode_text`, D wide.
     """
     of_each = [None] * len(text_encoders) if words is None else split_words(words, text_encoders)

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from elite.attention import install, local_inputs, local_values
 from elite.defaults import PLACEHOLDER
-from elite.families import encode_texts, family_of, text_encoders, tokenize_for_each, tokenizers
+from elite.families import (
+    SDXL,
+    encode_texts,
+    family_of,
+    text_encoders,
+    tokenize_for_each,
+    tokenizers,
+)
 from elite.files import write_atomically
 from elite.images import patch_mask
 from elite.loading import pixels_per_latent
@@ -183,17 +190,21 @@ class EliteObjective(DenoisingObjective):
     ) -> Tensor:
         """eps_hat (B, C, h, w) with `words` (B, L, D) in the prompt; SDXL is told that the picture
         is whole and of its own size."""
-        height, width = (n * pixels_per_latent(self.vae) for n in noisy_latents.shape[2:])
-        whole = torch.tensor([height, width, 0, 0, height, width]).to(noisy_latents)
         context, added = encode_texts(
             list(self.text_encoders),
             [batch[name] for name in INPUT_IDS if name in batch],
-            whole.expand(len(noisy_latents), -1),
+            self._whole(noisy_latents) if self.family is SDXL else None,
             words,
             batch["index"],
         )
         added["image_embeds"] = local or []
         return self.unet(noisy_latents, t, context, added_cond_kwargs=added).sample
+
+    def _whole(self, latents: Tensor) -> Tensor:
+        """`size_and_crop` of pictures of these latents that nothing was cut from, (B, 6)."""
+        height, width = (n * pixels_per_latent(self.vae) for n in latents.shape[2:])
+        whole = torch.tensor([height, width, 0, 0, height, width]).to(latents)
+        return whole.expand(len(latents), -1)
 
 
 class GlobalObjective(EliteObjective):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from accelerate import PartialState
 from PIL import Image
@@ -26,6 +26,7 @@ from evaluation.metrics import Clip, Dino, bootstrap, mean_cosine
 from evaluation.subjects import Prompts, Subject
 
 SHEET_SUBJECTS, SHEET_PROMPTS = 12, 8  # of one contact sheet
+KEYS = ("subject", "prompt", "seed")  # what tells a row of scores from others
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Case:
     def path(self) -> str:
         """'NAME/03_00042.png': prompt number and seed."""
         return f"{self.subject.name}/{self.number:02d}_{self.seed:05d}.png"
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """By what a row of scores or ratings names it."""
+        return dict(zip(KEYS, (self.subject.name, self.template, self.seed), strict=True))
 
     @property
     def class_prompt(self) -> str:
@@ -187,8 +193,7 @@ def score_batch(
     for metric in metrics:
         columns |= metric(pictures, cases)
     return [
-        {"subject": case.subject.name, "prompt": case.template, "seed": case.seed}
-        | {name: values[i] for name, values in columns.items()}
+        case.key | {name: values[i] for name, values in columns.items()}
         for i, case in enumerate(cases)
     ]
 

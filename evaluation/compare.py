@@ -18,12 +18,12 @@ from typing import Any
 from elite.console import OK, run, script_parser
 from elite.files import read_text
 from elite.wording import brief
+from evaluation.cases import KEYS
 from evaluation.metrics import bootstrap
 from evaluation.rate import MOST, RUN_REMEDY, read_ratings
 
 # What of the settings decides how a picture is measured, where no protocol says it.
 MEASURED_BY = ("clip_name_or_path", "dino_name_or_path", "judge_path", "crop_references")
-KEYS = ("subject", "prompt", "seed")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from elite.console import OK, run, script_parser
 from elite.files import is_file, read_text, write_text
 from elite.wording import brief
-from evaluation.cases import Case, make_cases, markdown, summarise
+from evaluation.cases import KEYS, Case, make_cases, markdown, summarise
 from evaluation.subjects import read_prompts, read_subjects
 
 RATINGS = "ratings.jsonl"
@@ -136,15 +136,14 @@ def rate(folder: Path, command: Sequence[str]) -> list[dict]:
         raise ValueError(f"{folder / RATINGS}: is by {brief(before)}; remove it")
     kept = [{"command": list(command)}, *rows]
     write_text(folder / RATINGS, "".join(json.dumps(row) + "\n" for row in kept))
-    rated = {(row["subject"], row["prompt"], row["seed"]) for row in rows}
-    todo = [c for c in cases if (c.subject.name, c.template, c.seed) not in rated]
+    rated = {tuple(row[name] for name in KEYS) for row in rows}
+    todo = [case for case in cases if tuple(case.key.values()) not in rated]
     program = Program(command)
     bar = tqdm(todo, "rate", len(cases), initial=len(rows), unit="picture")
     try:
         with open(folder / RATINGS, "a", encoding="utf-8") as file:
             for case in bar:
-                row: dict = {"subject": case.subject.name, "prompt": case.template}
-                row |= {"seed": case.seed, **program(case, folder / case.path)}
+                row = case.key | program(case, folder / case.path)
                 if rows and row.keys() != rows[0].keys():
                     raise ValueError(
                         f"{folder / case.path}: rated by {brief(sorted(row))}, others by "

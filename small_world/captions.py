@@ -7,7 +7,7 @@ in the noun's place.
 import numpy as np
 
 from elite.open_images import PHOTO_TEMPLATES
-from small_world.world import PARTS, SCENES, Critter
+from small_world.world import ATTACHED, PARTS, SCENES, Critter
 
 CLASS_WORD = "critter"
 ADJECTIVES = ("colours", "pattern", "body")
@@ -94,4 +94,4 @@ def _is_counted(kind: str) -> bool:
 
 
 def _shows_trim(name: str, kind: str) -> bool:
-    return name in ("top", "side", "bottom", "tail") and kind not in ("horns", "leaf", "wheels")
+    return name in ATTACHED and kind not in ("horns", "leaf", "wheels")

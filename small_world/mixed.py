@@ -23,7 +23,7 @@ from small_world.objectives import MAX_WORDS
 from small_world.pretrain import COLOUR_ATTRIBUTES, RECOLOURED, image_features, token_ids
 from small_world.samples import FRAMINGS, SECOND_FRAMINGS, framed_template, load_samples
 from small_world.scenes import draw_scene
-from small_world.things import name_of, read_thing
+from small_world.things import name_of, premultiplied, read_thing
 from small_world.tokenizer import build_tokenizer
 from small_world.world import ATTRIBUTES, SCENES
 
@@ -42,8 +42,7 @@ TURN = 12.0  # degrees, to either side
 def sprite(file: Path, side: int) -> np.ndarray:
     """A thing in the middle of a square as long as itself: uint8 (side, side, 4), colours times
     alpha."""
-    thing = read_thing(file).astype(np.float32)
-    thing[..., :3] *= thing[..., 3:] / 255
+    thing = premultiplied(read_thing(file))
     longest = max(thing.shape[:2])
     height, width = (max(1, round(length * side / longest)) for length in thing.shape[:2])
     shrinks = longest > side
@@ -210,7 +209,7 @@ class MixedWorld:
 
 
 def random_seeds(count: int) -> Tensor:
-    """On the CPU, where the objectives draw their noise."""
+    """On the CPU, so that the base model's objective need not wait for a GPU to look at one."""
     return torch.randint(2**31, (count,))
 
 

@@ -37,8 +37,8 @@ class VAEObjective(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         pixels = batch["pixels"]  # (B, 3, 32, 32) in [-1, 1]
         posterior = self.vae.encode(pixels).latent_dist
-        noise = seeded_noise(batch["seed"], tuple(posterior.mean.shape[1:]))
-        noise = noise.to(posterior.mean.device)
+        seeds = batch["seed"].to(pixels.device)
+        noise = seeded_noise(seeds, tuple(posterior.mean.shape[1:]))
         decoded = self.vae.decode(posterior.mean + posterior.std * noise).sample.float()
         squared = F.mse_loss(decoded, pixels)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
@@ -158,12 +158,10 @@ class BaseModelObjective(nn.Module):
         )
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        latents, seeds = batch["latents"], batch["seed"]
-        # Drawn on the CPU, so first: a GPU is still at the last step.
-        noise = seeded_noise(seeds, tuple(latents.shape[1:]))
+        latents, context = batch["latents"], self.context(batch)
+        seeds = batch["seed"].to(latents.device)
+        noise = seeded_noise(seeds, tuple(latents.shape[1:])).to(latents)
         t = seeded_timesteps(seeds, len(self.scheduler.alphas_cumprod))
-        noise, t = noise.to(latents), t.to(latents.device)
-        context = self.context(batch)
         noisy = self.scheduler.add_noise(latents, noise, t)
         noise_hat = self.unet(noisy, t, context).sample
         alphas = self.scheduler.alphas_cumprod.to(latents.device)[t]

@@ -29,6 +29,7 @@ from small_world.pretrain import base_pipeline
 from small_world.render import draw
 from small_world.samples import SIDE, small_pixels, whole_view
 from small_world.world import (
+    ATTACHED,
     ATTRIBUTES,
     HELD_OUT_KINDS,
     PARTS,
@@ -46,7 +47,6 @@ PICTURES = (2, 4)  # of one object
 KINDS = {"trained": "trained", "held out": "combinations", "new kinds": "kinds"}  # to the pool
 GALLERY = 100  # critters among which a picture has to find its own
 GALLERY_VIEWS = 4  # renders of each of them
-EDITED = ("top", "side", "bottom", "tail")  # parts that a prompt may add
 RENDERS = "renders of held-out critters"
 NEW_RENDERS = "renders of critters of new kinds"
 COLUMNS = ("body", "pattern", "colour", "second", "trim", "parts", "scene", "identity", "new kind")
@@ -173,7 +173,7 @@ def with_edits(cases: Sequence[Case]) -> list[Case]:
 
 def _edit(case: Case) -> Edit | None:
     rng = np.random.default_rng((FRESH + 4, case.seed))
-    free = [part for part in EDITED if getattr(case.critter, part) == "none"]
+    free = [part for part in ATTACHED if getattr(case.critter, part) == "none"]
     if not free:
         return None
     part = str(rng.choice(free))

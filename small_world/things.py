@@ -1,6 +1,5 @@
 """Things that other people have drawn, PNGs with transparency, in the small world's scenes."""
 
-import zlib
 from pathlib import Path
 
 import cv2
@@ -9,12 +8,13 @@ from PIL import Image
 
 from small_world.render import Pose
 from small_world.scenes import draw_scene
+from small_world.world import is_one_in_six
 
 
 def is_held_out_thing(file: Path) -> bool:
     """Whether a thing (one in six, by hash of its name, by whichever hand) is kept from all
     training on things."""
-    return zlib.crc32(file.stem.encode()) % 6 == 0
+    return is_one_in_six(file.stem)
 
 
 def find_things(folder: Path, held_out: bool | None = None) -> list[Path]:
@@ -45,6 +45,11 @@ def read_thing(file: Path) -> np.ndarray:
         return np.asarray(opened.convert("RGBA"))
 
 
+def premultiplied(thing: np.ndarray) -> np.ndarray:
+    """RGBA with the colours times alpha, float32 of the same range."""
+    return np.dstack([thing[..., :3] * (thing[..., 3:] / 255), thing[..., 3]]).astype(np.float32)
+
+
 def composite(
     thing: np.ndarray, scene: str, rng: np.random.Generator, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -55,8 +60,7 @@ def composite(
     scale = 2 * pose.half * size / max(height, width)
     matrix = cv2.getRotationMatrix2D((width / 2, height / 2), pose.turn, scale)
     matrix[:, 2] += np.array([pose.x, pose.y]) * size - (width / 2, height / 2)
-    layer = thing[:, ::-1] if pose.mirrored else thing
-    solid = np.dstack([layer[..., :3] * (layer[..., 3:] / 255), layer[..., 3]]).astype(np.float32)
+    solid = premultiplied(thing[:, ::-1] if pose.mirrored else thing)
     for _ in range(int(np.floor(np.log2(max(1.0, 1 / scale))))):  # no alias when it gets small
         solid = cv2.pyrDown(solid)
         matrix[:, :2] *= 2

@@ -72,6 +72,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "tail": TAILS,
     "scene": tuple(SCENES),
 }
+ATTACHED = ("top", "side", "bottom", "tail")  # parts in the trim colour, but for some kinds
 PARTS = ("head", "top", "eyes", "mouth", "side", "bottom", "tail")
 # How often a critter has the parts that not all have.
 PRESENT = {"head": 0.2, "top": 0.7, "side": 0.5, "bottom": 0.65, "tail": 0.35}
@@ -168,8 +169,14 @@ class Critter:
 def is_held_out(critter: Critter) -> bool:
     """Whether the combination of body, pattern, main colour and what it wears on top (one in six,
     by hash) is kept from all training."""
-    words = "/".join((critter.body or "blend", critter.pattern, critter.colour, critter.top))
-    return zlib.crc32(words.encode()) % 6 == 0
+    return is_one_in_six(
+        "/".join((critter.body or "blend", critter.pattern, critter.colour, critter.top))
+    )
+
+
+def is_one_in_six(name: str) -> bool:
+    """Whether the hash of a name picks it, to be kept from training."""
+    return zlib.crc32(name.encode()) % 6 == 0
 
 
 def unseen_kinds(critter: Critter) -> list[str]:

@@ -16,7 +16,6 @@ from small_world.attributes import verdicts
 from small_world.classifier import Judge, JudgeObjective, disturbed, load_judge
 from small_world.score import (
     COLUMNS,
-    EDITED,
     GALLERY_VIEWS,
     KINDS,
     Case,
@@ -38,7 +37,7 @@ from small_world.score import (
     wilson,
     with_edits,
 )
-from small_world.world import ATTRIBUTES, HELD_OUT_KINDS, PARTS, is_held_out, unseen_kinds
+from small_world.world import ATTACHED, ATTRIBUTES, HELD_OUT_KINDS, PARTS, is_held_out, unseen_kinds
 from tests import tiny
 from tests.tiny import save_mappers, save_model_folder
 
@@ -178,13 +177,13 @@ def test_edits_add_a_trained_part_that_is_not_there():
     cases = with_edits(make_cases(200, "held out", 0))
     assert cases == with_edits(make_cases(200, "held out", 0))
     for case in cases:
-        free = [part for part in EDITED if getattr(case.critter, part) == "none"]
+        free = [part for part in ATTACHED if getattr(case.critter, part) == "none"]
         assert bool(case.edit) == bool(free)
         if case.edit:
             assert case.edit.part in free
             assert case.edit.kind in ATTRIBUTES[case.edit.part]
             assert case.edit.kind not in ("none", *HELD_OUT_KINDS.get(case.edit.part, ()))
-    assert {case.edit.part for case in cases if case.edit} == set(EDITED)
+    assert {case.edit.part for case in cases if case.edit} == set(ATTACHED)
 
 
 def test_renders_that_are_judged_are_repeatable():

@@ -23,6 +23,7 @@ from small_world.captions import (
 from small_world.render import CREAM, LEAF, LINE, WHEEL, Pose, draw, draw_scene
 from small_world.tokenizer import MAX_LENGTH, build_tokenizer, world_words
 from small_world.world import (
+    ATTACHED,
     ATTRIBUTES,
     COLOURS,
     FAMILIES,
@@ -384,7 +385,7 @@ OWN_COLOURS = {"horns": CREAM, "leaf": LEAF, "wheels": WHEEL}
 def test_every_part_shows_on_every_body_and_head(body, head, monkeypatch):
     on_magenta(monkeypatch)
     bare = replace(PARTLESS, body=body, numbers=middling(body), head=head, trim="green")
-    for name in ("top", "side", "bottom", "tail"):
+    for name in ATTACHED:
         for kind in ATTRIBUTES[name][1:]:
             worn = replace(bare, **{name: kind})
             image, _ = draw(worn, "grass", np.random.default_rng(2), 64, POSE)

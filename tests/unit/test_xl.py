@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 from diffusers import (
-    ControlNetModel,
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
@@ -13,19 +12,18 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.callbacks import SDXLCFGCutoffCallback
-from PIL import Image
 from safetensors import safe_open
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from elite import Concept, Elite, ElitePipeline, EliteXLPipeline, GlobalMapper, LocalMapper
+from elite import Concept, Elite, ElitePipeline, EliteXLPipeline, GlobalMapper
 from elite.attention import install, keys_values
 from elite.families import encode_texts, split_words, text_encoders, tokenize_for_each
 from elite.loading import load_parts, make_scheduler, stock_pipeline
-from elite.objectives import EliteObjective, GlobalObjective, LocalObjective
 from tests import tiny
 from tests.conftest import make_pipe
 from tests.tiny import draw, relative
-from tests.unit.test_other_models import BATCH, VIT_L_14
+from tests.unit.test_other_models import BATCH, VIT_L_14, make_objective
+from tests.unit.test_stock_pipelines import controlnet, inpainted, start
 
 PROMPT = "a photo of a S"
 WIDTHS = [24, 32]  # of the tiny text encoders
@@ -215,16 +213,6 @@ def test_concept_files_say_their_family_and_the_other_refuses_them(tmp_path, pip
 # --- stock pipelines ------------------------------------------------------------------------------
 
 
-def start() -> Image.Image:
-    return Image.fromarray(tiny.picture(4, 32, 32)[0])
-
-
-def right_half() -> Image.Image:
-    mask = Image.new("L", (2, 1))
-    mask.putpixel((1, 0), 255)
-    return mask.resize((32, 32), Image.Resampling.NEAREST)
-
-
 TASKS = {
     "text-to-image": (StableDiffusionXLPipeline, lambda: {"height": 32, "width": 32}),
     "image-to-image": (
@@ -234,7 +222,7 @@ TASKS = {
     "inpainting": (
         StableDiffusionXLInpaintPipeline,
         lambda: {
-            **{"image": start(), "mask_image": right_half(), "height": 32, "width": 32},
+            **{"image": start(), "mask_image": inpainted(), "height": 32, "width": 32},
             "strength": 0.9,
         },
     ),
@@ -243,16 +231,6 @@ TASKS = {
         lambda: {"image": start(), "height": 32, "width": 32},
     ),
 }
-
-
-def controlnet(folder) -> ControlNetModel:
-    torch.manual_seed(11)
-    unet = load_parts(folder)["unet"]
-    net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))
-    with torch.no_grad():
-        for parameter in net.parameters():  # its outputs start at zero
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return net.eval()
 
 
 def draw_stock(task: str, pipe: Elite, folder, **options) -> torch.Tensor:
@@ -291,16 +269,6 @@ def test_condition_for_stock_pipelines(xl_folder, xl, xl_concept, task):
 
 
 # --- training -------------------------------------------------------------------------------------
-
-
-def make_objective(folder, stage: int) -> EliteObjective:
-    parts = load_parts(folder)
-    models = parts["unet"], parts["image_encoder"], 32, tiny.HIDDEN_LAYERS
-    torch.manual_seed(1)
-    global_mapper = GlobalMapper.for_models(*models)
-    if stage == 1:
-        return GlobalObjective(parts, global_mapper)
-    return LocalObjective(parts, global_mapper, LocalMapper.for_models(*models))
 
 
 @pytest.mark.parametrize("stage", [1, 2])
