@@ -1,37 +1,35 @@
 """Runs on shards of a server that are killed and resumed end as uninterrupted ones, whatever reads
-the shards. Processes are forked from here, which costs no imports."""
+the shards."""
 
-import multiprocessing
-import os
 import socket
 import time
 from collections.abc import Iterator, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from elite.open_images import OpenImagesMasks
 from elite.run_folder import checkpoints
 from elite.shards import open_source
-from tests.faults.runs import metrics
+from tests.faults import runs
+from tests.faults.runs import HANGS, finish, finish_well, metrics
 from tests.faults.toy import train
 from tests.open_images import make_open_images
 from tests.shards import Server, make_shards, served
 
-STEPS, HANGS = 14, 300  # three epochs and more, of ten pictures in shards of two; seconds
-ALONE: dict[str, str] = {}
+STEPS = 14  # three epochs and more, of ten pictures in shards of two
 
 
 class Brightness:
     """What the toy trains on: the mean colour of objects of shards, after a pause."""
 
-    def __init__(self, server: Server, cache: Path) -> None:
-        source = open_source(server.url, cache=cache, window=2)
+    def __init__(self, url: str, cache: Path) -> None:
+        source = open_source(url, cache=cache, window=2)
         self.masks = OpenImagesMasks(source, resolution=32, clip_size=28, latent_size=8)
         self.shards = self.masks.shards
 
@@ -46,30 +44,22 @@ class Brightness:
         return {"x": self.masks.sample(index, rng)["object_pixels"].mean(dim=(1, 2))}
 
 
-def live(
-    server: Server, folder: Path, options: Mapping[str, int], environment: Mapping[str, str]
-) -> None:
+def live(url: str, cache: Path, folder: Path, options: dict[str, Any]) -> int:
     """A run, or what is left of it."""
-    torch.set_num_threads(1)  # a fork has none of its parent's threads, and would wait for them
-    os.environ |= environment
     resume = "latest" if checkpoints(folder) else None
-    dataset = Brightness(server, server.folder.parent / "cache")
-    train(folder, dataset, max_steps=STEPS, resume=resume, **options)
+    train(folder, Brightness(url, cache), max_steps=STEPS, resume=resume, **options)
+    return 0
 
 
 def start(
-    server: Server, folder: Path, environment: Mapping[str, str] = ALONE, **options: int
+    server: Server, folder: Path, environment: Mapping[str, str] | None = None, **options: int
 ) -> BaseProcess:
-    context = multiprocessing.get_context("fork")
-    process = context.Process(target=live, args=(server, folder, options, environment))
-    process.start()
-    return process
+    call = live, (server.url, server.folder.parent / "cache", folder, options)
+    return runs.start(call, log_of(folder), environment)
 
 
-def finish(process: BaseProcess) -> int | None:
-    process.join(HANGS)
-    process.kill()
-    return process.exitcode
+def log_of(folder: Path) -> Path:
+    return folder.parent / "log"
 
 
 def wait_for_step(folder: Path, step: int) -> None:
@@ -97,7 +87,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def whole(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    assert finish(start(server, folder)) == 0
+    finish_well(start(server, folder), log_of(folder))
     return folder
 
 
@@ -111,7 +101,7 @@ def test_a_killed_run_ends_in_the_bits_of_an_uninterrupted_one(workers, server, 
         process.kill()
         process.join()
         assert step <= len(metrics(folder)) < STEPS
-    assert finish(start(server, folder, num_workers=workers)) == 0
+    finish_well(start(server, folder, num_workers=workers), log_of(folder))
     assert outcome(folder) == outcome(whole)
 
 
@@ -126,9 +116,9 @@ def test_two_processes_of_which_one_is_killed_are_resumed_by_one(server, whole, 
     pair = [start(server, folder, environment, batch_size=2) for environment in ranks]
     wait_for_step(folder, 5)
     pair[1].kill()
-    assert finish(pair[0]) not in (0, None), "the other ends, too"
+    assert finish(pair[0]) != 0, "the other ends, too"
     assert 5 <= len(metrics(folder)) < STEPS
-    assert finish(start(server, folder, num_workers=1)) == 0
+    finish_well(start(server, folder, num_workers=1), log_of(folder))
     for found, expected in zip(metrics(folder), metrics(whole), strict=True):
         assert found == pytest.approx(expected, rel=1e-6)  # sums in another order
     one, other = (load_file(run / "toy.safetensors") for run in (folder, whole))

@@ -119,11 +119,12 @@ def test_mappers_of_another_text_width_are_refused(sd2_folder, mapper_folder):
 
 # --- losses with v-prediction ---------------------------------------------------------------------
 
+RANDOM = torch.Generator().manual_seed(0)
 BATCH = {
     "caption": ["a photo of a S", "a S"],
-    "pixels": torch.rand(2, 3, 32, 32) * 2 - 1,
-    "clip_pixels": torch.randn(2, 3, 32, 32),
-    "object_pixels": torch.randn(2, 3, 32, 32),
+    "pixels": torch.rand(2, 3, 32, 32, generator=RANDOM) * 2 - 1,
+    "clip_pixels": torch.randn(2, 3, 32, 32, generator=RANDOM),
+    "object_pixels": torch.randn(2, 3, 32, 32, generator=RANDOM),
     "object_mask": torch.ones(2, 1, 32, 32),
     "loss_mask": torch.ones(2, 1, 16, 16),
     "seed": torch.tensor([3, 4]),

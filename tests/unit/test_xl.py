@@ -329,7 +329,7 @@ def test_one_object_can_be_learned_by_heart(request, stage, prediction):
     batch["loss_mask"] = batch["loss_mask"][..., :8, :8]
     optimizer = torch.optim.AdamW(objective.trained.parameters(), lr=3e-2)
     losses = []
-    for _ in range(80):
+    for _ in range(120):
         loss = objective(batch)["loss"]
         loss.backward()
         optimizer.step()
