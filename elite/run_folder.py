@@ -17,6 +17,7 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.tensorboard import SummaryWriter
@@ -63,6 +64,7 @@ MAY_CHANGE = {
     "save_steps",
     "shard_cache",
     "shard_cache_gb",
+    "shard_optimizer",
     "train_batch_size",
     "validation_data_dir",
     "validation_steps",
@@ -127,7 +129,13 @@ class RunState:
         parts = {"optimizer": optimizer, "schedule": schedule, "ema": ema, "scaler": scaler}
         self.parts: dict[str, Any] = {**parts, "tally": tally}
 
+    def gather(self) -> None:
+        """Brings what is sharded to the main process, which saves. For all processes."""
+        if isinstance(self.parts["optimizer"], ZeroRedundancyOptimizer):
+            self.parts["optimizer"].consolidate_state_dict()
+
     def save(self, folder: Path, step: int) -> None:
+        """Files that are the same whether the optimizer is sharded or not."""
         weights = {name: p.detach().cpu().contiguous() for name, p in self.trained.items()}
         save_file(weights, folder / "weights.safetensors")
         states = {
@@ -335,6 +343,7 @@ class RunFolder:
             self.say(f"preview of step {step} failed ({type(error).__name__}: {error})")
 
     def save(self, step: int, state: RunState, limit: int | None) -> None:
+        state.gather()
         if not self.is_main:
             return
 

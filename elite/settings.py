@@ -122,6 +122,9 @@ class FitConfig(ModelFilesConfig):
     gradient_checkpointing: bool = setting(
         False, "Recompute UNet activations in the backward pass: less memory, more time."
     )
+    shard_optimizer: bool = setting(
+        False, "Each process keeps the optimizer's state of its share of the weights only."
+    )
     compile: bool = setting(
         False, "Compile the UNet with torch.compile: slow first step, faster ones after it."
     )

@@ -137,6 +137,7 @@ def fit_as_configured(
             save_steps=config.save_steps,
             checkpoints_total_limit=config.checkpoints_total_limit,
             resume=None if config.dry_run else config.resume_from_checkpoint,
+            shard_optimizer=config.shard_optimizer,
             ema_decay=config.ema_decay if config.ema else None,
             preview=preview,
             validation_steps=0 if config.dry_run else preview_steps,

@@ -9,7 +9,7 @@ sizes and more processes all see the same samples and the same noise.
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,9 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import Optimizer
 
 from elite.console import Stopped, StopSignals
 from elite.run_folder import RunFolder, RunState
@@ -34,6 +36,8 @@ class Objective(Protocol):
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Tensor]: ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def to(self, device: torch.device) -> Any: ...
 
     def train(self) -> Any: ...
 
@@ -53,7 +57,7 @@ def make_accelerator(
         if os.environ.get(f"ACCELERATE_USE_{sharded}", "").lower() == "true":
             raise ValueError(
                 f"distributed_type {sharded} of accelerate's --config_file: every process holds "
-                "all that is trained; use MULTI_GPU, as configs/4_gpu.json"
+                "all that is trained; use MULTI_GPU, as configs/4_gpu.json, and --shard_optimizer"
             )
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
@@ -86,6 +90,7 @@ def fit(
     save_steps: int = 500,  # 0 saves at the end only
     checkpoints_total_limit: int | None = None,  # None keeps all
     resume: str | None = None,  # "latest", a checkpoint folder, or None to start anew
+    shard_optimizer: bool = False,  # each process keeps the moments of its share of the weights
     ema_decay: float | None = None,  # None trains without EMA
     preview: Callable[[], Image.Image] | None = None,
     validation_steps: int = 0,  # optimiser steps between previews, 0 for none
@@ -105,14 +110,15 @@ def fit(
             (the message lists them), or a disk that takes no more.
         Stopped: SIGTERM or SIGINT came; the step it came in is finished and saved.
     """
+    objective.to(accelerator.device)
     trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(
+    optimizer = _adamw(
         trained.values(),
+        sharded=shard_optimizer and accelerator.num_processes > 1,
         lr=learning_rate,
         betas=adam_betas,
         eps=adam_epsilon,
         weight_decay=weight_decay,
-        fused=True,
     )
     schedule = get_scheduler(
         lr_scheduler, optimizer, num_warmup_steps=lr_warmup_steps, num_training_steps=max_steps
@@ -126,7 +132,10 @@ def fit(
     state = RunState(trained, optimizer, schedule, ema, accelerator.scaler, run.tally)
     with StopSignals() as stop, run, _attention_kernel(accelerator):
         step = run.start(state, resume, max_steps)
-        model, optimizer = accelerator.prepare(objective, optimizer)
+        if ema is not None:
+            ema.to(accelerator.device)  # what a checkpoint gave is on the CPU
+        # The optimizer's state is where the weights are, and a sharded one cannot be moved.
+        model, optimizer = accelerator.prepare(objective, optimizer, device_placement=[True, False])
         model.train()
         loader = stream_loader(
             TrainingStream(dataset, seed),
@@ -201,6 +210,15 @@ def fit(
                 ema.copy_to(trained.values())
             objective.save_pretrained(output_dir)
         accelerator.wait_for_everyone()
+
+
+def _adamw(parameters: Iterable[nn.Parameter], sharded: bool, **options: Any) -> Optimizer:
+    """AdamW; sharded as in ZeRO's first stage (Rajbhandari et al. 2020): each process updates its
+    share of the parameters, whose moments it alone holds, and sends them to the others."""
+    if not sharded:
+        return torch.optim.AdamW(parameters, fused=True, **options)
+    # Not fused: resuming leaves the step counts on the CPU, where the fused kernel wants none.
+    return ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, **options)
 
 
 def _attention_kernel(accelerator: Accelerator) -> AbstractContextManager[None]:

@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -22,12 +24,16 @@ from tests.faults.runs import (
     REPOSITORY,
     World,
     finish,
+    finish_pair,
     metrics,
     start_pair,
     steps_done,
+    weights_apart,
 )
 from tests.faults.toy import (
+    count_moments,
     resume_nothing,
+    train_in_shares,
     train_until_stopped,
     train_with_a_failing_process,
 )
@@ -155,3 +161,53 @@ def test_a_killed_process_ends_the_drawing_of_a_folder(script, world, tmp_path):
     assert finish(pair[0]) == 2
     said = (tmp_path / "0.log").read_text()
     assert LOST.search(said) and "Traceback" not in said, said[-3000:]
+
+
+def moments(folder: Path) -> list[int]:
+    """How many of Adam's moments each of two processes has said it holds."""
+    texts = [(folder / f"{rank}.log").read_text() for rank in range(2)]
+    return [int(text.split("moments ")[-1]) for text in texts]
+
+
+def test_a_sharded_optimizer_learns_what_a_whole_one_learns(tmp_path):
+    """Also where a run goes on with the other kind."""
+    runs = {
+        "whole": [(3, False), (6, False)],
+        "sharded": [(3, True), (6, True)],
+        "then whole": [(3, True), (6, False)],
+        "then sharded": [(3, False), (6, True)],
+    }
+    for name, parts in runs.items():
+        for steps, sharded in parts:
+            run = str(tmp_path / name / "run")
+            call = count_moments, (train_in_shares, run, steps, sharded)
+            finish_pair(start_pair(call, tmp_path / name), tmp_path / name)
+            assert moments(tmp_path / name) == ([600, 200] if sharded else [800, 800])
+    expected, *others = (load_file(tmp_path / name / "run" / "toy.safetensors") for name in runs)
+    for found in others:
+        for key, value in expected.items():
+            assert float((found[key] - value).abs().max()) < 1e-6
+    states = [
+        torch.load(checkpoints(tmp_path / name / "run")[-1] / "training_state.pt")["optimizer"]
+        for name in ("whole", "sharded")
+    ]
+    assert [list(state["state"]) for state in states] == [[0, 1]] * 2
+    for key in ("exp_avg", "exp_avg_sq"):
+        for row in range(2):
+            one, other = (state["state"][row][key] for state in states)
+            assert float((one - other).abs().max()) < 1e-6
+
+
+def test_stage_1_with_a_sharded_optimizer_is_the_same(tmp_path):
+    world = World(tmp_path / "world", steps=3)
+    for name, flags in {"whole": [], "sharded": ["--shard_optimizer"]}.items():
+        script, (words,) = world.call("stage 1", tmp_path / name / "run")
+        call = count_moments, (script, [*words, *flags])
+        finish_pair(start_pair(call, tmp_path / name), tmp_path / name)
+    shares, (whole, _) = moments(tmp_path / "sharded"), moments(tmp_path / "whole")
+    assert sum(shares) == whole and min(shares) > whole / 3
+    for several, alone in zip(
+        metrics(tmp_path / "sharded/run"), metrics(tmp_path / "whole/run"), strict=True
+    ):
+        assert several == pytest.approx(alone, rel=1e-5)
+    weights_apart(tmp_path / "sharded/run", tmp_path / "whole/run")  # asserts that they are not

@@ -3,10 +3,14 @@ give a loss that is not finite."""
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -86,6 +90,28 @@ def train_on(folder: str, steps: int) -> int:
     """For a process of its own: resumes such a run."""
     train(Path(folder), max_steps=steps, resume="latest")
     return 0
+
+
+def train_in_shares(folder: str, steps: int, shard_optimizer: bool) -> int:
+    """For processes of their own: starts a run, or goes on with it."""
+    resume = "latest" if Path(folder).exists() else None
+    train(Path(folder), max_steps=steps, resume=resume, shard_optimizer=shard_optimizer)
+    return 0
+
+
+def count_moments(call: Callable[..., int], *arguments: Any) -> int:
+    """Runs a call that trains, and prints how many of Adam's first moments this process holds."""
+    prepare, prepared = Accelerator.prepare_optimizer, []
+
+    def keep(self: Accelerator, optimizer: Any, *args: Any, **options: Any) -> Any:
+        prepared.append(getattr(optimizer, "optim", optimizer))  # a sharded one wraps its own
+        return prepare(self, optimizer, *args, **options)
+
+    with mock.patch.object(Accelerator, "prepare_optimizer", keep):
+        status = call(*arguments)
+    states = prepared[0].state.values()
+    print("moments", sum(state["exp_avg"].numel() for state in states))
+    return status
 
 
 def train_until_stopped(folder: str) -> int:
