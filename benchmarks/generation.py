@@ -3,6 +3,7 @@
     python -m benchmarks.generation                    tiny models, a minute
     python -m benchmarks.generation --size full --rounds 5 --batch_sizes 1 2 4 \
         --resolutions 256 512 768                      Stable Diffusion v1-4's sizes
+    python -m benchmarks.generation --size xl --dtype bf16 --memory_rounds 0    SDXL's
 
 Three cases share one UNet, scheduler, batch, number type and size: the stock pipeline; ELITE with a
 concept; and ELITE with K and V computed at each step, as when a callback may change the text. A
@@ -26,6 +27,7 @@ import torch
 from torch import nn
 
 from benchmarks.harness import (
+    WITH_SDXL,
     Goal,
     Row,
     Table,
@@ -284,7 +286,7 @@ def memory_tables(
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = make_parser(__doc__, "generation")
+    parser = make_parser(__doc__, "generation", WITH_SDXL)
     parser.add_argument("--steps", type=int, default=4, help="a generation (default 4)")
     parser.add_argument(
         "--batch_sizes", type=int, nargs="*", default=[1, 2], help="memory is that of the first"

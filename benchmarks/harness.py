@@ -12,7 +12,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -30,6 +30,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "pillow")
 SIZES = ("tiny", "full")
+WITH_SDXL = (*SIZES, "tiny_xl", "xl")
 JUDGED_ROUNDS = 5  # of times; fewer are within what two equal runs differ by
 TIMES = ("s", "1/s")
 MAY_BE_NONE = ("memory_rounds", "workers")  # flags of which 0 means none
@@ -164,7 +165,8 @@ def finish(args: argparse.Namespace, tables: list[Table], name: str, **more: Any
 
 def default_output(name: str, size: str) -> Path:
     """Where results go; what a tiny model measures never reaches docs/BENCHMARKS.md."""
-    return (RESULTS if size == "full" else RESULTS / size) / f"{name}.json"
+    folder = RESULTS / "tiny" if size.startswith("tiny") else RESULTS
+    return folder / (f"{name}_xl.json" if size.endswith("xl") else f"{name}.json")
 
 
 # --- as Markdown ----------------------------------------------------------------------------------
@@ -252,11 +254,13 @@ def commit() -> str:
 # --- the command line -----------------------------------------------------------------------------
 
 
-def make_parser(doc: str | None, name: str) -> argparse.ArgumentParser:
+def make_parser(
+    doc: str | None, name: str, sizes: Sequence[str] = SIZES
+) -> argparse.ArgumentParser:
     """The flags that every benchmark has."""
     parser = script_parser(doc)
     parser.add_argument(
-        "--size", choices=SIZES, default="tiny", help="of the models or data (default tiny)"
+        "--size", choices=sizes, default="tiny", help="of the models or data (default tiny)"
     )
     parser.add_argument("--rounds", type=int, default=3, help="turns of every case (default 3)")
     parser.add_argument("--threads", type=int, help="of torch on a CPU (default torch's own)")

@@ -285,9 +285,21 @@ def test_hardware_runs(tmp_path, monkeypatch):
         assert list(row["medians"]) == cases and measured["goal"] is None
 
 
-def test_generation_runs(tmp_path):
+@pytest.mark.parametrize("size", ["tiny", "tiny_xl"])
+def test_generation_runs(size, tmp_path):
     path = tmp_path / "generation.json"
-    arguments = ["--rounds", "2", "--steps", "2", "--batch_sizes", "1", "--resolutions", "64"]
+    arguments = [
+        "--size",
+        size,
+        "--rounds",
+        "2",
+        "--steps",
+        "2",
+        "--batch_sizes",
+        "1",
+        "--resolutions",
+        "64",
+    ]
     arguments += ["--memory_rounds", "0", "--device", "cpu", "--output", str(path)]
     assert generation.main(arguments) == 0
     tables = tables_of(path)
@@ -382,6 +394,22 @@ def test_every_training_case_steps():
         assert parameter.requires_grad == name.startswith("local_mapper"), name
     moved = trainer.objective.local_mapper.mapping_0[0].weight
     assert not torch.equal(moved, weights["local_mapper.mapping_0.0.weight"])
+
+
+def test_what_is_frozen_in_bf16_never_is_in_float32():
+    """As SDXL's sizes need it."""
+    cases = ["+ bf16, frozen in bf16", "+ bf16, checkpointing"]
+    trainer = training.make_trainer("global", "tiny_xl", CPU, 1, cases)
+    mapper = trainer.objective.global_mapper
+    before = mapper.mapping_0[0].weight.detach().clone()
+    for case in cases:
+        with trainer.under(training.CASES[case]):
+            trainer.step(training.CASES[case])
+        for parameter in trainer.objective.parameters():
+            assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)
+    assert not torch.equal(mapper.mapping_0[0].weight, before)
+    trainer = training.make_trainer("global", "tiny_xl", CPU, 1, ["plain", *cases])
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.objective.parameters())
 
 
 # --- mistakes -------------------------------------------------------------------------------------

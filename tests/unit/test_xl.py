@@ -15,6 +15,7 @@ from diffusers.callbacks import SDXLCFGCutoffCallback
 from safetensors import safe_open
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from benchmarks.models import UNET
 from elite import Concept, Elite, ElitePipeline, EliteXLPipeline, GlobalMapper
 from elite.attention import install, keys_values
 from elite.families import encode_texts, split_words, text_encoders, tokenize_for_each
@@ -344,19 +345,8 @@ def test_one_object_can_be_learned_by_heart(request, stage, prediction):
 def test_mappers_of_the_real_sizes():
     """On the meta device: no weights, no memory."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            sample_size=128,
-            block_out_channels=(320, 640, 1280),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )
+        unet = UNet2DConditionModel(**UNET["xl"])
+        assert sum(p.numel() for p in unet.parameters()) == 2_567_463_684  # as published
         encoder = CLIPVisionModel(CLIPVisionConfig(**VIT_L_14))
         mapper = GlobalMapper.shaped_for(unet, encoder)
         install(unet, mapper)
