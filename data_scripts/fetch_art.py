@@ -2,11 +2,12 @@
 
     python data_scripts/fetch_art.py OUT_DIR [--sources fluent google twitter openclipart stamps]
 
-Writes OUT_DIR/SOURCE/NAME.png, each cut to what is opaque and at most 128 px. The three emoji
-sources and their names come as npm packages (npm has to be installed), the other two as Debian
-packages (apt-get and dpkg-deb). They are for measuring at home: the stamps are GPL-2, so nothing of
-them is shipped. A source that is there already is left as it is. Exit code 2: nothing was written
-for the source that the message names.
+Writes OUT_DIR/SOURCE/NAME.png, each cut to what is opaque and at most 128 px (`--side`). The three
+emoji sources and their names come as npm packages (npm has to be installed), the others as Debian
+packages (apt-get and dpkg-deb). One more, `landscapes`, has whole photographs, to lay cut-outs on.
+All are for measuring at home: stamps and landscapes are GPL-2, so nothing of them is shipped. A
+source that is there already is left as it is. Exit code 2: nothing was written for the source that
+the message names.
 """
 
 import argparse
@@ -30,7 +31,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any w
 from elite.console import OK, run, script_parser
 from elite.files import check_writable, write_atomically
 
-SIDE = 128
 MIN_SIDE = 24  # pixels; smaller pictures show nothing
 OPAQUE = (0.05, 0.95)  # share of the picture that a cut-out covers
 NAMES = "unicode-emoji-json@0.9.0"
@@ -45,6 +45,7 @@ class Source:
     folders: tuple[str, ...]
     licence: str
     is_emoji: bool = False
+    is_whole: bool = False  # pictures of no one thing, without transparency
 
 
 CLIPART = "./usr/share/openclipart/png/"
@@ -67,7 +68,11 @@ SOURCES = {
         tuple(STAMPS + f for f in ("animals/", "clothes/", "food/", "household/", "vehicles/")),
         "GPL-2",
     ),
+    "landscapes": Source(
+        "mate-backgrounds", ("./usr/share/backgrounds/mate/nature/",), "GPL-2", is_whole=True
+    ),
 }
+CUT_OUTS = [name for name, source in SOURCES.items() if not source.is_whole]
 
 
 def download(command: list[str], folder: Path, package: str) -> Path:
@@ -101,20 +106,25 @@ def members(archive: Path, folders: tuple[str, ...]) -> Iterator[tuple[str, byte
                 yield member.name, file.read()
 
 
-def cut_out(content: bytes) -> Image.Image | None:
-    """The picture in RGBA, cut to what is opaque and at most SIDE px; None where it is no cut-out
-    of one thing."""
+def read_picture(content: bytes, side: int, is_whole: bool = False) -> Image.Image | None:
+    """The picture, at most `side` px; None where it cannot be read.
+
+    Args:
+        is_whole: in RGB as it is; else in RGBA, cut to what is opaque, and None where it is no
+            cut-out of one thing.
+    """
     try:
-        image = Image.open(io.BytesIO(content)).convert("RGBA")
+        image = Image.open(io.BytesIO(content)).convert("RGB" if is_whole else "RGBA")
     except (UnidentifiedImageError, OSError):
         return None
-    solid = np.asarray(image)[..., 3] > 127
-    if not OPAQUE[0] < solid.mean() < OPAQUE[1]:
-        return None
-    image = image.crop(Image.fromarray(solid).getbbox())
+    if not is_whole:
+        solid = np.asarray(image)[..., 3] > 127
+        if not OPAQUE[0] < solid.mean() < OPAQUE[1]:
+            return None
+        image = image.crop(Image.fromarray(solid).getbbox())
     if min(image.size) < MIN_SIDE:
         return None
-    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
     return image
 
 
@@ -131,7 +141,7 @@ def emoji_names() -> dict[str, str]:
     }
 
 
-def fetch(source: Source, folder: Path, names: dict[str, str] | None) -> None:
+def fetch(source: Source, folder: Path, names: dict[str, str] | None, side: int) -> None:
     """Writes the source's pictures.
 
     Args:
@@ -144,7 +154,7 @@ def fetch(source: Source, folder: Path, names: dict[str, str] | None) -> None:
             stem = PurePosixPath(name).stem
             if names is not None:
                 stem = names.get(stem, "")
-            picture = cut_out(content) if stem else None
+            picture = read_picture(content, side, source.is_whole) if stem else None
             if picture is not None:
                 picture.save(folder / f"{stem}.png")
 
@@ -152,8 +162,12 @@ def fetch(source: Source, folder: Path, names: dict[str, str] | None) -> None:
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     parser.add_argument("output_dir", type=Path)
-    parser.add_argument("--sources", nargs="+", choices=list(SOURCES), default=list(SOURCES))
-    return parser.parse_args(arguments)
+    parser.add_argument("--sources", nargs="+", choices=list(SOURCES), default=CUT_OUTS)
+    parser.add_argument("--side", type=int, default=128, help="at most so many pixels")
+    args = parser.parse_args(arguments)
+    if args.side < MIN_SIDE:
+        raise ValueError(f"--side {args.side}: expected {MIN_SIDE} or more")
+    return args
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -166,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         def write(folder: Path, source: Source = source) -> None:
             folder.mkdir()
-            fetch(source, folder, names if source.is_emoji else None)
+            fetch(source, folder, names if source.is_emoji else None, args.side)
 
         write_atomically(args.output_dir / name, write)
     for name in args.sources:

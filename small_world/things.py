@@ -56,6 +56,12 @@ def composite(
     """A cut-out RGBA (H, W, 4) in a scene, in a pose like a critter's: image (size, size, 3) and
     mask (size, size) of 0 and 255, uint8."""
     pose = Pose.random(rng)
+    return lay_on(draw_scene(scene, rng, size), thing, pose)
+
+
+def lay_on(ground: np.ndarray, thing: np.ndarray, pose: Pose) -> tuple[np.ndarray, np.ndarray]:
+    """A cut-out RGBA (H, W, 4) on a square picture (size, size, 3), as `composite` gives it."""
+    size = len(ground)
     height, width = thing.shape[:2]
     scale = 2 * pose.half * size / max(height, width)
     matrix = cv2.getRotationMatrix2D((width / 2, height / 2), pose.turn, scale)
@@ -66,6 +72,6 @@ def composite(
         matrix[:, :2] *= 2
     placed = cv2.warpAffine(solid, matrix, (size, size), flags=cv2.INTER_LINEAR)
     seen = placed[..., 3:] / 255
-    image = draw_scene(scene, rng, size) * (1 - seen) + placed[..., :3]
+    image = ground * (1 - seen) + placed[..., :3]
     mask = np.where(placed[..., 3] > 127, 255, 0).astype(np.uint8)
     return image.round().clip(0, 255).astype(np.uint8), mask

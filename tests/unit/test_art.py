@@ -177,8 +177,13 @@ def test_a_failed_download_leaves_nothing(tmp_path, monkeypatch):
     ids=["tiny", "without transparency", "empty"],
 )
 def test_what_is_no_cut_out_is_left_out(image):
-    assert fetch_art.cut_out(encoded(image)) is None
+    assert fetch_art.read_picture(encoded(image), 128) is None
 
 
 def test_large_ones_are_made_smaller():
-    assert fetch_art.cut_out(encoded(cut_out((600, 400)))).size == (128, 82)
+    assert fetch_art.read_picture(encoded(cut_out((600, 400))), 128).size == (128, 82)
+
+
+def test_landscapes_stay_whole():
+    picture = fetch_art.read_picture(encoded(Image.new("RGB", (600, 400))), 300, is_whole=True)
+    assert (picture.mode, picture.size) == ("RGB", (300, 200))

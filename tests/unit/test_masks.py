@@ -7,6 +7,7 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from elite.masks import (
     Box,
@@ -176,6 +177,31 @@ def test_box_of_few_pixels_is_refused():
 def test_measuring_prints_a_row_per_case(capsys):
     assert masks.main(["--count", "3", "--size", "128"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + len(masks.CASES) and all(line.count("|") == 4 for line in lines)
+    assert len(lines) == 2 + len(masks.CASES) and all(line.count("|") == 5 for line in lines)
     boxed = lines[4].split("|")[3].split(",")[0]  # in a corner, which the centred guess misses
     assert float(boxed) > 0.9
+
+
+def test_measuring_on_photographs(tmp_path, capsys, monkeypatch):
+    objects, grounds = tmp_path / "objects", tmp_path / "grounds"
+    for number, folder in enumerate((objects, grounds)):
+        folder.mkdir()
+        for i in range(2):
+            picture = Image.new("RGB", (90, 60), (40 * i, 200, 90) if number else (200, 30, 40 * i))
+            if folder is objects:
+                picture.putalpha(255)
+            picture.save(folder / f"{i}.png")
+    monkeypatch.setattr(masks, "random_pose", lambda *_: Pose(0.5, 0.5, 0.25, 0, False))
+    sources = masks.find_things(objects), masks.find_pictures(grounds)
+    image, mask = masks.render_photograph(*sources, "", np.random.default_rng(0), 120)
+    rows, columns = np.nonzero(mask)
+    assert np.ptp(columns) + 1 == 60 and np.ptp(rows) + 1 == 40, "the longer side is given"
+    assert (image[mask][:, 0] == 200).all() and (image[~mask][:, 1] == 200).mean() > 0.98
+
+    flags = ["--count", "2", "--size", "96", "--objects", str(objects)]
+    assert masks.main([*flags, "--backgrounds", str(grounds)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(masks.CASES)
+    with pytest.raises(ValueError, match="--objects and --backgrounds: expected both or neither"):
+        masks.main(flags)
+    with pytest.raises(ValueError, match="expected a folder of JPGs or PNGs to lay objects on"):
+        masks.main([*flags, "--backgrounds", str(tmp_path)])
