@@ -206,20 +206,24 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-def save_lora(path: Path, pipe: StableDiffusionPipeline, seed: int = 0) -> dict[str, torch.Tensor]:
+def save_lora(path: Path, pipe: Elite, seed: int = 0) -> dict[str, torch.Tensor]:
     """A LoRA file with random weights as kohya's programs and LCM-LoRA have them: convolutions too,
-    and of the text encoder. Returns what it adds to each weight, by "unet." or "text_encoder." and
-    the weight's module."""
+    and of the text encoders. Returns what it adds to each weight, by "unet.", "text_encoder." or
+    "text_encoder_2.", and the weight's module."""
     generator = torch.Generator().manual_seed(seed)
     tensors, added, rank, alpha = {}, {}, 2, 1.0
-    for part, prefix in (("unet", "lora_unet_"), ("text_encoder", "lora_te_text_model_")):
+    prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
+    if hasattr(pipe, "text_encoder_2"):
+        prefixes["text_encoder"] = "lora_te1_text_model_"
+        prefixes["text_encoder_2"] = "lora_te2_text_model_"
+    for part, prefix in prefixes.items():
         for name, module in getattr(pipe, part).named_modules():
             if not re.search(LORA_LAYERS, name):
                 continue
             out, into, *kernel = module.weight.shape
             down = 0.1 * torch.randn(rank, into, *kernel, generator=generator)
             up = torch.randn(out, rank, *[1 for _ in kernel], generator=generator)
-            key = prefix + name.replace(".", "_")
+            key = prefix + name.removeprefix("text_model.").replace(".", "_")
             tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = down, up
             tensors[f"{key}.alpha"] = torch.tensor(alpha)
             product = up.flatten(1) @ down.flatten(1) * alpha / rank

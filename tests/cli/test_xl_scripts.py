@@ -11,9 +11,14 @@ from elite import Concept
 from small_world.classifier import Judge
 from tests import tiny
 from tests.conftest import FAST, files, make_pipe, pixels, run_script
+from tests.faults.runs import metrics
 from tests.open_images import make_open_images
 
 SUBJECT = "02_green_solid_square"
+TRAINING = (
+    *("--max_train_steps", "2", "--gradient_accumulation_steps", "1"),
+    *("--hidden_layers", "4", "8", "--mapper_hidden_size", "32", "--mixed_precision", "no"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +27,7 @@ def trained(tmp_path_factory, xl_folder):
     folder = tmp_path_factory.mktemp("trained")
     data, pairs = make_open_images(folder / "data", n=4), tiny.save_pairs(folder / "pairs", 1)
     common = (
-        *("--pretrained_model_name_or_path", xl_folder, "--train_data_dir", data),
-        *("--max_train_steps", "2", "--gradient_accumulation_steps", "1"),
-        *("--hidden_layers", "4", "8", "--mapper_hidden_size", "32", "--mixed_precision", "no"),
+        *("--pretrained_model_name_or_path", xl_folder, "--train_data_dir", data, *TRAINING),
         *("--validation_data_dir", pairs, "--validation_steps", "2"),
     )
     assert run_script("train_global.py", *common, "--output_dir", folder / "global") == 0
@@ -34,6 +37,19 @@ def trained(tmp_path_factory, xl_folder):
         assert files(folder / stage / "previews") == {"000002.png"}
         (folder / stage / f"{stage}_mapper").rename(folder / f"{stage}_mapper")
     return folder
+
+
+def test_training_from_shards_and_cached_latents_is_the_same(trained, xl_folder, tmp_path):
+    shards, latents = tmp_path / "shards", tmp_path / "latents"
+    model = ("--pretrained_model_name_or_path", xl_folder)
+    pack = ("data_scripts/make_shards.py", trained / "data", shards)
+    assert run_script(*pack) == 0
+    assert run_script("data_scripts/cache_latents.py", shards, latents, *model) == 0
+    given = ("--train_data_dir", shards, "--cache_latents", latents, "--validation_steps", "0")
+    output = ("--output_dir", tmp_path / "out")
+    assert run_script("train_global.py", *model, *TRAINING, *given, *output) == 0
+    for found, expected in zip(metrics(tmp_path / "out"), metrics(trained / "global"), strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from elite.lora import WEIGHTS, find_lora, fuse_loras
 from elite.mappers import cross_attention_layers
 from elite.speed import RUNGS
 from tests import tiny
+from tests.conftest import make_pipe
 from tests.tiny import draw, relative, save_lora
 
 # Only the order of sums differs.
@@ -71,6 +72,21 @@ def test_a_picture_is_that_of_merged_weights(pipe, whole_model, concept, files):
     expected = draw(by_hand, concept=concept)
     assert relative(draw(pipe, concept=concept), expected) < CLOSE
     assert relative(alone, expected) > 100 * CLOSE and relative(plain, expected) > 100 * CLOSE
+
+
+def test_a_picture_of_sdxl_is_that_of_merged_weights(xl_folder, tmp_path):
+    """Of both text encoders, too."""
+    tiny.save_mappers(tmp_path, xl_folder)
+    pipe, by_hand = (make_pipe(xl_folder, tmp_path) for _ in range(2))
+    concept = pipe.encode_concept(*tiny.picture(0))
+    plain = draw(pipe, concept=concept)
+    added = save_lora(tmp_path / "lora.safetensors", pipe)
+    assert {name.split(".")[0] for name in added} == {"unet", "text_encoder", "text_encoder_2"}
+    fuse_loras(pipe, [f"{tmp_path / 'lora.safetensors'}:0.5"])
+    add_by_hand(by_hand, added, 0.5)
+    expected = draw(by_hand, concept=concept)
+    assert relative(draw(pipe, concept=concept), expected) < CLOSE
+    assert relative(plain, expected) > 100 * CLOSE
 
 
 def test_elites_projections_get_what_those_of_the_unet_get(pipe, files):
