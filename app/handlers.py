@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from app.marking import Shown, read_marks
+from app.several import CONTROLS, Several, numbered
 from app.studio import MAX_PICTURES, Drawn, OnProgress, Order, Studio, save_strip
 from elite.concept import Concept
 from elite.data import PairFolder
@@ -33,7 +34,7 @@ from elite.wording import note
 Values = dict[str, Any]
 Tell = Callable[..., Any]  # gr.Progress: (steps done, steps in all), desc=, unit=
 
-EDITOR_SIDE = 512  # pixels of the picture that is marked
+EDITOR_SIDE, THUMB_SIDE = 512, 128  # pixels of the picture that is marked, and of its thumbnail
 DIMMED = 0.3  # brightness left to what is not object
 SWEEP = (0.0, 0.3, 0.6, 0.8, 1.0, 1.2, 1.5)
 VIEWS = ("picture", "object", "patches read")
@@ -69,10 +70,12 @@ def problem(error: Exception) -> str:
     return message(BROKEN, error=True)
 
 
-def data_url(picture: np.ndarray) -> str:
-    """The picture for an <img>, at most EDITOR_SIDE pixels a side."""
+def data_url(picture: np.ndarray | None, side: int = EDITOR_SIDE) -> str:
+    """The picture for an <img>, at most so many pixels a side; "" of none."""
+    if picture is None:
+        return ""
     image, stream = Image.fromarray(picture), io.BytesIO()
-    image.thumbnail((EDITOR_SIDE, EDITOR_SIDE))
+    image.thumbnail((side, side))
     image.save(stream, "JPEG", quality=90)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
 
@@ -131,23 +134,24 @@ class AppHandlers:
 
     def look(self, values: Values) -> Values:
         """What the model sees, and the picture to mark, dark where there is no object."""
-        method, views, said, marked, oblong = values["method"], [], "", "", False
+        method, views, said, oblong = values["method"], [], "", False
+        marked = None
         try:
             if values["picture"]:
                 shown = self._shown(values)
                 picture = shown.read_picture()
                 oblong = picture.shape[0] != picture.shape[1]
-                square = shown.square(picture)
-                marked = data_url(square)  # stays where no object is found
+                marked = square = shown.square(picture)  # stays where no object is found
                 mask = shown.read_mask(picture)
-                marked = data_url(dimmed(square, mask))
+                marked = dimmed(square, mask)
                 views = list(zip(self.studio.look(square, mask), VIEWS, strict=True))
                 doubtful = doubt(mask) if method == "file" else ""
                 said = message(f"mask: {doubtful}") if doubtful else ""
         except Exception as error:
             said = problem(error)
         return {
-            "marks": gr.update(picture=marked, method=method),
+            "marks": gr.update(picture=data_url(marked), method=method),
+            "several": gr.update(here=bool(values["picture"]), now=data_url(marked, THUMB_SIDE)),
             "views": views,
             "object_message": said,
             "square": gr.update(visible=oblong),
@@ -156,6 +160,8 @@ class AppHandlers:
 
     def new_picture(self, values: Values) -> Values:
         """`look` for another picture, without the marks on the last one."""
+        if values["picture"] and values["picture"] == values["several"].given:
+            return self.look(values)  # which brought its own marks
         looked = self.look({**values, "marks": ""})
         return {**looked, "marks": {**looked["marks"], "value": ""}}
 
@@ -168,7 +174,35 @@ class AppHandlers:
             picture, mask = self.examples.read(index)
         except Exception as error:
             return {"object_message": problem(error)}
-        return {"picture": picture, "mask": mask.astype(np.uint8) * 255, "method": "file"}
+        mask = mask.astype(np.uint8) * 255
+        return {"picture": picture, "mask": mask, "method": "file", **held(Several())}
+
+    def rearrange(self, values: Values) -> Values:
+        """Adds pictures of the object, turns to another or removes one, as is wanted."""
+        try:
+            several, shown = values["several"].rearranged(values)
+        except Exception as error:
+            return held(values["several"], problem(error))
+        return {**{name: shown[name] for name in CONTROLS}, **held(several)}
+
+    def glance(self, values: Values) -> Values:
+        """Thumbnails of the pictures that nobody has looked at yet, and what is wrong with them."""
+        thumbs, said = {}, ""
+        pictures = values["several"].pictures(values)
+        for number, one in enumerate(pictures, 1):
+            if one["thumb"] or one["picture"] == values["picture"]:
+                continue
+            marked = None
+            try:
+                with numbered(number, len(pictures)):
+                    shown = self._shown(one)
+                    picture = shown.read_picture()
+                    marked = square = shown.square(picture)  # stays where no object is found
+                    marked = dimmed(square, shown.read_mask(picture))
+            except Exception as error:
+                said += problem(error)
+            thumbs[one["picture"]] = data_url(marked, THUMB_SIDE)
+        return {"several": gr.update(thumbs=thumbs), "several_message": said}
 
     def _shown(self, values: Values) -> Shown:
         return Shown(
@@ -197,14 +231,20 @@ class AppHandlers:
         path = values["second_file"]
         return {self.studio.second_token: self.studio.load_concept(path)} if path else {}
 
-    def _concept(self, values: Values) -> tuple[Concept, np.ndarray | None]:
-        """The object to draw, and what the model sees of it where there is a picture."""
+    def _concept(self, values: Values) -> tuple[Concept, list[np.ndarray]]:
+        """The object to draw, and what the model sees of it in each picture, if there are any."""
         if values["concept_file"]:
-            return self.studio.load_concept(values["concept_file"]), None
-        shown = self._shown(values)
-        picture = shown.read_picture()
-        square, mask = shown.square(picture), shown.read_mask(picture)
-        return self.studio.encode(square, mask), self.studio.look(square, mask)[0]
+            return self.studio.load_concept(values["concept_file"]), []
+        pictures = values["several"].pictures(values) or [values]  # none is a mistake, too
+        concepts, seen = [], []
+        for number, one in enumerate(pictures, 1):
+            with numbered(number, len(pictures)):
+                shown = self._shown(one)
+                picture = shown.read_picture()
+                square, mask = shown.square(picture), shown.read_mask(picture)
+                concepts.append(self.studio.encode(square, mask))
+                seen.append(self.studio.look(square, mask)[0])
+        return Concept.stack(concepts).as_one(), seen
 
     def save_concept(self, values: Values, folder: Path, tell: Tell) -> Iterator[Values]:
         """The object as a file in the folder, which the page copies."""
@@ -279,7 +319,7 @@ class AppHandlers:
             yield {"gallery": [], "strip_part": gr.update(visible=False), "status": ""}
             concept, seen = self._concept(values)
             concepts = {self.studio.placeholder_token: concept, **self._second(values)}
-            tiles += [] if seen is None else [(seen, "your object")]
+            tiles += own_tiles(seen)
             told = teller(values["stop"], tell)
 
             def work(give: Callable[[Values], None]) -> None:
@@ -304,9 +344,14 @@ class AppHandlers:
         done: Values = {"status": message(f"{len(drawn)} pictures, {seeds_of(order)}")}
         if sweep:
             path = folder / f"sweep_{order.seeds[0]:05d}.png"
-            save_strip(drawn, seen, path)
+            save_strip(drawn, seen[0] if seen else None, path)
             done |= {"strip": str(path), "strip_part": gr.update(visible=True)}
         yield done
+
+
+def held(several: Several, said: str = "") -> Values:
+    """What the page holds of several pictures now, and a message about them."""
+    return {"several": gr.update(value=several.text), "several_message": said}
 
 
 def in_background(work: Callable[[Callable[[Values], None]], None], stop: Stop) -> Iterator[Values]:
@@ -347,6 +392,13 @@ def teller(stop: Stop, tell: Tell) -> OnProgress:
 def caption(drawn: Drawn) -> str:
     """Of a thumbnail, which shows its beginning."""
     return f"\u03bb {drawn.metadata['lambda']}, seed {drawn.seed}: {drawn.prompt}"
+
+
+def own_tiles(seen: list[np.ndarray]) -> list[tuple[np.ndarray, str]]:
+    """What the model sees of the object, with captions."""
+    if len(seen) == 1:
+        return [(seen[0], "your object")]
+    return [(one, f"your object, picture {number}") for number, one in enumerate(seen, 1)]
 
 
 def seeds_of(order: Order) -> str:

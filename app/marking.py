@@ -180,18 +180,19 @@ def read_marks(text: str | None) -> Marks:
 
 
 def _read_stroke(stroke: Mapping[str, Any]) -> Stroke:
-    points = tuple((_share(x), _share(y)) for x, y in stroke["points"])
+    points = tuple((share(x), share(y)) for x, y in stroke["points"])
     if not points:
         raise ValueError
-    return Stroke(points, _share(stroke["width"]), bool(stroke.get("erase")))
+    return Stroke(points, share(stroke["width"]), bool(stroke.get("erase")))
 
 
 def _read_box(box: list[Any]) -> tuple[float, float, float, float]:
-    left, top, right, bottom = map(_share, box)
+    left, top, right, bottom = map(share, box)
     return left, top, right, bottom
 
 
-def _share(value: Any) -> float:
+def share(value: Any) -> float:
+    """The value, a number from 0 to 1. Raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise ValueError
     return float(value)

@@ -3,19 +3,18 @@
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import gradio as gr
-from gradio.data_classes import FileData, ImageData
-from gradio.utils import get_upload_folder
 
+from app.controls import as_uploaded, gallery, picture_input, uploaded_several
 from app.handlers import AppHandlers, Stop, Tell, Values, example_pictures
+from app.several import CONTROLS, MAX_SHOWN
 from app.studio import MAX_GUIDANCE, MAX_LAMBDA, MAX_STEPS, Pace
 from elite.defaults import DEFAULT_SAMPLER, DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA
 from elite.settings import SAMPLERS
 from elite.speed import RUNGS
 
-T = TypeVar("T", gr.Image, gr.File)
 ASSETS = Path(__file__).with_name("assets")
 PAUSE = 0.2  # seconds between two messages of a drawing
 SMALL = 128  # pictures of a side below this are shown with their pixels
@@ -25,14 +24,14 @@ INTRODUCTION = (
     "One picture of an object becomes a word, `{word}`; write it into a prompt and the object "
     "appears there."
 )
-OBJECT = ("picture", "squaring", "position", "method", "marks", "mask", "concept_file")
+OBJECT = (*CONTROLS, "several", "concept_file")
 SECOND = ("second_file", "second_lambda", "where")
 DRAWING = (
     *("prompts", "lambda_", "count", "guidance", "negative"),
     *("steps", "scheduler", "speed", "seed", "words"),
     *SECOND,
 )
-LOOKED = ("marks", "views", "object_message", "square", "mask_part")
+LOOKED = ("marks", "several", "views", "object_message", "square", "mask_part")
 LOOK_AGAIN = (
     ("squaring", "change"),
     ("position", "release"),
@@ -40,58 +39,12 @@ LOOK_AGAIN = (
     ("mask", "change"),
     ("marks", "input"),
 )
-PICKED = ("picture", "mask", "method", "object_message")
+HELD = ("several", "several_message")
+PICKED = ("picture", "mask", "method", "object_message", *HELD)
 SAVED = ("saved", "object_message")
 CHECKED = ("second_message", "prompt_message")
 DRAWN = ("gallery", "preview", "status", "strip", "strip_part")
 BUTTONS = ("draw", "sweep", "stop_button")
-
-
-def uploaded_path(payload: FileData | ImageData | None) -> str | None:
-    """The uploaded file as it is; refuses any other file of this machine, and addresses.
-
-    Gradio itself checks only payloads that call themselves files.
-    """
-    if payload is None:
-        return None
-    folder = Path(get_upload_folder()).resolve()
-    path = Path(payload.path or "").resolve()
-    if not path.is_relative_to(folder) or not path.is_file():
-        raise gr.Error("this is no uploaded file", print_exception=False)
-    return str(path)
-
-
-def as_uploaded(control: T) -> T:
-    """Makes a control hand on the file as it is, to be read by elite/: one way to read pictures,
-    and a message where that fails.
-
-    Gradio's own reading comes back where the control itself is updated; update a group around it.
-    """
-    control.preprocess = uploaded_path  # type: ignore[method-assign,assignment]
-    return control
-
-
-def picture_input(**options: Any) -> gr.Image:
-    """A control for a picture file; what the server puts there stays lossless, as masks must."""
-    return as_uploaded(
-        gr.Image(
-            sources=["upload", "clipboard"], type="filepath", format="png", buttons=[], **options
-        )
-    )
-
-
-def gallery(label: str, buttons: Sequence[Any] = (), **options: Any) -> gr.Gallery:
-    """Pictures below a line that says what they are; Gradio's own label would cover them."""
-    gr.Markdown(label)
-    return gr.Gallery(
-        label=label,
-        show_label=False,
-        object_fit="contain",
-        interactive=False,
-        format="png",
-        buttons=list(buttons),
-        **options,
-    )
 
 
 def build_page(handlers: AppHandlers) -> gr.Blocks:
@@ -133,6 +86,16 @@ def _object_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
     controls["picture"] = picture_input(
         label="Picture of one object (drop, click or paste)", height=240
     )
+    controls["several"] = gr.HTML(
+        value="",
+        html_template=(ASSETS / "several.html").read_text(encoding="utf-8"),
+        js_on_load=(ASSETS / "several.js").read_text(encoding="utf-8"),
+        here=False,
+        now="",
+        thumbs={},
+        most=MAX_SHOWN,
+    )
+    controls["several_message"] = gr.HTML()
     if handlers.examples is not None:
         controls["examples"] = gallery(
             "Or an example",
@@ -344,7 +307,10 @@ def _wire(controls: dict[str, Any], handlers: AppHandlers) -> None:
         return [controls[name] for name in names]
 
     def values(data: dict[Any, Any]) -> Values:
-        return {name: data[part] for name, part in controls.items() if part in data}
+        given = {name: data[part] for name, part in controls.items() if part in data}
+        if "several" in given:
+            given["several"] = uploaded_several(given["several"])
+        return given
 
     def parts(answer: Values) -> dict[Any, Any]:
         return {controls[name]: value for name, value in answer.items()}
@@ -368,6 +334,9 @@ def _wire(controls: dict[str, Any], handlers: AppHandlers) -> None:
     for name, event in LOOK_AGAIN:
         listener = getattr(controls[name], event)
         listener(answer(handlers.look), chosen(OBJECT), listed(LOOKED), **looking)
+    wished = controls["several"].input
+    wished = wished(answer(handlers.rearrange), chosen(OBJECT), listed((*CONTROLS, *HELD)), **quick)
+    wished.then(answer(handlers.glance), chosen(OBJECT), listed(HELD), **looking)
     for name in ("prompts", "words"):
         listener = controls[name].change
         listener(answer(handlers.check), chosen(DRAWING), listed(["prompt_message"]), **quick)

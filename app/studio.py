@@ -314,11 +314,20 @@ class Studio:
         metadata = {**drawing.metadata(self.pipe), **made_by}
         if order.others:
             metadata |= metadata_of_several(concepts, weights, order.regions)
+        metadata |= self._counts(concepts)
         metadata |= VERSIONS
         return [
             Drawn(picture, prompt, seed, {"prompt": prompt, "seed": str(seed), **metadata})
             for picture, prompt, seed in zip(pictures, prompts, seeds, strict=True)
         ]
+
+    def _counts(self, concepts: Mapping[str, Concept]) -> dict[str, str]:
+        """How many pictures show an object, where it is more than one, as its feature tokens
+        tell."""
+        counts = {
+            word: concept.num_tokens // self.pipe.grid**2 for word, concept in concepts.items()
+        }
+        return {f"pictures of {word}": str(count) for word, count in counts.items() if count > 1}
 
 
 def save_strip(drawn: Sequence[Drawn], seen: np.ndarray | None, path: Path) -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 from app.handlers import AppHandlers, Stop
 from app.page import build_page
 from app.server import private_files, serve
+from app.several import Several
 from app.studio import Studio
 from elite.data import PairFolder
 from tests import tiny
@@ -32,6 +33,7 @@ DEFAULTS = {
     "method": "whole",
     "marks": "",
     "mask": None,
+    "several": "",
     "concept_file": None,
     "prompts": "a photo of a S",
     "lambda_": 0.8,
@@ -151,7 +153,8 @@ def handlers(studio: Studio, pairs: Path) -> AppHandlers:
 @pytest.fixture
 def values(pairs: Path) -> dict[str, Any]:
     """What the controls hold once a picture is there."""
-    return {**DEFAULTS, "picture": str(pairs / "pair0.png"), "stop": Stop()}
+    there = {"picture": str(pairs / "pair0.png"), "several": Several(), "stop": Stop()}
+    return {**DEFAULTS, **there}
 
 
 @pytest.fixture(scope="session")

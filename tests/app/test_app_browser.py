@@ -364,6 +364,59 @@ def test_two_objects_in_one_picture(visit, tmp_path):
     said(page, "status", "has no placeholder 'S2'")
 
 
+def test_another_picture_is_added_drawn_and_removed(visit, disc, tmp_path):
+    other = tmp_path / "other.png"
+    Image.open(disc).transpose(Image.Transpose.ROTATE_90).save(other)
+    page = visit()
+    adder = page.get_by_role("button", name="Add another picture of it")
+    sync_api.expect(adder).to_be_hidden()
+    upload(page, disc)
+    views(page)
+    sync_api.expect(page.locator("#several li")).to_have_count(0)
+    choose(page, "The whole picture")
+    settings(page, steps=2, seed=7, count=1)
+    alone = draw(page)
+    with page.expect_file_chooser() as chooser:
+        adder.press("Enter")
+    chooser.value.set_files([other])
+    said(page, "several", "Picture 2 of 2 is shown")
+    sync_api.expect(page.get_by_label("In the middle (found by GrabCut)")).to_be_checked()
+    page.wait_for_function("document.querySelectorAll('#several img[src]').length === 2")
+    both = draw(page)
+    assert len(both) == 3 and not np.array_equal(both[2], alone[1])
+
+    page.get_by_role("button", name="Picture 1 of 2: show it").press("Enter")
+    said(page, "several", "Picture 1 of 2 is shown")
+    sync_api.expect(page.get_by_label("The whole picture")).to_be_checked()
+    page.get_by_role("button", name="Remove picture 2").press("Enter")
+    sync_api.expect(page.locator("#several li")).to_have_count(0)
+    sync_api.expect(adder).to_be_focused()
+    again = draw(page)
+    assert len(again) == 2 and np.array_equal(again[1], alone[1])
+
+
+def test_several_pictures_dropped_at_once(visit, disc, tmp_path):
+    """Each finds its object; the first is shown."""
+    content = list(disc.read_bytes())
+    page = visit(PHONE)
+    files = page.evaluate_handle(
+        """content => {
+            const dropped = new DataTransfer();
+            for (const name of ["0.png", "1.png", "2.png"])
+                dropped.items.add(new File([new Uint8Array(content)], name, {type: "image/png"}));
+            return dropped;
+        }""",
+        content,
+    )
+    page.locator("#picture button").first.dispatch_event("drop", {"dataTransfer": files})
+    said(page, "several", "Picture 1 of 3 is shown")
+    page.wait_for_function("document.querySelectorAll('#several img[src]').length === 3")
+    assert len(views(page)) == 3
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    upload(page, disc.rename(tmp_path / "2.png"), "several")
+    said(page, "several_message", "2.png: among the pictures of the object already")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_phone_width_in_light_and_dark(visit, scheme):
     page = visit(PHONE, color_scheme=scheme)
