@@ -3,10 +3,11 @@
     python data_scripts/cache_latents.py OPEN_IMAGES OUT_DIR --pretrained_model_name_or_path MODEL
         [--resolution 512] [--dtype float16] [--batch_size 8] [--workers 8] [--device cuda]
 
-Then train_global.py with `--cache_latents OUT_DIR` and the same model, folder and resolution needs
-no VAE in its steps. Interrupted, it goes on with the shards that are missing; after a change it
-encodes again those that no longer fit. Exit code 2: nothing could be done; 3: some images could not
-be read (they are listed, the rest is encoded).
+Then train_global.py with `--cache_latents OUT_DIR`, or the URL of a copy of it, and the same model,
+folder and resolution needs no VAE in its steps. OUT_DIR/index.json lists the files with size and
+SHA-256. Interrupted, it goes on with those that are missing; after a change it encodes again those
+that no longer fit or are damaged. Exit code 2: nothing could be done; 3: some images could not be
+read (they are listed, the rest is encoded).
 """
 
 import argparse

@@ -178,7 +178,8 @@ class TrainConfig(HubConfig, FitConfig):
     )
     shard_cache: str | None = setting(
         None,
-        "Folder that shards are fetched to; None reads those of a local folder where they lie.",
+        "Folder that shards, and latents at a URL, are fetched to; None reads those of a local "
+        "folder where they lie.",
     )
     shard_cache_gb: float = setting(20.0, "Most that shard_cache may hold, in GB.", above=0)
     shard_window: int = setting(
@@ -224,8 +225,8 @@ class TrainGlobalConfig(TrainConfig):
     )
     cache_latents: str | None = setting(
         None,
-        "Folder of data_scripts/cache_latents.py with the VAE's latents; None means encoding in "
-        "every step.",
+        "Folder of data_scripts/cache_latents.py with the VAE's latents, or its URL, fetched into "
+        "shard_cache with the shards; None means encoding in every step.",
     )
 
 

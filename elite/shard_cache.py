@@ -1,5 +1,6 @@
-"""The files of shards at hand: where they lie, or fetched ahead of need into a cache of bounded
-size that all processes of a machine share. No file is handed out that is not as its index says.
+"""The files of shards and latents at hand: where they lie, or fetched ahead of need into a cache of
+bounded size that all processes of a machine share. No file is handed out that is not as its index
+says.
 """
 
 import os
@@ -7,11 +8,11 @@ import re
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import fsspec
 from fsspec.callbacks import Callback
@@ -22,20 +23,37 @@ PAUSES = (0, 1, 4, 16)  # seconds before each try to fetch a file
 RETRY_AFTER = 600  # seconds after which a file that could not be fetched is tried again
 FETCHERS = 2  # threads of each process that fetch ahead
 POLL = 0.1  # seconds between two looks at a lock
-OURS = re.compile(r"[0-9a-f]{64}\.(tar|npy|\d+\.part)")  # of the files in a cache
+EVICTED = 5  # times that a file may be gone between its name and its opening
+KINDS = {"tar": "shard", "npy": "table", "safetensors": "latent file"}  # of files, by ending
+ENDINGS = "|".join(KINDS)
+OURS = re.compile(rf"[0-9a-f]{{64}}\.({ENDINGS}|\d+\.part)")  # of the files in a cache
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Listed:
-    """A file as the index of shards lists it."""
+    """A file as the index of a folder lists it.
+
+    Args:
+        sha256: in hexadecimal digits.
+        of: what it was made of, in words or digests; not of every file.
+        folder: that it lies in, or its URL; known to whoever has read the index.
+    """
 
     name: str
     bytes: int
-    sha256: str  # hexadecimal digits
+    sha256: str
+    of: Mapping[str, str] = field(default_factory=dict, compare=False)
+    folder: str = ""
 
     @property
     def kind(self) -> str:
-        return "shard" if self.name.endswith(".tar") else "table"
+        return KINDS[self.name.rpartition(".")[2]]
+
+    @property
+    def place(self) -> str:
+        """Its path or URL."""
+        return f"{self.folder}/{self.name}"
 
     def fault(self, path: Path) -> str | None:
         """What keeps a file from being this one, in words."""
@@ -59,19 +77,29 @@ class Store(Protocol):
         """Says which files are to stay or to be fetched, in the order of need; no others are."""
 
 
-class InPlace:
-    """The files of a folder of this machine, each checked when a process first uses it."""
+def read_from(store: Store, file: Listed, read: Callable[[Path], T]) -> T:
+    """What `read` makes of a file of a store. Raises ValueError where it cannot be had."""
+    for _ in range(EVICTED):
+        with suppress(FileNotFoundError):
+            return read(store.path(file))
+    raise ValueError(
+        f"{file.place}: {file.kind} is gone as soon as it is fetched; give --shard_cache a folder "
+        "that no other program empties"
+    )
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._faults: dict[str, str | None] = {}
+
+class InPlace:
+    """Files of folders of this machine, each checked when a process first uses it."""
+
+    def __init__(self) -> None:
+        self._faults: dict[Listed, str | None] = {}
 
     def path(self, file: Listed) -> Path:
-        path = self.folder / file.name
-        if file.name not in self._faults:
-            self._faults[file.name] = file.fault(path)
-        if fault := self._faults[file.name]:
-            raise ValueError(f"{path}: {fault}; copy it again, or index the folder anew")
+        path = Path(file.place)
+        if file not in self._faults:
+            self._faults[file] = file.fault(path)
+        if fault := self._faults[file]:
+            raise ValueError(f"{path}: {fault}; copy it again, or make it and its index anew")
         return path
 
     def expect(self, files: Sequence[Listed]) -> None:
@@ -92,23 +120,22 @@ class AtMost(Callback):
 
 
 class Cache:
-    """Files of a folder or URL, fetched through fsspec, each checked before it is there.
+    """Files of folders or URLs, fetched through fsspec, each checked before it is there.
 
     A file is kept under its hash, so that several datasets may share a cache, and fetched by one
     process at a time. To make room those used least recently go, but for the expected ones.
 
     Args:
-        url: of the folder.
         folder: of the cache.
         limit: bytes that it may hold.
     """
 
-    def __init__(self, url: str, folder: Path, limit: int) -> None:
-        self.url, self.folder, self.limit = url.rstrip("/"), folder, limit
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit = folder, limit
         self._start()
 
     def __reduce__(self) -> tuple:
-        return Cache, (self.url, self.folder, self.limit)
+        return Cache, (self.folder, self.limit)
 
     def _start(self) -> None:
         """What each process has for itself; threads and locks do not outlive a fork."""
@@ -191,7 +218,7 @@ class Cache:
             raise ValueError(message)
 
     def _fail(self, file: Listed, fault: str) -> None:
-        message = f"{self.url}/{file.name}: {fault}; see whether it is there, and whole"
+        message = f"{file.place}: {fault}; see whether it is there, and whole"
         self._faults[file] = time.monotonic(), message
         raise ValueError(message)
 
@@ -202,7 +229,7 @@ class Cache:
         for pause in PAUSES:
             time.sleep(pause)
             try:
-                system, url = fsspec.url_to_fs(f"{self.url}/{file.name}")
+                system, url = fsspec.url_to_fs(file.place)
                 system.get_file(url, str(part), callback=AtMost(file.bytes))
                 fault = file.fault(part)
             except FileNotFoundError:

@@ -15,10 +15,11 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from copy import copy
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, Self
 
 import fsspec
 import numpy as np
@@ -26,16 +27,16 @@ import numpy as np
 from elite.files import check_writable, read_text, sha256_of, write_atomically, write_json
 from elite.images import read_image, read_mask
 from elite.open_images import OpenImagesFolder, Source
-from elite.shard_cache import Cache, InPlace, Listed, Store
+from elite.shard_cache import ENDINGS, Cache, InPlace, Listed, Store, read_from
 from elite.wording import brief, one_line
 
-FORMAT, INDEX = "elite-shards 1", "index.json"
+INDEX = "index.json"
 REINDEX = "python data_scripts/index_shards.py"
-MOST_INDEX = 2**26  # bytes of index.json, which has some 150 for each shard
+MOST_INDEX = 2**26  # bytes of index.json, which has some 150 for each shard, 500 for latents
 LONGEST_NAME = 250  # bytes of a name in a tar
+ELSEWHERE = "lies elsewhere; give --shard_cache a folder that it is fetched to"
 # Names of files that are no paths, the same in URLs, and known to the cache.
-PLAIN = re.compile(r"\w[\w.\-]*\.(tar|npy)", re.ASCII)
-EVICTED = 5  # times that a file may be gone between its name and its opening
+PLAIN = re.compile(rf"\w[\w.\-]*\.({ENDINGS})", re.ASCII)
 TABLES: Mapping[str, list[tuple]] = {
     "images": [("shard", "<u4"), ("offset", "<u8"), ("size", "<u4")],  # and name, S1 or wider
     "boxes": [("image", "<u4"), ("box", "<f4", (4,))],
@@ -51,6 +52,28 @@ TABLES: Mapping[str, list[tuple]] = {
 
 
 @dataclass(frozen=True)
+class Kind:
+    """What an index may be of.
+
+    Args:
+        files: in words.
+        format: to be counted up when the index changes.
+        tables: that it lists besides.
+        remedy: how a message about it ends.
+    """
+
+    files: str
+    format: str
+    tables: Sequence[str]
+    remedy: str
+
+
+SHARDS = Kind(
+    "shards", "elite-shards 1", tuple(TABLES), f"index the shards again with {REINDEX} FOLDER"
+)
+
+
+@dataclass(frozen=True)
 class Index:
     """What `index.json` lists."""
 
@@ -63,7 +86,12 @@ def table_type(name: str, width: int = 1) -> np.dtype:
     return np.dtype([*TABLES[name], *([("name", f"S{width}")] if name == "images" else [])])
 
 
-def save_index(folder: Path, shards: Sequence[Listed], tables: Mapping[str, np.ndarray]) -> None:
+def save_index(
+    folder: Path,
+    shards: Sequence[Listed],
+    tables: Mapping[str, np.ndarray],
+    kind: Kind = SHARDS,
+) -> None:
     """Writes tables and index of the shards in a folder.
 
     Raises:
@@ -80,8 +108,8 @@ def save_index(folder: Path, shards: Sequence[Listed], tables: Mapping[str, np.n
     for name, table in tables.items():
         path = folder / f"{name}.npy"
         write_atomically(path, partial(_save_table, table))
-        listed[name] = asdict(list_file(path))
-    index = {"format": FORMAT, "tables": listed, "shards": [asdict(shard) for shard in shards]}
+        listed[name] = _entry(list_file(path))
+    index = {"format": kind.format, "tables": listed, "shards": [_entry(file) for file in shards]}
     write_json(folder / INDEX, index)
 
 
@@ -94,31 +122,48 @@ def shards_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.tar") if path.name[0] != ".")
 
 
-def list_file(path: Path) -> Listed:
+def list_file(path: Path, of: Mapping[str, str] | None = None) -> Listed:
     """A file as an index lists it."""
-    return Listed(path.name, path.stat().st_size, sha256_of(path))
+    return Listed(path.name, path.stat().st_size, sha256_of(path), of or {}, str(path.parent))
 
 
-def parse_index(text: str, name: str) -> Index:
+def _entry(file: Listed) -> dict[str, Any]:
+    of = {"of": dict(file.of)} if file.of else {}
+    return {"name": file.name, "bytes": file.bytes, "sha256": file.sha256, **of}
+
+
+def is_url(location: str) -> bool:
+    return "://" in location
+
+
+def read_index(location: str, kind: Kind) -> Index:
+    """The index in a folder or at the URL of one. Raises ValueError where there is none."""
+    name = f"{location}/{INDEX}"
+    if is_url(location):
+        return parse_index(_fetch_text(name, kind), name, kind)
+    return parse_index(read_text(Path(name), kind.remedy, most=MOST_INDEX), name, kind)
+
+
+def parse_index(text: str, name: str, kind: Kind = SHARDS) -> Index:
     """Raises ValueError where the text is none of ours; the message begins with `name`."""
     try:
-        content = json.loads(text)
-        if content["format"] != FORMAT:
+        content, folder = json.loads(text), name.removesuffix(f"/{INDEX}")
+        if content["format"] != kind.format:
             raise ValueError
-        tables = {table: _parse_listed(content["tables"][table]) for table in TABLES}
-        return Index([_parse_listed(shard) for shard in content["shards"]], tables)
+        tables = {table: _parse_listed(content["tables"][table], folder) for table in kind.tables}
+        return Index([_parse_listed(file, folder) for file in content["shards"]], tables)
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(
-            f"{name}: damaged, or of another version; index the shards again with {REINDEX} FOLDER"
+            f"{name}: damaged, or no index of {kind.files} of this version; {kind.remedy}"
         ) from None
 
 
-def _parse_listed(entry: Mapping[str, object]) -> Listed:
+def _parse_listed(entry: Mapping[str, Any], folder: str) -> Listed:
     """Raises ValueError where it is no plain file name, or could not be one of the cache."""
-    file = Listed(**entry)  # type: ignore[arg-type]
+    file = Listed(**entry, folder=folder)
     if not PLAIN.fullmatch(file.name) or not re.fullmatch("[0-9a-f]{64}", file.sha256):
         raise ValueError
-    if type(file.bytes) is not int or file.bytes < 0:
+    if type(file.bytes) is not int or file.bytes < 0 or not isinstance(file.of, dict):
         raise ValueError
     return file
 
@@ -132,16 +177,28 @@ class ShardRows:
     Args:
         shard_of_row: (N,) numbers of shards.
         window: shards whose rows are shuffled together.
-        shards: what they are of.
+        source: what they are of.
+
+    Attributes:
+        numbers: (S,) of the shards that play a part.
+        files: what the rows of each of them are read from.
     """
 
-    def __init__(self, shard_of_row: np.ndarray, window: int, shards: "OpenImagesShards") -> None:
+    def __init__(self, shard_of_row: np.ndarray, window: int, source: "OpenImagesShards") -> None:
         counts = np.bincount(shard_of_row)
         self.numbers = np.flatnonzero(counts)
-        self.sizes, self.window, self._shards = counts[self.numbers], window, shards
+        self.sizes, self.window, self._source = counts[self.numbers], window, source
+        self.files = [[source.index.shards[number]] for number in self.numbers.tolist()]
         self._starts = np.concatenate([[0], np.cumsum(self.sizes)])
         is_sorted = bool((shard_of_row[1:] >= shard_of_row[:-1]).all())
+        self._shard_of_row = None if is_sorted else shard_of_row
         self._by_shard = None if is_sorted else np.argsort(shard_of_row, kind="stable")
+
+    def beside(self, files: Sequence[Sequence[Listed]]) -> Self:
+        """The same rows, which need more files of each shard."""
+        rows = copy(self)
+        rows.files = [[*own, *more] for own, more in zip(self.files, files, strict=True)]
+        return rows
 
     def rows(self, shards: Sequence[int]) -> Sequence[int]:
         if len(shards) == len(self.sizes):
@@ -152,8 +209,15 @@ class ShardRows:
         start, stop = int(self._starts[shard]), int(self._starts[shard + 1])
         return np.arange(start, stop) if self._by_shard is None else self._by_shard[start:stop]
 
+    def find(self, row: int) -> tuple[int, int]:
+        if self._shard_of_row is None:
+            shard = int(np.searchsorted(self._starts, row, "right")) - 1
+        else:
+            shard = int(np.searchsorted(self.numbers, self._shard_of_row[row]))
+        return shard, int(np.searchsorted(self._rows_of(shard), row))
+
     def expect(self, shards: Sequence[int]) -> None:
-        self._shards.expect(self.numbers[list(shards)].tolist())
+        self._source.expect([file for shard in shards for file in self.files[shard]])
 
 
 # --- the source -----------------------------------------------------------------------------------
@@ -252,10 +316,9 @@ class OpenImagesShards:
 
     # --- bytes ------------------------------------------------------------------------------------
 
-    def expect(self, shards: Sequence[int]) -> None:
-        """Says which shards are to be at hand, in the order of need."""
-        needed = (self.index.shards[number] for number in shards)
-        self.store.expect([*self.index.tables.values(), *needed])
+    def expect(self, files: Sequence[Listed]) -> None:
+        """Says which files are to be at hand beside the tables, in the order of need."""
+        self.store.expect([*self.index.tables.values(), *files])
 
     def _shard_name(self, image: np.void) -> str:
         return f"{self.location}/{self.index.shards[int(image['shard'])].name}"
@@ -265,14 +328,13 @@ class OpenImagesShards:
         file = self.index.shards[int(shard)]
         if int(offset) + int(size) > file.bytes:
             raise ValueError(f"{name}: lies beyond the end of its shard; index the shards again")
-        for _ in range(EVICTED):
-            with suppress(FileNotFoundError), open(self.store.path(file), "rb") as opened:
-                opened.seek(int(offset))
-                return opened.read(int(size))
-        raise ValueError(
-            f"{name}: its shard is gone as soon as it is fetched; give --shard_cache a folder that "
-            "no other program empties"
-        )
+        return read_from(self.store, file, partial(_read_part, offset=int(offset), size=int(size)))
+
+
+def _read_part(path: Path, offset: int, size: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(size)
 
 
 def key_of(name: str) -> str:
@@ -306,45 +368,49 @@ def open_source(
         ValueError: no index, or a damaged one; a URL without a cache; a cache that cannot be
             written, or that two windows and the tables do not fit into.
     """
-    location, is_url = str(location), "://" in str(location)
-    location = location.rstrip("/") if is_url else location
-    if not is_url and not (Path(location) / INDEX).exists():
+    location = plain_location(location)
+    if not is_url(location) and not (Path(location) / INDEX).exists():
         if shards_in(Path(location)):
             raise ValueError(f"{location}: shards without {INDEX}; run {REINDEX} {location}")
         return OpenImagesFolder(location)
-    if is_url and cache is None:
-        raise ValueError(
-            f"{location}: lies elsewhere; give --shard_cache a folder that shards are fetched to"
-        )
-    name = f"{location}/{INDEX}"
-    index = parse_index(_fetch_text(name) if is_url else _read_index(Path(name)), name)
+    if is_url(location) and cache is None:
+        raise ValueError(f"{location}: {ELSEWHERE}")
+    index = read_index(location, SHARDS)
     if cache is None:
-        return OpenImagesShards(location, InPlace(Path(location)), index, window)
+        return OpenImagesShards(location, InPlace(), index, window)
     limit = round(cache_gb * 1e9)
-    check_room(index, window, limit)
+    check_room([[shard] for shard in index.shards], index, window, limit)
     check_writable(cache)
-    url = location if is_url else Path(location).resolve().as_uri()
-    return OpenImagesShards(location, Cache(url, Path(cache), limit), index, window)
+    return OpenImagesShards(location, Cache(Path(cache), limit), index, window)
 
 
-def check_room(index: Index, window: int, limit: int) -> None:
+def plain_location(location: str | Path) -> str:
+    """A folder or URL without slashes at the end."""
+    return str(location).rstrip("/") if is_url(str(location)) else str(Path(location))
+
+
+def check_room(
+    files: Sequence[Sequence[Listed]], index: Index, window: int, limit: int, what: str = "shards"
+) -> None:
     """Raises ValueError where a cache is too small for the tables and two windows, the one shown
-    and the next."""
-    sizes = sorted((shard.bytes for shard in index.shards), reverse=True)
+    and the next.
+
+    Args:
+        files: those of each shard.
+        limit: bytes that the cache may hold.
+        what: the files of a window in words.
+    """
+    sizes = sorted((sum(file.bytes for file in group) for group in files), reverse=True)
     tables = sum(table.bytes for table in index.tables.values())
     needed = tables + sum(sizes[: 2 * window])
     if needed > limit:
         raise ValueError(
-            f"--shard_cache_gb {limit / 1e9:g}: two windows of {window} shards and the index take "
+            f"--shard_cache_gb {limit / 1e9:g}: two windows of {window} {what} and the index take "
             f"{needed / 1e9:.3g} GB; raise it, or lower --shard_window"
         )
 
 
-def _read_index(path: Path) -> str:
-    return read_text(path, "expected the index of shards", most=MOST_INDEX)
-
-
-def _fetch_text(url: str) -> str:
+def _fetch_text(url: str, kind: Kind) -> str:
     try:
         with fsspec.open(url, "rb") as file:
             parts = iter(lambda: file.read(2**20), b"")
@@ -353,5 +419,5 @@ def _fetch_text(url: str) -> str:
     except Exception as error:  # every file system has errors of its own
         reason = "no such file" if isinstance(error, FileNotFoundError) else brief(str(error))
         raise ValueError(
-            f"{url}: cannot be fetched ({reason}); expected the URL of a folder of shards"
+            f"{url}: cannot be fetched ({reason}); expected the URL of a folder of {kind.files}"
         ) from None

@@ -37,6 +37,9 @@ class Shards(Protocol):
     def rows(self, shards: Sequence[int]) -> Sequence[int]:
         """Those of some shards, ascending."""
 
+    def find(self, row: int) -> tuple[int, int]:
+        """The shard of a row, and its place among the rows there."""
+
     def expect(self, shards: Sequence[int]) -> None:
         """Says which shards are to be at hand, now or soon, in the order of need."""
 
@@ -64,6 +67,9 @@ class OneShard:
 
     def rows(self, shards: Sequence[int]) -> Sequence[int]:
         return range(int(self.sizes[0]))
+
+    def find(self, row: int) -> tuple[int, int]:
+        return 0, row
 
     def expect(self, shards: Sequence[int]) -> None:
         pass

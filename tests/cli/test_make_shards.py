@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -464,16 +465,27 @@ def test_training_from_a_url_is_training_from_the_folder(
     assert outcome(tmp_path / "sharded") == outcome(tmp_path / "plain")
 
 
-def test_latents_are_cached_from_a_url(shards, model_folder, mapper_folder, tmp_path, capsys):
+def test_latents_are_cached_from_a_url_and_at_one_train_as_the_local_ones(
+    shards, model_folder, mapper_folder, tmp_path, capsys
+):
     with served(shards) as server:
         fetched = ("--shard_cache", tmp_path / "cache")
         assert run_script(
             "data_scripts/cache_latents.py", server.url, tmp_path / "latents", *fetched,
             *("--pretrained_model_name_or_path", model_folder, "--device", "cpu"),
         ) == 0  # fmt: skip
-        options = (*fetched, "--cache_latents", tmp_path / "latents")
-        own = (model_folder, mapper_folder)
-        assert train("global", server.url, tmp_path / "run", *own, *options) == 0
+    shutil.copytree(tmp_path / "latents", shards / "latents")
+    own = (model_folder, mapper_folder)
+    with served(shards) as server:
+        for name, latents in (("local", tmp_path / "latents"), ("remote", f"{server.url}/latents")):
+            options = (*fetched, "--cache_latents", latents)
+            assert train("global", server.url, tmp_path / name, *own, *options) == 0
+        assert any(name.endswith(".safetensors") for name in server.asked)
+        assert outcome(tmp_path / "remote") == outcome(tmp_path / "local")
+        shutil.rmtree(checkpoints(tmp_path / "remote")[-1])
+        options += ("--resume_from_checkpoint", "latest", "--dataloader_num_workers", "1")
+        assert train("global", server.url, tmp_path / "remote", *own, *options) == 0
+    assert outcome(tmp_path / "remote")[1] == outcome(tmp_path / "local")[1]
 
 
 @pytest.mark.parametrize(
@@ -481,6 +493,7 @@ def test_latents_are_cached_from_a_url(shards, model_folder, mapper_folder, tmp_
     [
         ((), "lies elsewhere; give --shard_cache a folder"),
         (("--shard_cache", "cache"), "cannot be fetched (no such file); expected the URL of a"),
+        (("--shard_cache", "cache", "--cache_latents", "nowhere"), "cannot be fetched (no such"),
         (("--shard_window", "0"), "shard_window: got 0, expected at least 1"),
         (("--shard_cache_gb", "0"), "shard_cache_gb: got 0.0, expected more than 0"),
     ],
@@ -532,8 +545,11 @@ def test_the_commands_of_the_page_run(tmp_path, capsys):
         for server in servers:
             server.kill()
             server.wait()
-    assert ran == [PACK, "train_global.py", "train_local.py", INDEX, "train_global.py"]
+    both = ["train_global.py", "train_local.py"]
+    latents = ["data_scripts/cache_latents.py", "train_global.py"]
+    assert ran == [PACK, *both, INDEX, "train_global.py", *latents]
     assert list((tmp_path / "shard_cache").glob("*.tar"))
+    assert list((tmp_path / "shard_cache").glob("*.safetensors"))
 
 
 def wait_for_port(port):

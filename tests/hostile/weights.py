@@ -1,5 +1,6 @@
 """Bad files of numbers: checkpoints, concept files, learned words, model folders."""
 
+import hashlib
 import io
 import json
 import pickle
@@ -10,14 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from elite import ElitePipeline
 from elite.concept import ConceptFolder
-from elite.latents import Shard
+from elite.latents import Shard, read_row
 from elite.loading import load_parts
 from tests import tiny
 from tests.hostile.harness import Case, World
@@ -414,14 +414,16 @@ def pipeline_of_code(world: World, index: dict[str, object]) -> None:
     tiny.draw(pipe, concept=world.concept)
 
 
-SHARD_NEEDS = {"format": "f", "vae": "v", "resolution": "8", "rows": "r"}
+STATES_OF_FILES = torch.zeros(1, 2, dtype=torch.int64)
+IMAGES = hashlib.sha256(STATES_OF_FILES.numpy().tobytes()).hexdigest()
+SHARD_NEEDS = {"format": "f", "vae": "v", "resolution": "8", "rows": "r", "images": IMAGES}
 
 
 def shard_file(**changes: Any) -> bytes:
     """A shard of one row as the cache writes it, but for tensors and metadata given by name; None
     leaves them out."""
     tensors = {"mean": torch.zeros(1, 4, 2, 2), "std": torch.ones(1, 4, 2, 2)}
-    whole = {**tensors, "files": torch.zeros(1, 2, dtype=torch.int64), **SHARD_NEEDS}
+    whole = {**tensors, "files": STATES_OF_FILES, **SHARD_NEEDS}
     parts = {k: x for k, x in {**whole, "failures": "[]", **changes}.items() if x is not None}
     metadata = {key: value for key, value in parts.items() if isinstance(value, str)}
     return save({key: x for key, x in parts.items() if isinstance(x, Tensor)}, metadata)
@@ -447,12 +449,11 @@ def shards() -> Iterator[tuple[str, bytes]]:
 
 
 def shard_case(world: World, content: bytes) -> None:
-    """A shard of the latent cache; it says what is wrong instead of raising."""
-    path = world.write("000000.safetensors", content)
-    files = torch.zeros(1, 2, dtype=torch.int64)
-    fault = Shard(path, range(1), SHARD_NEEDS, files, np.array([b"a"]), (1, 4, 2, 2)).fault()
-    if fault:
-        raise ValueError(fault)
+    """A file of the latent cache: as training reads it, and as it is kept or made again."""
+    path, shape = world.write("000000.safetensors", content), (1, 4, 2, 2)
+    read_row(path, 0, shape, str(path))
+    if not Shard(path.name, range(1), SHARD_NEEDS, STATES_OF_FILES, shape).is_at(path):
+        raise ValueError(f"{path}: is made again")
 
 
 def cases(world: World) -> Iterator[Case]:

@@ -1,9 +1,11 @@
 """The latent cache: training with it equals training without, and no cache that does not fit is
 used."""
 
+import hashlib
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,8 @@ from elite.latents import CachedBoxes, cache_latents, file_states
 from elite.loading import load_parts
 from elite.objectives import GlobalObjective
 from elite.open_images import OpenImagesBoxes
+from elite.shards import INDEX
+from elite.stream import Failure
 from elite.training import fit, make_accelerator
 from tests import tiny
 from tests.conftest import forget_accelerate
@@ -63,12 +67,13 @@ def row_of(boxes, image_id):
 
 
 def shard_files(cache):
-    return sorted(cache.iterdir())
+    return sorted(cache.glob("*.safetensors"))
 
 
 def written(cache):
     """What tells whether a file was written anew."""
-    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in cache.iterdir()}
+    states = {path.name: path.stat() for path in shard_files(cache)}
+    return {name: (state.st_ino, state.st_mtime_ns) for name, state in states.items()}
 
 
 def contents(path):
@@ -212,8 +217,7 @@ def test_an_interrupted_run_is_finished_to_the_same_files(boxes, vae, cache, tmp
         "000000.safetensors",
         "000001.safetensors",
     ]
-    with pytest.raises(ValueError, match=r"000002\.safetensors is missing \(3 of 5 shards"):
-        CachedBoxes(boxes, other, vae)
+    assert "000000.safetensors is missing (5 of 5 shards" in refusal(boxes, other, vae)
 
     before = written(other)
     cache_latents(boxes, vae, other, batch_size=3)
@@ -229,6 +233,7 @@ def test_an_interrupted_run_is_finished_to_the_same_files(boxes, vae, cache, tmp
 
 def test_another_dtype_is_written_anew(boxes, vae, cache):
     cache_latents(boxes, vae, cache, dtype=torch.bfloat16)
+    CachedBoxes(boxes, cache, vae).sample(0, np.random.default_rng(0))
     assert {contents(path)[0]["std"].dtype for path in shard_files(cache)} == {torch.bfloat16}
 
 
@@ -290,7 +295,7 @@ def test_changed_image(boxes, vae, cache, change):
     else:
         path.unlink()
     text = refusal(boxes, cache, vae)
-    assert f"the image {path.stem} has changed since (1 of 5 shards" in text
+    assert "the latents are of images that have changed since (1 of 5 shards" in text
 
 
 def test_states_of_files_follow_rows_of_which_several_share_an_image(root):
@@ -312,45 +317,123 @@ def test_copied_folder_with_times_of_whole_seconds_fits(boxes, vae, cache):
     CachedBoxes(boxes, cache, vae)
 
 
+def flip(path):
+    """One bit of a latent."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("spoil", "reason"),
     [
-        (lambda path: path.unlink(), "000003.safetensors is missing (1 of 5 shards"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-9]), "000003.safetensors is damaged"),
-        (lambda path: path.write_bytes(b"no tensors"), "000003.safetensors is damaged"),
-        (lambda path: rewrite(path, lambda old: {}), "were written by another version"),
-        (
-            lambda path: rewrite(path, lambda old: {**old, "format": "elite-latents 0"}),
-            "were written by another version",
-        ),
+        (lambda path: path.unlink(), "missing"),
+        (flip, "damaged"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-9]), "damaged"),
+        (lambda path: path.write_bytes(b"no tensors"), "damaged"),
+        (lambda path: rewrite(path, lambda old: {}), "damaged"),
+        (lambda path: rewrite(path, lambda old: {**old, "format": "elite-latents 0"}), "damaged"),
     ],
-    ids=["missing", "cut", "foreign", "bare", "old"],
+    ids=["missing", "flipped", "cut", "foreign", "bare", "old"],
 )
-def test_spoiled_shard_is_refused_and_made_again(boxes, vae, cache, spoil, message):
-    before = written(cache)
-    spoil(cache / "000003.safetensors")
-    assert message in refusal(boxes, cache, vae)
-    cache_latents(boxes, vae, cache)
+def test_spoiled_file_costs_its_samples_and_is_made_again(boxes, vae, cache, spoil, reason):
+    before, path = written(cache), cache / "000003.safetensors"
+    whole = shutil.copy(path, cache.parent)
+    spoil(path)
+    cached = CachedBoxes(boxes, cache, vae)
+    assert cached.sample(10, np.random.default_rng(0)), "of the file before"
+    with pytest.raises(ValueError) as error:
+        cached.sample(13, np.random.default_rng(0))
+    failure = Failure(13, str(error.value))
+    assert failure.message.startswith(f"{path}: ") and "\n" not in failure.message
+    assert failure.reason == f"latent file is {reason}"
+    cache_latents(boxes, vae, cache, batch_size=3)
     after = written(cache)
     assert [name for name in before if before[name] != after[name]] == ["000003.safetensors"]
+    assert same_contents(path, whole)
+    CachedBoxes(boxes, cache, vae).sample(13, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"words": torch.zeros(2)},
+        {"mean": torch.zeros(4, 4, 8, 8), "std": torch.zeros(4, 4, 8, 8)},
+        {"mean": torch.zeros(3, 4, 16, 16), "std": torch.zeros(3, 4, 16, 16)},
+        {"mean": torch.zeros(()), "std": torch.zeros(())},
+    ],
+    ids=["none", "small", "few", "scalars"],
+)
+def test_listed_file_of_other_tensors_is_damaged(boxes, vae, cache, tensors):
+    path = cache / "000000.safetensors"
+    save_file(tensors, path)
+    content = path.read_bytes()
+    entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    change_index(cache, lambda index: index["shards"][0].update(entry))
+    with pytest.raises(ValueError, match=r"000000\.safetensors: latent file is damaged") as error:
+        CachedBoxes(boxes, cache, vae).sample(0, np.random.default_rng(0))
+    assert "\n" not in str(error.value)
+
+
+def change_index(folder, change):
+    index = json.loads((folder / INDEX).read_text())
+    change(index)
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: index.update(format="elite-shards 1"),
+        lambda index: index.pop("shards"),
+        lambda index: index["shards"][0].update(of=7),
+        lambda index: index["shards"][0].update(of=None),
+        lambda index: index["shards"][0].update(name="../000000.safetensors"),
+        lambda index: index["shards"][0].update(folder="/etc"),
+    ],
+)
+def test_index_of_another_kind_is_neither_read_nor_overwritten(boxes, vae, cache, change):
+    change_index(cache, change)
+    content = (cache / INDEX).read_bytes()
+    for work in (lambda: CachedBoxes(boxes, cache, vae), lambda: cache_latents(boxes, vae, cache)):
+        with pytest.raises(ValueError) as error:
+            work()
+        assert str(error.value) == (
+            f"{cache}/index.json: damaged, or no index of latents of this version; make them with "
+            "python data_scripts/cache_latents.py in a folder of their own"
+        )
+    assert (cache / INDEX).read_bytes() == content
+
+
+def test_entry_made_of_other_things_is_refused(boxes, vae, cache):
+    change_index(cache, lambda index: index["shards"][1]["of"].update(format="elite-latents 0"))
+    assert "were written by another version (1 of 5" in refusal(boxes, cache, vae)
+    change_index(cache, lambda index: index["shards"][1].update(of={"images": [["a"]]}))
+    assert "were written by another version (1 of 5" in refusal(boxes, cache, vae)
+    change_index(cache, lambda index: index["shards"].pop(2))
+    assert "(2 of 5 shards" in refusal(boxes, cache, vae)
+
+
+def test_folder_of_an_earlier_version_is_listed_without_encoding(boxes, vae, cache):
+    """Its files are as they were; nothing told their SHA-256."""
+    before = written(cache)
+    (cache / INDEX).unlink()
+    assert "no index.json in it" in refusal(boxes, cache, vae)
+    vae.encode = None
+    cache_latents(boxes, vae, cache)
+    assert written(cache) == before
     CachedBoxes(boxes, cache, vae)
 
 
-def test_file_of_other_tensors_is_damaged(boxes, vae, cache):
-    save_file({"words": torch.zeros(2)}, cache / "000000.safetensors")
-    assert "000000.safetensors is damaged" in refusal(boxes, cache, vae)
-
-
 def test_empty_folder(boxes, vae, tmp_path):
-    text = refusal(boxes, tmp_path / "nowhere", vae)
-    assert "000000.safetensors is missing (5 of 5 shards" in text
+    assert "no index.json in it" in refusal(boxes, tmp_path / "nowhere", vae)
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
 def test_repaired_image_asks_for_its_shard_again(boxes, vae, cache, name):
     row = row_of(boxes, name)
     Path(boxes.image_name(row)).write_bytes(as_jpeg(PICTURE))
-    assert f"the image {name} has changed since (1 of 5" in refusal(boxes, cache, vae)
+    assert "images that have changed since (1 of 5" in refusal(boxes, cache, vae)
     assert len(cache_latents(boxes, vae, cache)) == 1, "the other one"
     assert CachedBoxes(boxes, cache, vae).sample(row, np.random.default_rng(0))
 

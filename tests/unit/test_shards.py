@@ -16,7 +16,7 @@ import torch
 
 from elite.latents import CachedBoxes, cache_latents
 from elite.open_images import OpenImagesBoxes, OpenImagesFolder, OpenImagesMasks
-from elite.shard_cache import Cache, Listed
+from elite.shard_cache import Listed
 from elite.shards import INDEX, open_source
 from elite.stream import Order, TrainingStream, stream_loader
 from tests.open_images import make_open_images
@@ -418,7 +418,7 @@ def test_latents_of_shards_are_those_of_the_folder(folder, own_shards, parts, tm
     index["shards"][2]["sha256"] = "0" * 64
     path.write_text(json.dumps(index))
     changed = OpenImagesBoxes(open_source(own_shards), resolution=32, clip_size=28)
-    with pytest.raises(ValueError, match="has changed since"):
+    with pytest.raises(ValueError, match="changed since"):
         CachedBoxes(changed, tmp_path / "sharded", parts["vae"])
 
 
@@ -561,4 +561,3 @@ def test_a_row_beyond_its_shard_costs_itself(own_shards):
 def test_a_listed_file_says_what_is_wrong(tmp_path):
     file = Listed("a.tar", 3, "0" * 64)
     assert file.fault(tmp_path / "a.tar") == "shard is missing"
-    assert Cache("http://x/", tmp_path, 1).url == "http://x"
