@@ -329,7 +329,8 @@ class CachedBoxes:
         self.boxes, self.shards = boxes, boxes.shards
         self._rows, self._latent = rows_by_shard(boxes), latent_shape(boxes, vae)
         self._files = _fitting(shards_of(boxes, vae), location)
-        self._store: Store = InPlace()
+        # In the order of single files each process would soon read all of it to hash it.
+        self._store: Store = InPlace(hashed=isinstance(boxes.source, OpenImagesShards))
         if is_url(location):
             self._store, self.shards = _fetched(boxes, self._files, location)
 

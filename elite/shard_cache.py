@@ -55,10 +55,12 @@ class Listed:
         """Its path or URL."""
         return f"{self.folder}/{self.name}"
 
-    def fault(self, path: Path) -> str | None:
-        """What keeps a file from being this one, in words."""
+    def fault(self, path: Path, hashed: bool = True) -> str | None:
+        """What keeps a file from being this one, in words; not hashed, by its size alone."""
         try:
-            if path.stat().st_size != self.bytes or sha256_of(path) != self.sha256:
+            if path.stat().st_size != self.bytes:
+                return f"{self.kind} is damaged (its size is not that of the index)"
+            if hashed and sha256_of(path) != self.sha256:
                 return f"{self.kind} is damaged (its SHA-256 is not that of the index)"
         except FileNotFoundError:
             return f"{self.kind} is missing"
@@ -89,15 +91,20 @@ def read_from(store: Store, file: Listed, read: Callable[[Path], T]) -> T:
 
 
 class InPlace:
-    """Files of folders of this machine, each checked when a process first uses it."""
+    """Files of folders of this machine, each checked when a process first uses it.
 
-    def __init__(self) -> None:
+    Args:
+        hashed: whether that reads them whole; their size alone is checked otherwise.
+    """
+
+    def __init__(self, hashed: bool = True) -> None:
+        self.hashed = hashed
         self._faults: dict[Listed, str | None] = {}
 
     def path(self, file: Listed) -> Path:
         path = Path(file.place)
         if file not in self._faults:
-            self._faults[file] = file.fault(path)
+            self._faults[file] = file.fault(path, self.hashed)
         if fault := self._faults[file]:
             raise ValueError(f"{path}: {fault}; copy it again, or make it and its index anew")
         return path
