@@ -71,9 +71,9 @@ def plot_curve(rows: dict[str, Verdicts], path: Path) -> None:
         style = {"fmt": "o-" if group is curve else "s", "capsize": 2, "elinewidth": 0.6}
         axes.errorbar(x, y, xerr=errors[0], yerr=errors[1], label=label, **style)
         if group is curve:
-            for name, a, b in zip(group, x, y, strict=True):
-                text = name.rsplit(" ", 1)[-1]
-                axes.annotate(text, (a, b), textcoords="offset points", xytext=(5, 5), fontsize=8)
+            for place, offset in ((0, (-16, -14)), (-1, (6, 6))):  # all would hide each other
+                text, point = group[place].rsplit(" ", 1)[-1], (x[place], y[place])
+                axes.annotate(text, point, textcoords="offset points", xytext=offset, fontsize=8)
     axes.set_xlabel("editability: what the prompt asks for that is there, %")
     axes.set_ylabel("fidelity: attributes of the critter that are right, %")
     axes.legend(fontsize=8)
