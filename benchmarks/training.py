@@ -249,17 +249,17 @@ def tables(args: argparse.Namespace, device: torch.device) -> list[Table]:
     for stage in args.stages:
         name = f"{STAGES[stage]}, batch {args.batch_size}"
         cases = [case for case in args.cases if possible(case, stage)]
+        fixed = (args.size, device, args.batch_size, args.threads)
+        if args.memory_rounds:  # first, as there may be no room for another model later
+            settings = {case: (stage, case, *fixed) for case in cases}
+            rows = memory_rows(settings, training_peak, args.memory_rounds, name)
+            above.rows.append(rows["above"])
+            total.rows.append(rows["total"])
         trainer = make_trainer(stage, args.size, device, args.batch_size, cases)
         fast = GOAL if stage == "global" and cases[0] == PLAIN and BEST in cases else None
         row = step_row(trainer, cases, args.rounds, args.steps, name)
         times.append(Table(f"Time of a training step, {STAGES[stage]}", "s", fast, [row]))
         del trainer
-        fixed = (args.size, device, args.batch_size, args.threads)
-        if args.memory_rounds:
-            settings = {case: (stage, case, *fixed) for case in cases}
-            rows = memory_rows(settings, training_peak, args.memory_rounds, name)
-            above.rows.append(rows["above"])
-            total.rows.append(rows["total"])
     return [*times, above, total]
 
 
