@@ -202,7 +202,8 @@ class AppHandlers:
             except Exception as error:
                 said += problem(error)
             thumbs[one["picture"]] = data_url(marked, THUMB_SIDE)
-        return {"several": gr.update(thumbs=thumbs), "several_message": said}
+        more = {"several_message": said} if said else {}  # another message stays
+        return {"several": gr.update(thumbs=thumbs), **more}
 
     def _shown(self, values: Values) -> Shown:
         return Shown(

@@ -7,7 +7,7 @@ import tarfile
 import torch
 from safetensors.torch import save
 
-from elite.shards import FORMAT, TABLES
+from elite import shards
 from tests.hostile.pictures import encoded
 from tests.hostile.tables import BOXES, GOOD_ROW, GRAB, good_index, saved
 from tests.hostile.weights import torch_bytes
@@ -26,7 +26,8 @@ def tar_bytes() -> bytes:
 
 
 LISTED = {"name": "000000.tar", "bytes": 7, "sha256": "0" * 64}
-SHARDS = {"format": FORMAT, "tables": dict.fromkeys(TABLES, LISTED), "shards": [LISTED]}
+SHARDS = {"format": shards.SHARDS.format, "shards": [LISTED]}
+SHARDS["tables"] = dict.fromkeys(shards.TABLES, LISTED)
 CONCEPT = {"format": "elite-concept", "version": "1", "fingerprint": "0" * 16}
 SEEDS: dict[str, tuple[bytes, ...]] = {
     "image": (encoded(), encoded(kind="JPEG"), encoded(kind="WEBP")),
