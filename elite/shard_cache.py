@@ -1,6 +1,6 @@
 """The files of shards and latents at hand: where they lie, or fetched ahead of need into a cache of
 bounded size that all processes of a machine share. No file is handed out that is not as its index
-says.
+says; of one that lies in place, where its user wants no hash of it, as to its size.
 """
 
 import os

@@ -104,6 +104,14 @@ def finish_well(process: BaseProcess, log: Path) -> None:
     assert status == 0, f"status {status}\n{log.read_text()[-3000:]}"
 
 
+def wait_until(happened: Callable[[], object], what: str) -> None:
+    """Waits for what other processes do; where it does not come, that is an AssertionError."""
+    deadline = time.monotonic() + HANGS
+    while not happened():
+        assert time.monotonic() < deadline, f"{what} never came"
+        time.sleep(0.01)
+
+
 # --- what is run ----------------------------------------------------------------------------------
 
 
@@ -241,6 +249,10 @@ def metrics(folder: Path) -> list[dict]:
 def steps_done(folder: Path) -> int:
     path = folder / "metrics.jsonl"
     return path.read_text().count("\n") if path.exists() else 0
+
+
+def wait_for_step(folder: Path, step: int) -> None:
+    wait_until(lambda: steps_done(folder) >= step, f"step {step}")
 
 
 def digest(value: Any) -> str:
@@ -404,9 +416,7 @@ def kill_one_of_two(call: Callable[[], Call], folder: Path, logs: Path, rng: ran
     """Kills one of two processes some steps on, waits for the other to end, resumes both."""
     before, pair, victim = steps_done(folder), start_pair(call(), logs), rng.randrange(2)
     wanted = before + rng.randint(1, 4)
-    deadline = time.monotonic() + HANGS
-    while steps_done(folder) < wanted and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for_step(folder, wanted)
     time.sleep(rng.uniform(0, 0.1))
     pair[victim].kill()
     killed = time.monotonic()

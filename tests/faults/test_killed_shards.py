@@ -17,7 +17,7 @@ from elite.open_images import OpenImagesMasks
 from elite.run_folder import checkpoints
 from elite.shards import open_source
 from tests.faults import runs
-from tests.faults.runs import HANGS, finish, finish_well, metrics
+from tests.faults.runs import finish, finish_well, metrics, wait_for_step
 from tests.faults.toy import train
 from tests.open_images import make_open_images
 from tests.shards import Server, make_shards, served
@@ -60,12 +60,6 @@ def start(
 
 def log_of(folder: Path) -> Path:
     return folder.parent / "log"
-
-
-def wait_for_step(folder: Path, step: int) -> None:
-    deadline = time.monotonic() + HANGS
-    while len(metrics(folder)) < step and time.monotonic() < deadline:
-        time.sleep(0.01)
 
 
 def outcome(folder: Path) -> tuple[list[dict], bytes, bytes]:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ from tests.faults.runs import (
     metrics,
     start_pair,
     steps_done,
+    wait_until,
     weights_apart,
 )
 from tests.shards import shard_names
@@ -109,7 +110,7 @@ class Cluster:
         command = ["-m", "http.server", port, "--bind", node.address, "--directory", shards]
         server = node.start(command, log)
         try:
-            wait_until(lambda: "Serving" in log.read_text())
+            wait_until(lambda: "Serving" in log.read_text(), "the server")
             yield self
         finally:
             server.kill()
@@ -156,13 +157,6 @@ def kill(*processes: int) -> None:
         os.kill(process, signal.SIGKILL)
 
 
-def wait_until(happened: Callable[[], object]) -> None:
-    deadline = time.monotonic() + HANGS
-    while not happened():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.01)
-
-
 def children(launcher: subprocess.Popen) -> list[int]:
     path = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
     return list(map(int, path.read_text(encoding="utf-8").split()))
@@ -183,7 +177,7 @@ def test_when_a_node_loses_its_process_both_end_and_resume(tmp_path: Path) -> No
     with two_nodes() as nodes, Cluster(world, nodes, tmp_path).served(shards) as cluster:
         run = cluster.run_of(0)
         with cluster.started() as [(one, one_log), (other, other_log)]:
-            wait_until(lambda: steps_done(run) >= 3 or one.poll() is not None)
+            wait_until(lambda: steps_done(run) >= 3 or one.poll() is not None, "step 3")
             kill(*children(other))
             killed = time.monotonic()
             said = [end(one, one_log), end(other, other_log)]

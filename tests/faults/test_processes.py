@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,6 @@ from small_world.objects import name_of
 from tests import run_scripts, tiny
 from tests.conftest import run_script
 from tests.faults.runs import (
-    HANGS,
     LOST,
     REPOSITORY,
     World,
@@ -28,6 +26,7 @@ from tests.faults.runs import (
     metrics,
     start_pair,
     steps_done,
+    wait_until,
     weights_apart,
 )
 from tests.faults.toy import (
@@ -116,17 +115,10 @@ def test_four_launched_processes_make_what_one_makes(world, tmp_path):
     assert (four / results).read_text() == (one / results).read_text()
 
 
-def wait_for(path) -> None:
-    deadline = time.monotonic() + HANGS
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} never came"
-        time.sleep(0.01)
-
-
 def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path):
     folder = tmp_path / "run"
     pair = start_pair((train_until_stopped, (str(folder),)), tmp_path)
-    wait_for(folder / "checkpoint-2")
+    wait_until((folder / "checkpoint-2").exists, "a checkpoint")
     os.kill(pair[1].pid, signal.SIGTERM)
     assert [finish(process) for process in pair] == [0, 0], (tmp_path / "0.log").read_text()
     assert checkpoints(folder)[-1].name == f"checkpoint-{steps_done(folder)}"
@@ -154,9 +146,7 @@ def test_a_killed_process_ends_the_drawing_of_a_folder(script, world, tmp_path):
     """The other one draws its own share, then ends, where it would wait for this one's."""
     (call,) = (c for c in everything(world, tmp_path, 1) if c[0] == script)
     pair = start_pair((run_scripts.run, ([*call, "--num_inference_steps", "60"],)), tmp_path)
-    deadline = time.monotonic() + HANGS
-    while not list((tmp_path / call[0][:-3]).rglob("*.png")) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: list((tmp_path / call[0][:-3]).rglob("*.png")), "a picture")
     pair[1].kill()
     assert finish(pair[0]) == 2
     said = (tmp_path / "0.log").read_text()

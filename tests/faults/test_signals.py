@@ -4,13 +4,11 @@ import os
 import re
 import shlex
 import signal
-import time
 
 import pytest
 
 from elite.run_folder import checkpoints, fault
 from tests.faults.runs import (
-    HANGS,
     SCRIPTS,
     World,
     finish,
@@ -20,6 +18,8 @@ from tests.faults.runs import (
     output_dir,
     start,
     steps_done,
+    wait_for_step,
+    wait_until,
 )
 from tests.faults.toy import train_on, train_until_stuck
 
@@ -27,13 +27,6 @@ from tests.faults.toy import train_on, train_until_stuck
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> World:
     return World(tmp_path_factory.mktemp("signals") / "world", steps=8)
-
-
-def wait_for_step(folder, step) -> None:
-    deadline = time.monotonic() + HANGS
-    while steps_done(folder) < step:
-        assert time.monotonic() < deadline, f"step {step} never came"
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -66,13 +59,9 @@ def test_a_second_signal_ends_at_once_and_leaves_a_usable_folder(number, tmp_pat
     folder, log = tmp_path / "run", tmp_path / "run.log"
     process = start((train_until_stuck, (str(folder), 3)), log)
     wait_for_step(folder, 3)
-    while not (folder / "checkpoint-3").exists():
-        time.sleep(0.01)
+    wait_until((folder / "checkpoint-3").exists, "the checkpoint")
     os.kill(process.pid, signal.SIGTERM)
-    deadline = time.monotonic() + HANGS
-    while "SIGTERM: ends after this step" not in log.read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: "SIGTERM: ends after this step" in log.read_text(), "the note")
     assert process.is_alive()
     os.kill(process.pid, number)
     assert finish(process) == -number
