@@ -204,7 +204,7 @@ class Cache:
             lock = self.folder / f"{file.sha256}.lock"
             with self._held(lock, wait) as is_mine:
                 if is_mine and not self._place(file).exists():
-                    self._download(file)
+                    self._download(file, is_needed=wait)
         except OSError as error:
             self._fail(file, f"{file.kind} cannot be kept in {self.folder} ({error.strerror})")
         finally:
@@ -229,12 +229,15 @@ class Cache:
         self._faults[file] = time.monotonic(), message
         raise ValueError(message)
 
-    def _download(self, file: Listed) -> None:
+    def _download(self, file: Listed, is_needed: bool) -> None:
+        """Has the file in its place; one that is not needed yet, only where there is room."""
         part = self.folder / f"{file.sha256}.{file.bytes}.part"
-        self._make_room(file, part)
         fault: str | None = None
         for pause in PAUSES:
             time.sleep(pause)
+            if not self._make_room(file, part) and not is_needed:
+                part.unlink(missing_ok=True)
+                return
             try:
                 system, url = fsspec.url_to_fs(file.place)
                 system.get_file(url, str(part), callback=AtMost(file.bytes))
@@ -245,16 +248,19 @@ class Cache:
             except Exception as error:  # every file system has errors of its own
                 fault = f"{file.kind} cannot be fetched ({type(error).__name__}: {error})"
             if fault is None:
-                os.replace(part, self._place(file))
-                return
+                with self._room_locked(), suppress(FileNotFoundError):
+                    os.replace(part, self._place(file))
+                    return
+                fault = f"{file.kind} went from {self.folder} to make room"
         part.unlink(missing_ok=True)
         self._fail(file, str(fault))
 
     # --- room -------------------------------------------------------------------------------------
 
-    def _make_room(self, file: Listed, part: Path) -> None:
-        """Removes files until one more has room, and reserves it."""
-        with self._room, self._held(self.folder / "room.lock"):
+    def _make_room(self, file: Listed, part: Path) -> bool:
+        """Removes files until one more has room, as far as they are not expected, and reserves it.
+        Whether it fits."""
+        with self._room_locked():
             sizes = {path: self._size(path) for path in self._files() if path != part}
             room = self.limit - sum(sizes.values())
             for path in sorted(sizes, key=self._age):
@@ -264,6 +270,13 @@ class Cache:
                     path.unlink(missing_ok=True)
                     room += sizes[path]
             part.touch()
+            return room >= file.bytes
+
+    @contextmanager
+    def _room_locked(self) -> Iterator[None]:
+        """While nothing else comes to stay in the cache, or goes to make room."""
+        with self._room, self._held(self.folder / "room.lock"):
+            yield
 
     def _files(self) -> list[Path]:
         """Those of the cache, and no others that lie in its folder."""

@@ -42,9 +42,9 @@ from small_world.world import ATTRIBUTES
 from tests import run_scripts, tiny
 from tests.open_images import make_open_images
 from tests.shards import make_shards
+from tests.waiting import HANGS, wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-HANGS = 180  # seconds after which a process that should have ended has hung
 SCRIPTS = {
     "stage 1": "train_global.py",
     "stage 2": "train_local.py",
@@ -102,14 +102,6 @@ def finish(process: BaseProcess, timeout: float = HANGS) -> int:
 def finish_well(process: BaseProcess, log: Path) -> None:
     status = finish(process)
     assert status == 0, f"status {status}\n{log.read_text()[-3000:]}"
-
-
-def wait_until(happened: Callable[[], object], what: str) -> None:
-    """Waits for what other processes do; where it does not come, that is an AssertionError."""
-    deadline = time.monotonic() + HANGS
-    while not happened():
-        assert time.monotonic() < deadline, f"{what} never came"
-        time.sleep(0.01)
 
 
 # --- what is run ----------------------------------------------------------------------------------

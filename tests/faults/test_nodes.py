@@ -19,7 +19,6 @@ import pytest
 
 from tests.cli.test_docs import commands
 from tests.faults.runs import (
-    HANGS,
     LOST,
     REPOSITORY,
     World,
@@ -27,10 +26,10 @@ from tests.faults.runs import (
     metrics,
     start_pair,
     steps_done,
-    wait_until,
     weights_apart,
 )
 from tests.shards import shard_names
+from tests.waiting import HANGS, wait_until
 
 # --- the network ----------------------------------------------------------------------------------
 

@@ -26,7 +26,6 @@ from tests.faults.runs import (
     metrics,
     start_pair,
     steps_done,
-    wait_until,
     weights_apart,
 )
 from tests.faults.toy import (
@@ -36,6 +35,7 @@ from tests.faults.toy import (
     train_until_stopped,
     train_with_a_failing_process,
 )
+from tests.waiting import wait_until
 
 # Objects that the small world's judge knows; what the pictures show does not matter.
 SUBJECTS = tuple(name_of(number) for number in range(6))

@@ -19,9 +19,9 @@ from tests.faults.runs import (
     start,
     steps_done,
     wait_for_step,
-    wait_until,
 )
 from tests.faults.toy import train_on, train_until_stuck
+from tests.waiting import wait_until
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ images into one cache; files that are lost or damaged."""
 import json
 import pickle
 import shutil
-import time
 from itertools import islice
 
 import numpy as np
@@ -18,9 +17,9 @@ from elite.shards import open_source
 from elite.stream import TrainingStream, stream_loader
 from tests.open_images import make_open_images
 from tests.shards import make_shards, served, shard_names
+from tests.waiting import wait_until
 
 WINDOW = 2
-WAIT = 20  # seconds for a thread that fetches
 
 
 @pytest.fixture(autouse=True)
@@ -155,24 +154,17 @@ def test_a_window_needs_its_own_files_and_the_next_is_fetched_ahead(shards, vae,
         dataset = opened(server.url, vae, cache=tmp_path / "cache")
         stream = TrainingStream(dataset, 0)
         stream[0]
-        wait_for(lambda: asked_for(server) == needed(dataset, 0))
+        wait_until(lambda: asked_for(server) == needed(dataset, 0), "the first window")
         position = 0
         while stream.order.find(position + 1)[0] == 0:
             position += 1
             stream[position]
         both = needed(dataset, 0) | needed(dataset, 1)
-        wait_for(lambda: asked_for(server) == both)
+        wait_until(lambda: asked_for(server) == both, "the next window")
         assert any(name.endswith(".safetensors") for name in needed(dataset, 1))
         stream[position + 1]
         assert asked_for(server) == both
         assert all(server.asked[f"latents/{name}"] <= 1 for name in both)
-
-
-def wait_for(is_so):
-    deadline = time.monotonic() + WAIT
-    while not is_so() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert is_so()
 
 
 def test_what_is_expected_is_each_shard_and_then_its_latents(shards, vae, tmp_path):

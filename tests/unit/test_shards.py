@@ -21,6 +21,7 @@ from elite.shards import INDEX, open_source
 from elite.stream import Order, TrainingStream, stream_loader
 from tests.open_images import make_open_images
 from tests.shards import make_shards, served, shard_names
+from tests.waiting import wait_until
 
 COUNT = 12
 ALL = 1000  # more shards than there are
@@ -299,6 +300,42 @@ def test_expected_shards_stay_and_the_others_leave_by_age(shards, tmp_path):
         assert left == {shard.sha256 for shard in (full[0], full[2], full[3], one_more)}
 
 
+def test_a_late_fetch_ahead_takes_no_room_from_what_is_expected_now(shards, tmp_path):
+    """A thread that was to fetch a shard, and found the room locked until others were expected."""
+    limit, cache = smallest_limit(shards, 1), tmp_path / "cache"
+    with served(shards) as server:
+        source = open_source(server.url, cache=cache, cache_gb=limit / 1e9, window=1)
+        late, *expected = sorted(source.index.shards, key=lambda shard: shard.bytes)[-3:]
+        for shard in expected:
+            source.store.path(shard)
+        with source.store._room:
+            source.store.expect([late])
+            wait_until((cache / f"{late.sha256}.lock").exists, "the fetch")
+            source.store.expect([*source.index.tables.values(), *expected])
+        with source.store._locks[late]:  # its end
+            pass
+        assert server.asked[late.name] == 0 and not list(cache.glob("*.part"))
+        assert source.store.path(late), "who needs it has it all the same"
+
+
+def test_a_file_that_goes_before_it_has_its_name_is_fetched_again(shards, tmp_path, monkeypatch):
+    """Another process may have needed its room more."""
+    whole = Listed.fault
+    with served(shards) as server:
+        source = open_source(server.url, cache=tmp_path / "cache", window=ALL)
+        shard = source.index.shards[0]
+
+        def fault_then_gone(self, path, hashed=True):
+            found = whole(self, path, hashed)
+            if server.asked[shard.name] == 1:
+                path.unlink()
+            return found
+
+        monkeypatch.setattr(Listed, "fault", fault_then_gone)
+        assert source.store.path(shard).read_bytes() == (shards / shard.name).read_bytes()
+        assert server.asked[shard.name] == 2
+
+
 def test_the_next_window_is_fetched_while_this_one_is_shown(shards, tmp_path):
     with served(shards) as server:
         source = open_source(server.url, cache=tmp_path / "cache", window=1)
@@ -309,9 +346,7 @@ def test_the_next_window_is_fetched_while_this_one_is_shown(shards, tmp_path):
             stream[position]
         following = stream.order._shards_of(1)[0]
         name = source.index.shards[int(stream.dataset.shards.numbers[following])].name
-        deadline = time.monotonic() + 20
-        while not server.asked[name] and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: server.asked[name], "its fetch")
         assert server.asked[name] == 1
         stream[position]
         assert server.asked[name] == 1
@@ -351,8 +386,7 @@ def test_a_process_forked_in_mid_fetch_waits_for_the_file(shards, tmp_path):
         shard = source.index.shards[0]
         server.spoil[shard.name] = lambda content: time.sleep(1) or content
         source.store.expect([shard])
-        while not server.asked[shard.name]:
-            time.sleep(0.01)
+        wait_until(lambda: server.asked[shard.name], "its fetch")
         context = multiprocessing.get_context("fork")
         reader = context.Process(target=source.store.path, args=(shard,))
         reader.start()
