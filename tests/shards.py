@@ -4,7 +4,7 @@ to fail."""
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,6 +24,15 @@ def make_shards(source: Path, target: Path, side: int | None = None) -> Path:
 
 def shard_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*.tar"))
+
+
+def bytes_cached(cache: Path) -> int:
+    """Of the files in a cache, while threads bring and remove them."""
+    total = 0
+    for path in cache.iterdir():
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
 
 
 class Server:

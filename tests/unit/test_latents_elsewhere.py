@@ -16,7 +16,7 @@ from elite.open_images import OpenImagesBoxes
 from elite.shards import open_source
 from elite.stream import TrainingStream, stream_loader
 from tests.open_images import make_open_images
-from tests.shards import make_shards, served, shard_names
+from tests.shards import bytes_cached, make_shards, served, shard_names
 from tests.waiting import wait_until
 
 WINDOW = 2
@@ -203,8 +203,7 @@ def test_both_kinds_share_a_room_that_keeps_its_bound(shards, vae, tmp_path):
         stream, largest = TrainingStream(dataset, 0), 0
         for position in range(2 * len(dataset)):
             assert stream[position]["failures"] == []
-            files = [path for path in cache.iterdir() if path.suffix != ".lock"]
-            largest = max(largest, sum(path.stat().st_size for path in files if path.exists()))
+            largest = max(largest, bytes_cached(cache))
         assert limit / 2 < largest <= limit
         counts = [server.asked[f"latents/{name}"] for name in latent_names(shards)]
         assert min(counts) >= 1 and max(counts) <= 3 and sum(counts) > len(counts)

@@ -20,7 +20,7 @@ from elite.shard_cache import Listed
 from elite.shards import INDEX, open_source
 from elite.stream import Order, TrainingStream, stream_loader
 from tests.open_images import make_open_images
-from tests.shards import make_shards, served, shard_names
+from tests.shards import bytes_cached, make_shards, served, shard_names
 from tests.waiting import wait_until
 
 COUNT = 12
@@ -258,14 +258,6 @@ def test_a_server_that_sends_without_end_is_cut_off(own_shards, tmp_path):
 # --- the cache ------------------------------------------------------------------------------------
 
 
-def cached(cache):
-    return [path for path in cache.iterdir() if path.suffix != ".lock"]
-
-
-def total(cache):
-    return sum(path.stat().st_size for path in cached(cache) if path.exists())
-
-
 def smallest_limit(shards, window):
     index = json.loads((shards / INDEX).read_text())
     sizes = sorted((shard["bytes"] for shard in index["shards"]), reverse=True)
@@ -280,7 +272,7 @@ def test_the_cache_keeps_its_bound_and_fetches_each_shard_once_an_epoch(shards, 
         largest, count = 0, len(stream.dataset)
         for position in range(2 * count):
             assert stream[position]["failures"] == []
-            largest = max(largest, total(cache))
+            largest = max(largest, bytes_cached(cache))
         assert limit / 2 < largest <= limit
         assert max(server.asked[name] for name in shard_names(shards)) <= 3  # and once ahead
         assert min(server.asked[name] for name in shard_names(shards)) >= 1
