@@ -128,14 +128,14 @@ def work_at_full_size(
     latents = torch.empty(2, unet.config.in_channels, side, side, device="meta")
     context = torch.empty(2, TEXT_LENGTH, width, device="meta")
     t = torch.empty(2, device="meta")
-    with torch.no_grad(), deep_features_reused(unet, every=2):
+    with torch.no_grad(), deep_features_reused(unet, Speed(deep_every=2).runs_whole):
         whole, shallow = (counted_flops(partial(unet, latents, t, context)) for _ in range(2))
 
     def flops(speed: Speed) -> float:
         guided = speed.guided_steps(steps)
         of_rows = [1.0] * guided + [0.5] * (steps - guided)
         return sum(
-            rows * (shallow if step % speed.deep_every else whole)
+            rows * (whole if speed.runs_whole(step) else shallow)
             for step, rows in enumerate(of_rows)
         )
 

@@ -20,14 +20,19 @@ from torch.utils._pytree import tree_map_only
 
 
 @contextmanager
-def deep_features_reused(unet: UNet2DConditionModel, every: int) -> Iterator[None]:
-    """Within it, the inner modules of this UNet (and of no other) run at its first call and at
-    every `every`-th from there, its outermost layer at each; so calls are the steps of one
-    generation. Afterwards the UNet is as it was.
+def deep_features_reused(
+    unet: UNet2DConditionModel, runs_whole: Callable[[int], bool]
+) -> Iterator[None]:
+    """Within it, the inner modules of this UNet (and of no other) run at some of its calls alone,
+    its outermost layer at each; so calls are the steps of one generation. Afterwards the UNet is
+    as it was.
 
     A call may have fewer rows than the one before: they are taken to be its last ones.
+
+    Args:
+        runs_whole: whether all runs at a call, counted from 0; at the first it must.
     """
-    reuse = _Reuse(every)
+    reuse = _Reuse(runs_whole)
     inner = inner_modules(unet)
     before = {module: vars(module).get("forward") for module in inner}
     hook = unet.register_forward_pre_hook(reuse.call_begins)
@@ -56,13 +61,13 @@ def inner_modules(unet: UNet2DConditionModel) -> list[nn.Module]:
 class _Reuse:
     """At which calls everything runs, and what stands in for the inner modules at the others."""
 
-    def __init__(self, every: int) -> None:
-        self.every, self.calls = every, 0
+    def __init__(self, runs_whole: Callable[[int], bool]) -> None:
+        self.runs_whole, self.calls = runs_whole, 0
         self.outputs: dict[nn.Module, Any] = {}  # of the last call at which they ran
 
     def call_begins(self, unet: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Hook before each call of the UNet; args begin with the latents, (B, C, h, w)."""
-        self.runs_all = self.calls % self.every == 0
+        self.runs_all = self.runs_whole(self.calls)
         self.calls += 1
         self.rows, self.device = len(args[0]), args[0].device
 

@@ -186,7 +186,7 @@ def drawing_of(config: EliteConfig, words: Words, lambda_: float) -> Drawing:
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
         negative_prompt=config.negative_prompt,
-        speed=speed_of(config.speed, config.guidance_stop, config.deep_every),
+        speed=speed_of(config.speed, config.guidance_stop, config.deep_every, config.deep_first),
     )
 
 

@@ -274,6 +274,7 @@ class Elite(DiffusersPipeline):
         speed: str | Speed = "exact",
         guidance_stop: float | None = None,
         deep_every: int | None = None,
+        deep_first: int | None = None,
         **kwargs: Any,
     ) -> StableDiffusionPipelineOutput | StableDiffusionXLPipelineOutput:
         """Draws a prompt with a concept in place of its placeholder, or with several.
@@ -294,7 +295,8 @@ class Elite(DiffusersPipeline):
                 from which they count up. All noise comes from a CPU generator in float32, so seeds
                 travel between devices, dtypes and batch sizes. None uses `generator`.
             speed: "exact", "balanced" or "fast": how much exactness is given up for time.
-            guidance_stop, deep_every: knobs of `Speed`; None leaves them as the speed has them.
+            guidance_stop, deep_every, deep_first: knobs of `Speed`; None leaves them as the speed
+                has them.
             args, kwargs: as for StableDiffusionPipeline or StableDiffusionXLPipeline.
 
         Returns:
@@ -307,7 +309,7 @@ class Elite(DiffusersPipeline):
         if "ip_adapter_image" in kwargs:
             raise ValueError("ip_adapter_image: not taken; pass what encode_concept makes of it")
         check_names(kwargs, call_options(super().__call__), self.__call__)
-        speed = speed_of(speed, guidance_stop, deep_every)
+        speed = speed_of(speed, guidance_stop, deep_every, deep_first)
         local = kwargs.pop("ip_adapter_image_embeds", None) or []
         concepts = concepts_by_name(concept, concepts, placeholder_token)
         if concepts and prompt is not None:
@@ -331,7 +333,7 @@ class Elite(DiffusersPipeline):
             prompt = None
         conditioning = _Conditioning(context, local)
         is_whole = speed.deep_every == 1
-        with nullcontext() if is_whole else deep_features_reused(self.unet, speed.deep_every):
+        with nullcontext() if is_whole else deep_features_reused(self.unet, speed.runs_whole):
             return super().__call__(
                 prompt,
                 *args,

@@ -402,6 +402,12 @@ class EliteConfig(ConceptConfig, DrawConfig):
         "None means that of speed.",
         at_least=1,
     )
+    deep_first: int | None = setting(
+        None,
+        "So many of the first steps run all of the UNet, whatever deep_every says; "
+        "None means that of speed.",
+        at_least=1,
+    )
 
 
 @dataclass(kw_only=True)

@@ -4,10 +4,11 @@ together.
 Nothing is trained for them. `guidance_stop`: late in the denoising, guidance changes little
 (Castillo et al. 2023, arXiv 2312.12487; Kynkäänniemi et al. 2024, arXiv 2404.07724).
 `deep_every`: the features of the UNet's inner blocks change slowly from step to step (Ma et al.
-2023, arXiv 2312.00858); see `deep_features.py`.
+2023, arXiv 2312.00858), at first, where the layout of the picture is found, least slowly; see
+`deep_features.py`.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from elite.wording import brief
 
@@ -20,6 +21,7 @@ class Speed:
         guidance_stop: share of the steps, above 0 to 1, after which only the conditional rows run,
             so without guidance.
         deep_every: the UNet's inner blocks run at every so many steps, its outermost layer at each.
+        deep_first: at so many of the first steps they run, too.
 
     Raises:
         ValueError: out of range.
@@ -27,6 +29,7 @@ class Speed:
 
     guidance_stop: float = 1.0
     deep_every: int = 1
+    deep_first: int = 1
 
     def __post_init__(self) -> None:
         if not 0 < self.guidance_stop <= 1:
@@ -34,14 +37,21 @@ class Speed:
                 f"guidance_stop {brief(self.guidance_stop)}: expected a share of the steps, more "
                 "than 0 and at most 1"
             )
-        if not isinstance(self.deep_every, int) or self.deep_every < 1:
-            raise ValueError(
-                f"deep_every {brief(self.deep_every)}: expected a whole number of steps, 1 or more"
-            )
+        for name in ("deep_every", "deep_first"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(
+                    f"{name} {brief(value)}: expected a whole number of steps, 1 or more"
+                )
 
     def guided_steps(self, steps: int) -> int:
         """How many of the steps have guidance, 1 at least."""
         return max(1, round(self.guidance_stop * steps))
+
+    def runs_whole(self, step: int) -> bool:
+        """Whether all of the UNet runs at a step, counted from 0."""
+        later = step - self.deep_first + 1
+        return later < 0 or later % self.deep_every == 0
 
     def __str__(self) -> str:
         """The knobs that do something, for metadata; empty for none."""
@@ -51,21 +61,25 @@ class Speed:
 
 RUNGS = {
     "exact": Speed(),
-    "balanced": Speed(deep_every=3),
+    "balanced": Speed(deep_every=3, deep_first=3),
     "fast": Speed(guidance_stop=0.7, deep_every=5),
 }
 EXACT = RUNGS["exact"]
 
 
 def single_knobs() -> dict[str, Speed]:
-    """Each knob of the rungs alone, where no rung is just that, by what it is."""
-    knobs = [knob for rung in RUNGS.values() for knob in vars(rung).items()]
-    alone = [Speed(**{name: value}) for name, value in sorted(knobs)]
+    """Each knob of the rungs alone, where no rung is just that, by what it is. `deep_first` alone
+    does nothing."""
+    alone = [Speed(deep_every=rung.deep_every) for rung in RUNGS.values()]
+    alone += [Speed(guidance_stop=rung.guidance_stop) for rung in RUNGS.values()]
     return {str(speed): speed for speed in alone if speed not in RUNGS.values()}
 
 
 def speed_of(
-    rung: str | Speed, guidance_stop: float | None = None, deep_every: int | None = None
+    rung: str | Speed,
+    guidance_stop: float | None = None,
+    deep_every: int | None = None,
+    deep_first: int | None = None,
 ) -> Speed:
     """A rung by its name, or a speed, with single knobs set otherwise; None leaves a knob as it is.
 
@@ -75,5 +89,9 @@ def speed_of(
     speed = rung if isinstance(rung, Speed) else RUNGS.get(str(rung))
     if speed is None:
         raise ValueError(f"speed is {brief(rung)}; choose one of {', '.join(RUNGS)}")
-    stop = speed.guidance_stop if guidance_stop is None else guidance_stop
-    return Speed(stop, speed.deep_every if deep_every is None else deep_every)
+    knobs = {
+        "guidance_stop": guidance_stop,
+        "deep_every": deep_every,
+        "deep_first": deep_first,
+    }
+    return replace(speed, **{name: value for name, value in knobs.items() if value is not None})

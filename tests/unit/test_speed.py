@@ -3,6 +3,7 @@ trace afterwards."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from elite.deep_features import deep_features_reused, inner_modules
 from elite.defaults import DEFAULT_SAMPLER
 from elite.loading import make_scheduler
 from elite.named_concepts import latent_regions
-from elite.speed import EXACT, RUNGS, Speed, speed_of
+from elite.speed import EXACT, RUNGS, Speed, single_knobs, speed_of
 from elite.text import encode_text, tokenize
 from tests import tiny
 from tests.tiny import draw, relative
@@ -31,6 +32,7 @@ SPEEDS = [
     Speed(deep_every=2),
     Speed(guidance_stop=0.34, deep_every=3),
     Speed(guidance_stop=0.5, deep_every=4),  # the cut falls between two full steps
+    Speed(deep_every=2, deep_first=3),
 ]
 
 
@@ -60,7 +62,31 @@ def test_single_knobs_change_a_rung():
     assert speed_of("fast", guidance_stop=0.9) == Speed(0.9, fast.deep_every)
     assert speed_of("exact", deep_every=3) == Speed(deep_every=3)
     assert str(Speed(0.5, 3)) == "guidance_stop 0.5, deep_every 3"
+    assert speed_of("balanced", deep_first=5) == replace(RUNGS["balanced"], deep_first=5)
     assert str(Speed(deep_every=2)) == "deep_every 2"
+    assert str(RUNGS["balanced"]) == "deep_every 3, deep_first 3"
+
+
+@pytest.mark.parametrize(
+    ("speed", "steps"),
+    [
+        (Speed(), [0, 1, 2, 3, 4, 5, 6, 7, 8]),
+        (Speed(deep_every=3), [0, 3, 6]),
+        (Speed(deep_every=3, deep_first=3), [0, 1, 2, 5, 8]),
+        (Speed(deep_every=4, deep_first=2), [0, 1, 5]),
+        (Speed(deep_every=1, deep_first=4), [0, 1, 2, 3, 4, 5, 6, 7, 8]),
+        (Speed(deep_every=20, deep_first=20), [0, 1, 2, 3, 4, 5, 6, 7, 8]),
+    ],
+    ids=str,
+)
+def test_steps_that_run_whole(speed, steps):
+    assert [step for step in range(9) if speed.runs_whole(step)] == steps
+
+
+def test_no_knob_alone_is_a_rung_or_does_nothing():
+    for speed in single_knobs().values():
+        assert speed not in RUNGS.values()
+        assert speed.guided_steps(20) < 20 or not speed.runs_whole(1)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +97,7 @@ def test_single_knobs_change_a_rung():
         ({"guidance_stop": 1.1}, r"guidance_stop 1\.1: expected a share"),
         ({"deep_every": 0}, "deep_every 0: expected a whole number of steps"),
         ({"deep_every": 1.5}, r"deep_every 1\.5: expected a whole number"),
+        ({"deep_first": 0}, "deep_first 0: expected a whole number of steps"),
     ],
 )
 def test_mistakes_are_named(pipe, concept, options, message):
@@ -153,7 +180,7 @@ def test_sampling_written_out(pipe, concept, speed):
     latents = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(7))
     deep: dict[str, Tensor | None] = {}
     for step, t in enumerate(scheduler.timesteps):
-        if step % speed.deep_every == 0:
+        if speed.runs_whole(step):
             deep = {"uncond": None, "cond": None}
         x = scheduler.scale_model_input(latents, t)
         noise, deep["cond"] = predicted(pipe.unet, x, t, (condition, local), deep["cond"])
@@ -177,14 +204,14 @@ def test_the_same_input_gives_the_same_output_with_features_reused(pipe, freeu):
     x, context = torch.randn(2, 4, 16, 16), torch.randn(2, tiny.TEXT_LENGTH, 24)
     call = {"added_cond_kwargs": {"image_embeds": []}, "return_dict": False}
     expected = pipe.unet(x, 500, context, **call)[0]
-    with deep_features_reused(pipe.unet, every=3):
+    with deep_features_reused(pipe.unet, Speed(deep_every=3).runs_whole):
         for _ in range(4):
             assert torch.equal(pipe.unet(x, 500, context, **call)[0], expected)
 
 
 def test_features_of_every_step_change_nothing(pipe, concept):
     expected = draw(pipe, concept=concept)
-    with deep_features_reused(pipe.unet, every=1):
+    with deep_features_reused(pipe.unet, Speed(deep_every=1).runs_whole):
         assert torch.equal(draw(pipe, concept=concept), expected)
     assert torch.equal(draw(pipe, concept=concept, speed="exact"), expected)
 
@@ -331,7 +358,7 @@ def test_a_forward_that_an_offloading_hook_has_put_there_stays(pipe):
     module = pipe.unet.mid_block
     hooked = lambda *args, **kwargs: type(module).forward(module, *args, **kwargs)  # noqa: E731
     module.forward = hooked
-    with deep_features_reused(pipe.unet, every=2):
+    with deep_features_reused(pipe.unet, Speed(deep_every=2).runs_whole):
         assert module.forward is not hooked
     assert module.forward is hooked and "forward" not in vars(pipe.unet.down_blocks[0])
 
@@ -341,6 +368,6 @@ def test_one_tensor_is_kept(pipe, concept, monkeypatch):
     """Of all else the shapes."""
     kept: list[Tensor] = []
     monkeypatch.setattr("elite.deep_features._kept", lambda x: kept.append(x) or x.clone())
-    with deep_features_reused(pipe.unet, every=2):
+    with deep_features_reused(pipe.unet, Speed(deep_every=2).runs_whole):
         draw(pipe, concept=concept, num_inference_steps=1)
     assert [tuple(x.shape) for x in kept] == [(2, 16, 16, 16)]
