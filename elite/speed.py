@@ -9,6 +9,7 @@ Nothing is trained for them. `guidance_stop`: late in the denoising, guidance ch
 """
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from elite.wording import brief
 
@@ -89,7 +90,7 @@ def speed_of(
     speed = rung if isinstance(rung, Speed) else RUNGS.get(str(rung))
     if speed is None:
         raise ValueError(f"speed is {brief(rung)}; choose one of {', '.join(RUNGS)}")
-    knobs = {
+    knobs: dict[str, Any] = {
         "guidance_stop": guidance_stop,
         "deep_every": deep_every,
         "deep_first": deep_first,
