@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
 
+from elite.annotations import save_mask_boxes
 from elite.console import (
     OK,
     PARTLY_FAILED,
@@ -31,7 +32,7 @@ from elite.console import (
 )
 from elite.files import check_writable
 from elite.images import read_mask
-from elite.open_images import files_in, save_mask_boxes
+from elite.open_images import files_in
 from elite.wording import one_line
 
 Box = tuple[int, int, int, int]  # hs, he, ws, we: mask[hs:he, ws:we] is the object

@@ -30,11 +30,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
 
 from data_scripts.cal_bbox_by_seg import tight_box
+from elite.annotations import usable_boxes, usable_masks
 from elite.console import OK, PARTLY_FAILED, add_workers, check_least, run, script_parser
 from elite.data import PICTURES
 from elite.files import check_writable
 from elite.images import read_mask
-from elite.open_images import usable_boxes, usable_masks
 from elite.shard_cache import Listed
 from elite.shards import (
     INDEX,

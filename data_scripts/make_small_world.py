@@ -30,9 +30,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
 
 from data_scripts.cal_bbox_by_seg import Box, tight_box
+from elite.annotations import mask_boxes_path, save_mask_boxes
 from elite.console import OK, check_least, run, script_parser
 from elite.files import check_writable, write_atomically
-from elite.open_images import mask_boxes_path, save_mask_boxes
 from small_world.captions import CLASS_WORD
 from small_world.objects import NUM_OBJECTS, name_of, object_rng, test_object
 from small_world.render import Pose, draw

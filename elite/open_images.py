@@ -1,16 +1,12 @@
-"""Open Images as training data: boxes for stage 1, masks for stage 2, their captions, and the index
-of mask boxes.
+"""Open Images as training data: boxes for stage 1, masks for stage 2, and their captions.
 
 Where their bytes come from is a `Source`: the folder, or shards of it (`elite/shards.py`). Another
 dataset needs what `OpenImagesBoxes` and `OpenImagesMasks` have: `len`, `sample` and `name`.
 """
 
-import csv
-import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,9 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from elite.annotations import (
+    REBUILD,
+    load_mask_boxes,
+    mask_boxes_path,
+    read_blocks,
+    read_boxes,
+    usable_masks,
+)
 from elite.augment import clip_view, object_view, scaled_target
 from elite.defaults import PLACEHOLDER
-from elite.files import write_atomically
 from elite.images import fit_mask, read_image, read_mask, resize, to_clip_pixels, to_pixels
 from elite.stream import Shards
 from elite.wording import brief
@@ -57,11 +60,7 @@ PHOTO_TEMPLATES = (
 )
 
 BOX_PADDING = 10  # pixels around a box of stage 1
-CSV_BLOCK = 16384  # rows held as text at a time
-LONGEST_TEXT = 250  # characters; a longer one would widen the array of all rows
-BOX_FIELDS = ("name", "hs", "he", "ws", "we")  # of the index of mask boxes
 NO_FILE = (-1, -1)
-REBUILD = "python data_scripts/cal_bbox_by_seg.py DIR"
 KEEP = "python data_scripts/keep_downloaded.py DIR"
 
 
@@ -82,73 +81,6 @@ def _draw_caption(placeholder_token: str, rng: np.random.Generator) -> str:
 
 
 # --- Open Images ----------------------------------------------------------------------------------
-
-
-@contextmanager
-def csv_opened(path: Path) -> Iterator[tuple[list[str], Iterator[bytes]]]:
-    """The header of a CSV file and the lines below it, blank ones left out.
-
-    Raises:
-        ValueError: no such file, or whatever is wrong with its lines while it is open.
-    """
-    try:
-        with open(path, "rb") as file:
-            lines = filter(bytes.strip, file)
-            yield next(csv.reader([next(lines, b"").decode("utf-8-sig")]), []), lines
-    except OSError as error:
-        raise ValueError(
-            f"{path}: {error.strerror}; "
-            "expected the Open Images V6 layout (annotations/, images/, segs/)"
-        ) from None
-    except KeyError as error:
-        raise ValueError(
-            f"{path}: no column {error.args[0]}; expected the CSV of Open Images V6"
-        ) from None
-    except (ValueError, IndexError, csv.Error) as error:
-        reason = str(error).partition(" at row")[0]  # which is counted from the block
-        raise ValueError(f"{path}: not a readable CSV file ({reason}); download it again") from None
-
-
-def read_blocks(
-    path: Path, texts: Sequence[str], numbers: Sequence[str] = ()
-) -> Iterator[list[np.ndarray]]:
-    """The named columns of a CSV file (rows,), byte strings and then float32 numbers, some rows at
-    a time, so that fifteen million take little memory; first a block of none.
-
-    Raises:
-        ValueError: no such file, a column is missing, or a row is damaged.
-    """
-    names = [*texts, *numbers]
-    kinds = np.dtype([*((t, f"S{LONGEST_TEXT + 1}") for t in texts), *((n, "f4") for n in numbers)])
-    with csv_opened(path) as (header, lines):
-        if missing := [name for name in names if name not in header]:
-            raise KeyError(", ".join(missing))
-        yield [np.zeros(0, "S1" if name in texts else "f4") for name in names]
-        while block := list(itertools.islice(lines, CSV_BLOCK)):
-            table = np.loadtxt(
-                *(block, kinds),
-                delimiter=",",
-                usecols=[header.index(name) for name in names],
-                quotechar='"',
-                comments=None,
-                encoding="latin1",  # bytes as they are
-                ndmin=1,
-            )
-            yield [_narrowed(table[name]) for name in names]
-
-
-def _narrowed(column: np.ndarray) -> np.ndarray:
-    """A copy of a column of a block; texts as wide as the longest. Raises ValueError where that is
-    too long, or no UTF-8."""
-    if column.dtype.kind != "S":
-        return column.copy()
-    letters = np.ascontiguousarray(column).view(np.uint8).reshape(len(column), -1)
-    width = int(np.flatnonzero(letters.any(axis=0)).max(initial=0)) + 1
-    if width > LONGEST_TEXT:
-        raise ValueError(f"a text of more than {LONGEST_TEXT} characters")
-    texts = column.astype(f"S{width}")
-    texts.tobytes().decode()
-    return texts
 
 
 class Source(Protocol):
@@ -354,27 +286,6 @@ class OpenImagesBoxes:
         }
 
 
-def read_boxes(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Image names (N,) and boxes float32 (N, 4) x0 x1 y0 y1 that cover 2 to 80 % of their image.
-
-    Boxes are cut to the image first.
-    """
-    kept = []
-    for image_ids, *sides in read_blocks(path, ["ImageID"], ["XMin", "XMax", "YMin", "YMax"]):
-        boxes = np.stack(sides, axis=1).clip(0, 1)
-        usable = usable_boxes(boxes)
-        kept.append((image_ids[usable], boxes[usable]))
-    image_ids, boxes = map(np.concatenate, zip(*kept, strict=True))
-    return image_ids, boxes
-
-
-def usable_boxes(boxes: np.ndarray) -> np.ndarray:
-    """Which boxes (N, 4), x0 x1 y0 y1 in [0, 1], cover 2 to 80 % of their image, bool (N,)."""
-    width, height = boxes[:, 1] - boxes[:, 0], boxes[:, 3] - boxes[:, 2]
-    area = np.where((width > 0) & (height > 0), width * height, 0)
-    return (area >= 0.02) & (area <= 0.8)
-
-
 def padded(
     box: Sequence[float] | np.ndarray, padding: int, height: int, width: int
 ) -> tuple[slice, slice]:
@@ -502,62 +413,3 @@ class OpenImagesMasks:
         if not mask[place].any():
             raise ValueError(f"{name}: mask has changed since its box was found; run {REBUILD}")
         return image[place], mask[place]
-
-
-# --- the index of mask boxes ----------------------------------------------------------------------
-
-
-def mask_boxes_path(root: Path | str, set_name: str = "test") -> Path:
-    """Where the index of mask boxes of an Open Images folder lies."""
-    return Path(root) / "segs" / f"{set_name}_bbox_dict.npy"
-
-
-def save_mask_boxes(path: Path, boxes: Mapping[str, tuple[int, int, int, int]]) -> None:
-    """Writes the index: per mask file its box, so that `mask[hs:he, ws:we]` is the object.
-
-    A structured array ordered by name, no pickle; the file appears whole or not at all.
-
-    Raises:
-        ValueError: the disk is full or the folder cannot be written.
-    """
-    rows = [(name, *boxes[name]) for name in sorted(boxes)]
-    width = max(map(len, boxes), default=1)
-    table = np.array(rows, dtype=_box_type(width))
-    write_atomically(path, lambda temporary: np.save(temporary, table, allow_pickle=False))
-
-
-def load_mask_boxes(path: Path) -> np.ndarray:
-    """The index of mask boxes: structured array (N,) of name, hs, he, ws, we.
-
-    Raises:
-        ValueError: no such file, or not ours (the release's is pickled and never opened).
-    """
-    try:
-        # Mapped, since reading would first allocate whatever size the file claims.
-        boxes = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; make it with {REBUILD}") from None
-    except Exception:  # numpy's reader raises errors of parsers, too
-        raise ValueError(f"{path}: pickled or damaged; rebuild it with {REBUILD}") from None
-    if not isinstance(boxes, np.ndarray) or boxes.ndim != 1 or not _is_box_type(boxes.dtype):
-        raise ValueError(f"{path}: not an index of mask boxes; rebuild it with {REBUILD}")
-    return np.array(boxes)
-
-
-def _box_type(width: int) -> np.dtype:
-    """A row of the index, with names of up to `width` characters."""
-    return np.dtype(list(zip(BOX_FIELDS, (f"U{width}", *4 * ("i4",)), strict=True)))
-
-
-def _is_box_type(dtype: np.dtype) -> bool:
-    if dtype.names != BOX_FIELDS:
-        return False
-    kinds = [(dtype[name].kind, dtype[name].itemsize) for name in BOX_FIELDS]
-    return kinds[0][0] == "U" and set(kinds[1:]) == {("i", 4)}
-
-
-def usable_masks(boxes: np.ndarray) -> np.ndarray:
-    """The rows of the index with both sides of at least 100 px and an aspect of 0.5 to 2."""
-    height, width = boxes["he"] - boxes["hs"], boxes["we"] - boxes["ws"]
-    large = (height >= 100) & (width >= 100)
-    return boxes[large & (height <= 2 * width) & (width <= 2 * height)]

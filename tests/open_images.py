@@ -16,7 +16,7 @@ from PIL import Image
 
 from data_scripts.cal_bbox_by_seg import tight_box
 from data_scripts.make_small_world import BOX_COLUMNS, MASK_COLUMNS
-from elite.open_images import mask_boxes_path, save_mask_boxes
+from elite.annotations import mask_boxes_path, save_mask_boxes
 
 CLASSES = (("/m/02jvh9", "Mug"), ("/m/01g317", "Person"))
 BACKGROUND, OBJECT = (40, 90, 60), (220, 60, 30)

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from data_scripts.cal_bbox_by_seg import even_span, main, tight_box
+from elite.annotations import load_mask_boxes, mask_boxes_path
 from elite.console import run
-from elite.open_images import OpenImagesMasks, load_mask_boxes, mask_boxes_path
+from elite.open_images import OpenImagesMasks
 from tests.open_images import make_open_images
 
 SCRIPT = Path(__file__).resolve().parents[2] / "data_scripts" / "cal_bbox_by_seg.py"

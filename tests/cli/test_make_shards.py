@@ -20,9 +20,10 @@ from PIL import Image
 
 from data_scripts import make_shards
 from data_scripts.index_shards import index_shard
+from elite.annotations import load_mask_boxes, mask_boxes_path
 from elite.files import try_lock
 from elite.images import read_image, read_mask
-from elite.open_images import OpenImagesBoxes, OpenImagesMasks, load_mask_boxes, mask_boxes_path
+from elite.open_images import OpenImagesBoxes, OpenImagesMasks
 from elite.run_folder import checkpoints
 from elite.shards import open_source
 from tests import tiny

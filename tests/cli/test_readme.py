@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from elite.open_images import OpenImagesBoxes, OpenImagesMasks, mask_boxes_path, save_mask_boxes
+from elite.annotations import mask_boxes_path, save_mask_boxes
+from elite.open_images import OpenImagesBoxes, OpenImagesMasks
 
 REPOSITORY = Path(__file__).parents[2]
 ENCODED = """

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from data_scripts.index_shards import index_shard
 from data_scripts.make_masks import read_boxes as read_grabs
+from elite.annotations import load_mask_boxes, read_boxes
 from elite.checkpoint import load_official
 from elite.concept import Concept
 from elite.config import build_config, read_yaml
 from elite.images import read_image, read_mask
-from elite.open_images import load_mask_boxes, read_boxes
 from elite.settings import InferenceLocalConfig
 from elite.shards import parse_index
 from evaluation.subjects import read_prompts

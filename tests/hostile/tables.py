@@ -7,14 +7,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from data_scripts import make_masks
+from elite.annotations import _box_type, load_mask_boxes, read_boxes
 from elite.masks import find_object
-from elite.open_images import (
-    OpenImagesBoxes,
-    OpenImagesMasks,
-    _box_type,
-    load_mask_boxes,
-    read_boxes,
-)
+from elite.open_images import OpenImagesBoxes, OpenImagesMasks
 from evaluation.subjects import read_prompts
 from tests.hostile.harness import Case, World
 from tests.hostile.pictures import GOOD, encoded, square

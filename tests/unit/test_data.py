@@ -11,17 +11,14 @@ from PIL import Image
 
 from data_scripts.cal_bbox_by_seg import main as index_masks
 from data_scripts.keep_downloaded import main as keep_downloaded
+from elite.annotations import load_mask_boxes, mask_boxes_path, read_boxes, save_mask_boxes
 from elite.data import PairFolder, pictures_in
 from elite.images import FORMATS, read_image, resize, to_clip_pixels, to_pixels
 from elite.open_images import (
     PHOTO_TEMPLATES,
     OpenImagesBoxes,
     OpenImagesMasks,
-    load_mask_boxes,
-    mask_boxes_path,
     padded,
-    read_boxes,
-    save_mask_boxes,
     with_framing,
 )
 from elite.wording import Note
@@ -190,7 +187,7 @@ def test_many_rows_are_read_in_blocks(tmp_path, monkeypatch):
     ]
     root = boxes_folder(tmp_path, rows)
     whole = OpenImagesBoxes(root)
-    monkeypatch.setattr("elite.open_images.CSV_BLOCK", 4)
+    monkeypatch.setattr("elite.annotations.CSV_BLOCK", 4)
     blocks = OpenImagesBoxes(root)
     assert blocks.image_ids.tolist() == [row[0].encode() for row in rows]
     np.testing.assert_array_equal(blocks.boxes, whole.boxes)

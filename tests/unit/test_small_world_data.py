@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from data_scripts import make_small_world as writer
+from elite.annotations import load_mask_boxes
 from elite.data import PairFolder
 from elite.images import read_image, read_mask
-from elite.open_images import OpenImagesBoxes, OpenImagesMasks, load_mask_boxes
+from elite.open_images import OpenImagesBoxes, OpenImagesMasks
 from small_world import samples
 from small_world.captions import fill
 from small_world.objects import NUM_COMBINATIONS, NUM_OBJECTS, critter_of, name_of, test_object
