@@ -13,8 +13,9 @@ rows are in the order of the dataset the shards were made from.
 
 import itertools
 import json
+import mmap
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,7 @@ from elite.wording import brief, one_line
 INDEX = "index.json"
 REINDEX = "python data_scripts/index_shards.py"
 MOST_INDEX = 2**26  # bytes of index.json, which has some 150 for each shard, 500 for latents
+BLOCK = 2**22  # rows of a table read at a time
 LONGEST_NAME = 250  # bytes of a name in a tar
 ELSEWHERE = "lies elsewhere; give --shard_cache a folder that it is fetched to"
 # Names of files that are no paths, the same in URLs, and known to the cache.
@@ -185,7 +187,9 @@ class ShardRows:
     """
 
     def __init__(self, shard_of_row: np.ndarray, window: int, source: "OpenImagesShards") -> None:
-        counts = np.bincount(shard_of_row)
+        counts = np.zeros(len(source.index.shards), dtype=np.int64)
+        for block in in_blocks(shard_of_row):
+            counts += np.bincount(block, minlength=len(counts))
         self.numbers = np.flatnonzero(counts)
         self.sizes, self.window, self._source = counts[self.numbers], window, source
         self.files = [[source.index.shards[number]] for number in self.numbers.tolist()]
@@ -245,7 +249,7 @@ class OpenImagesShards:
             (self._boxes["image"], "boxes", len(self.images)),
             (self._masks["image"], "masks", len(self.images)),
         ):
-            if len(rows) and int(rows.max()) >= most:
+            if any(int(block.max()) >= most for block in in_blocks(rows)):
                 raise self._misfit(of)
 
     def _open_table(self, name: str) -> np.ndarray:
@@ -312,7 +316,9 @@ class OpenImagesShards:
         return read_mask(name, content=self._read(shard, row["offset"], row["size"], name))
 
     def shards_of(self, image_ids: np.ndarray) -> ShardRows:
-        return ShardRows(self.images["shard"][image_ids], self.window, self)
+        shard_of_image = np.concatenate([block.copy() for block in in_blocks(self.images["shard"])])
+        shard_of_row = np.concatenate([shard_of_image[block] for block in in_blocks(image_ids)])
+        return ShardRows(shard_of_row, self.window, self)
 
     # --- bytes ------------------------------------------------------------------------------------
 
@@ -335,6 +341,18 @@ def _read_part(path: Path, offset: int, size: int) -> bytes:
     with open(path, "rb") as file:
         file.seek(offset)
         return file.read(size)
+
+
+def in_blocks(rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Rows (N, ...), some at a time. Those of a mapped table leave no pages behind, so that a pass
+    over a hundred million takes little memory."""
+    mapped: Any = rows
+    while not (mapped is None or isinstance(mapped, mmap.mmap)):
+        mapped = getattr(mapped, "base", None)
+    for start in range(0, len(rows), BLOCK):
+        yield rows[start : start + BLOCK]
+        if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def key_of(name: str) -> str:

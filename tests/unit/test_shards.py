@@ -255,6 +255,19 @@ def test_a_server_that_sends_without_end_is_cut_off(own_shards, tmp_path):
     assert not list((tmp_path / "c").glob("*.part"))
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_tables_read_in_blocks_are_the_same(rows, shards, monkeypatch):
+    whole = STAGES["boxes"](open_source(shards, window=2))
+    monkeypatch.setattr("elite.shards.BLOCK", rows)
+    source = open_source(shards, window=2)
+    blocks = STAGES["boxes"](source)
+    assert len(blocks) > 6 and len(source.images) > 3
+    assert np.array_equal(whole.shards.sizes, blocks.shards.sizes)
+    assert [whole.shards.find(row) for row in range(len(whole))] == [
+        blocks.shards.find(row) for row in range(len(blocks))
+    ]
+
+
 # --- the cache ------------------------------------------------------------------------------------
 
 
