@@ -9,8 +9,9 @@ import numpy as np
 
 from elite.images import resize
 
-WORKING_SIDE = 320  # pixels; larger pictures are brought down to it
-ITERATIONS = 5
+# Pixels that the longer side is brought down to, and iterations. Few pixels are found as well as
+# many, in a fifth of the time at the longest; one more iteration follows the outline.
+PASSES = ((192, 5), (320, 1))
 FRAME = 0.05  # share of each side that is background where no box is given
 CENTRE = 0.85  # diameter of the likely object, as a share of the picture's sides
 SPECK = 0.05  # of the largest part's area; smaller parts are no object
@@ -111,17 +112,25 @@ def grab_cut(image: np.ndarray, prior: np.ndarray) -> np.ndarray:
         ValueError: no object is found.
     """
     height, width = prior.shape
-    scale = min(1, WORKING_SIDE / max(height, width))
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    small = resize(image, *size)
-    labels = cv2.resize(prior, size, interpolation=cv2.INTER_NEAREST)
-    cv2.setRNGSeed(0)
-    background, foreground = np.zeros((1, 65)), np.zeros((1, 65))  # colour models, filled in
-    try:
+    labels = prior
+    for side, iterations in PASSES:
+        scale = min(1, side / max(height, width))
+        size = max(1, round(width * scale)), max(1, round(height * scale))
+        labels, small_prior = (
+            cv2.resize(x, size, interpolation=cv2.INTER_NEAREST) for x in (labels, prior)
+        )
+        # What is sure stays so, and nothing else becomes it by being found.
+        likely = np.bitwise_or(labels, cv2.GC_PR_BGD)
+        labels = np.where(small_prior < cv2.GC_PR_BGD, small_prior, likely).astype(np.uint8)
+        cv2.setRNGSeed(0)
+        colours = np.zeros((1, 65)), np.zeros((1, 65))  # models of both sides, filled in
         mode = cv2.GC_INIT_WITH_MASK
-        cv2.grabCut(small, labels, (0, 0, 0, 0), background, foreground, ITERATIONS, mode)
-    except cv2.error:  # a picture or box of few pixels leaves nothing to learn colours from
-        labels[:] = cv2.GC_BGD
+        try:
+            cv2.grabCut(resize(image, *size), labels, (0, 0, 0, 0), *colours, iterations, mode)
+        except cv2.error:  # a picture or box of few pixels leaves nothing to learn colours from
+            labels[:] = cv2.GC_BGD
+        if scale == 1:
+            break
     found = np.isin(labels, (cv2.GC_FGD, cv2.GC_PR_FGD)).astype(np.float32)
     mask = cv2.resize(found, (width, height), interpolation=cv2.INTER_LINEAR) > 0.5
     if not mask.any():
