@@ -3,6 +3,7 @@ bounded size that all processes of a machine share. No file is handed out that i
 says; of one that lies in place, where its user wants no hash of it, as to its size.
 """
 
+import math
 import os
 import re
 import threading
@@ -130,7 +131,8 @@ class Cache:
     """Files of folders or URLs, fetched through fsspec, each checked before it is there.
 
     A file is kept under its hash, so that several datasets may share a cache, and fetched by one
-    process at a time. To make room those used least recently go, but for the expected ones.
+    process at a time. To make room those used least recently go; of the expected ones, which go for
+    a file that is needed at once alone, those needed last.
 
     Args:
         folder: of the cache.
@@ -148,7 +150,7 @@ class Cache:
         """What each process has for itself; threads and locks do not outlive a fork."""
         self._process = os.getpid()
         self._faults: dict[Listed, tuple[float, str]] = {}
-        self._kept: set[str] = set()
+        self._kept: dict[str, int] = {}  # expected files by name, and when they are needed
         self._wanted: deque[Listed] = deque()
         self._asked = threading.Condition()
         self._fetchers: list[threading.Thread] = []
@@ -172,7 +174,7 @@ class Cache:
     def expect(self, files: Sequence[Listed]) -> None:
         self._here()
         with self._asked:
-            self._kept = {self._place(file).name for file in files}
+            self._kept = {self._place(file).name: n for n, file in enumerate(files)}
             self._wanted = deque(file for file in files if not self._place(file).exists())
             self._asked.notify_all()
         while self._wanted and len(self._fetchers) < FETCHERS:
@@ -235,7 +237,7 @@ class Cache:
         fault: str | None = None
         for pause in PAUSES:
             time.sleep(pause)
-            if not self._make_room(file, part) and not is_needed:
+            if not self._make_room(file, part, is_needed):
                 part.unlink(missing_ok=True)
                 return
             try:
@@ -257,20 +259,19 @@ class Cache:
 
     # --- room -------------------------------------------------------------------------------------
 
-    def _make_room(self, file: Listed, part: Path) -> bool:
-        """Removes files until one more has room, as far as they are not expected, and reserves it.
-        Whether it fits."""
+    def _make_room(self, file: Listed, part: Path, is_needed: bool) -> bool:
+        """Removes files until one more has room, and reserves it; for one that is not needed yet,
+        only if enough of them are not expected. Returns whether it may come."""
         with self._room_locked():
             sizes = {path: self._size(path) for path in self._files() if path != part}
             room = self.limit - sum(sizes.values())
-            for path in sorted(sizes, key=self._age):
-                if room >= file.bytes:
+            for path in sorted(sizes, key=self._order_to_go):
+                if room >= file.bytes or (path.name in self._kept and not is_needed):
                     break
-                if path.name not in self._kept:
-                    path.unlink(missing_ok=True)
-                    room += sizes[path]
+                path.unlink(missing_ok=True)
+                room += sizes[path]
             part.touch()
-            return room >= file.bytes
+            return room >= file.bytes or is_needed
 
     @contextmanager
     def _room_locked(self) -> Iterator[None]:
@@ -290,9 +291,10 @@ class Cache:
             return path.stat().st_size
         return 0
 
-    def _age(self, path: Path) -> tuple[bool, float]:
-        """Orders files: those used least recently first, and last of all those that are being
-        fetched, or were by a process that was killed."""
+    def _order_to_go(self, path: Path) -> tuple[float, bool, float]:
+        """Orders files: those used least recently first, then those that are being fetched, or
+        were by a process that was killed, and last of all the expected ones, backwards."""
+        need = -self._kept.get(path.name, math.inf)
         with suppress(FileNotFoundError):
-            return path.suffix == ".part", path.stat().st_mtime
-        return False, 0
+            return need, path.suffix == ".part", path.stat().st_mtime
+        return need, False, 0

@@ -320,7 +320,10 @@ def test_a_late_fetch_ahead_takes_no_room_from_what_is_expected_now(shards, tmp_
         with source.store._locks[late]:  # its end
             pass
         assert server.asked[late.name] == 0 and not list(cache.glob("*.part"))
-        assert source.store.path(late), "who needs it has it all the same"
+        source.store.path(late)
+        left = {path.stem for path in cache.glob("*.tar")}
+        assert left == {late.sha256, expected[0].sha256}, "what is needed last made room for it"
+        assert len(list(cache.glob("*.npy"))) == 3 and bytes_cached(cache) <= limit
 
 
 def test_a_file_that_goes_before_it_has_its_name_is_fetched_again(shards, tmp_path, monkeypatch):
