@@ -17,7 +17,13 @@ from elite.config import print_config, to_dict
 from elite.console import Stopped, command_again
 from elite.data import PairFolder
 from elite.images import cut_out
-from elite.loading import DTYPES, load_parts, make_scheduler, side_for_training
+from elite.loading import (
+    DTYPES,
+    load_parts,
+    make_scheduler,
+    pixels_per_latent,
+    side_for_training,
+)
 from elite.mappers import Mapper
 from elite.named_concepts import Words
 from elite.objectives import DenoisingObjective, EliteObjective
@@ -109,6 +115,7 @@ def fit_as_configured(
     samples_per_step = (
         config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     )
+    latents_side = training_side(config, parts) // pixels_per_latent(parts["vae"])
     max_steps = config.total_steps(steps_per_epoch=-(-len(dataset) // samples_per_step))
     if accelerator.is_main_process:
         print_config(config)
@@ -138,6 +145,7 @@ def fit_as_configured(
             checkpoints_total_limit=config.checkpoints_total_limit,
             resume=None if config.dry_run else config.resume_from_checkpoint,
             shard_optimizer=config.shard_optimizer,
+            attention_positions=latents_side**2,
             ema_decay=config.ema_decay if config.ema else None,
             preview=preview,
             validation_steps=0 if config.dry_run else preview_steps,

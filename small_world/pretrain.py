@@ -40,6 +40,7 @@ from small_world.world import ATTRIBUTES, SCENES, random_critter
 REPOSITORY = Path(__file__).parents[1]
 NUM_SAMPLES = 80_000
 SAVE_STEPS = 250
+POSITIONS = 65  # of the image encoder: CLS and 8 x 8 patches; latents are 8 x 8
 RECOLOURED = 0.3  # share of the image encoder's pictures
 COLOUR_ATTRIBUTES = ("colour", "second", "trim", "scene")  # what recolouring hides
 # Samples seen, batch and learning rate of each part.
@@ -233,6 +234,7 @@ def train(
         lr_warmup_steps=100,
         adam_betas=(0.9, 0.99),
         ema_decay=recipe["ema_decay"],
+        attention_positions=POSITIONS,
         save_steps=SAVE_STEPS,
         checkpoints_total_limit=1,
         resume="latest" if checkpoints(folder) else None,
