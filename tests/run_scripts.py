@@ -24,4 +24,9 @@ def run(argv: list[str]) -> int:
 if __name__ == "__main__":
     calls = [list(words) for is_break, words in groupby(sys.argv[1:], "--".__eq__) if not is_break]
     sys.path.insert(0, str(REPOSITORY))
-    sys.exit(max(run(call) for call in calls))
+    status = max(run(call) for call in calls)
+    from torch import distributed  # that the scripts have imported
+
+    if distributed.is_initialized():  # else its threads may abort a process that is done
+        distributed.destroy_process_group()
+    sys.exit(status)
