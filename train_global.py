@@ -48,7 +48,17 @@ def main() -> int:
     dataset = boxes if cache is None else CachedBoxes(boxes, cache, parts["vae"])
 
     preview = pair_preview(config, objective, parts, words="all")
-    fit_as_configured(config, objective, dataset, parts, preview, config.validation_steps)
+    kv_rate = config.kv_learning_rate
+    own_rates = {f"_to_{part}.weight": kv_rate for part in "kv"} if kv_rate is not None else None
+    fit_as_configured(
+        config,
+        objective,
+        dataset,
+        parts,
+        preview,
+        config.validation_steps,
+        own_rates=own_rates,
+    )
     publish(config, mapper)
     return OK
 

@@ -2,6 +2,7 @@
 codes, signals, quiet libraries."""
 
 import argparse
+import atexit
 import os
 import shlex
 import signal
@@ -95,6 +96,7 @@ def complain(message: object) -> None:
 def run(main: Callable[[], int]) -> None:
     """Runs a script and exits: with its status, 2 and one line on stderr for a ValueError, a file
     that cannot be reached or a lost process of `accelerate launch`, 130 for Ctrl-C."""
+    atexit.register(_leave_processes)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # letters that the terminal does not have as \u51fa
             stream.reconfigure(errors="backslashreplace")
@@ -119,6 +121,14 @@ def run(main: Callable[[], int]) -> None:
     except KeyboardInterrupt:
         print("interrupted; what is finished is kept", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def _leave_processes() -> None:
+    """Ends the process group of `accelerate launch`, if this process is in one: at its exit, since
+    scripts that run in one process share it. Its threads may abort a process that ends in it."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _is_lost_process(error: RuntimeError) -> bool:

@@ -223,6 +223,11 @@ class TrainGlobalConfig(TrainConfig):
     global_mapper_path: str | None = setting(
         None, "Global mapper to start from; None means a fresh one."
     )
+    kv_learning_rate: float | None = setting(
+        None,
+        "Learning rate of K and V, which read all other words, too; None means the same.",
+        above=0,
+    )
     cache_latents: str | None = setting(
         None,
         "Folder of data_scripts/cache_latents.py with the VAE's latents, or its URL, fetched into "

@@ -91,6 +91,7 @@ def fit_as_configured(
     parts: dict[str, Any],
     preview: Callable[[], Image.Image] | None,
     preview_steps: int,
+    own_rates: Mapping[str, float] | None = None,
 ) -> None:
     """`training.fit` as the configuration says.
 
@@ -98,6 +99,7 @@ def fit_as_configured(
         parts: what the objective computes with; the UNet may be compiled and checkpointed.
         preview: draws a picture of what the model does; None draws none.
         preview_steps: optimiser steps between two previews; 0 means no previews.
+        own_rates: learning rates of parameters by how their names end, where these have one.
     """
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
@@ -123,6 +125,7 @@ def fit_as_configured(
             f"{len(dataset)} samples, {samples_per_step} per step, {max_steps} steps, "
             f"{sum(p.numel() for p in objective.trained.parameters()):,} trained parameters"
         )
+    rate_scale = samples_per_step if config.scale_lr else 1
     with TemporaryDirectory() as scratch, _resume_command_told(accelerator):
         output_dir = Path(scratch if config.dry_run else config.output_dir)
         fit(
@@ -134,7 +137,8 @@ def fit_as_configured(
             batch_size=config.train_batch_size,
             seed=config.seed,
             num_workers=config.dataloader_num_workers,
-            learning_rate=config.learning_rate * (samples_per_step if config.scale_lr else 1),
+            learning_rate=config.learning_rate * rate_scale,
+            own_rates={name: rate * rate_scale for name, rate in (own_rates or {}).items()},
             lr_scheduler=config.lr_scheduler,
             lr_warmup_steps=config.lr_warmup_steps,
             adam_betas=(config.adam_beta1, config.adam_beta2),

@@ -9,7 +9,7 @@ sizes and more processes all see the same samples and the same noise.
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -83,6 +83,7 @@ def fit(
     seed: int = 0,  # of the order of samples and of all that is random in them
     num_workers: int = 0,  # loader processes, 0 loads in this one
     learning_rate: float,  # as the optimiser gets it
+    own_rates: Mapping[str, float] | None = None,  # of parameters by how their names end
     lr_scheduler: str = "constant",  # a name of diffusers.optimization
     lr_warmup_steps: int = 0,
     adam_betas: tuple[float, float] = (0.9, 0.999),
@@ -116,9 +117,8 @@ def fit(
     objective.to(accelerator.device)
     trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
     optimizer = _adamw(
-        trained.values(),
+        _by_rate(trained, learning_rate, own_rates or {}),
         sharded=shard_optimizer and accelerator.num_processes > 1,
-        lr=learning_rate,
         betas=adam_betas,
         eps=adam_epsilon,
         weight_decay=weight_decay,
@@ -215,13 +215,25 @@ def fit(
         accelerator.wait_for_everyone()
 
 
-def _adamw(parameters: Iterable[nn.Parameter], sharded: bool, **options: Any) -> Optimizer:
+def _by_rate(
+    trained: Mapping[str, nn.Parameter], learning_rate: float, own_rates: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """The optimizer's groups: all parameters but those of `own_rates`, then these."""
+    rates = {"": learning_rate, **own_rates}
+    groups: dict[str, list[nn.Parameter]] = {ending: [] for ending in rates}
+    for name, parameter in trained.items():
+        ending = next((ending for ending in own_rates if name.endswith(ending)), "")
+        groups[ending].append(parameter)
+    return [{"params": groups[ending], "lr": rate} for ending, rate in rates.items()]
+
+
+def _adamw(groups: list[dict[str, Any]], sharded: bool, **options: Any) -> Optimizer:
     """AdamW; sharded as in ZeRO's first stage (Rajbhandari et al. 2020): each process updates its
     share of the parameters, whose moments it alone holds, and sends them to the others."""
     if not sharded:
-        return torch.optim.AdamW(parameters, fused=True, **options)
+        return torch.optim.AdamW(groups, fused=True, **options)
     # Not fused: resuming leaves the step counts on the CPU, where the fused kernel wants none.
-    return ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, **options)
+    return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
 
 
 def _attention_kernel(

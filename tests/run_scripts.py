@@ -24,9 +24,4 @@ def run(argv: list[str]) -> int:
 if __name__ == "__main__":
     calls = [list(words) for is_break, words in groupby(sys.argv[1:], "--".__eq__) if not is_break]
     sys.path.insert(0, str(REPOSITORY))
-    status = max(run(call) for call in calls)
-    from torch import distributed  # that the scripts have imported
-
-    if distributed.is_initialized():  # else its threads may abort a process that is done
-        distributed.destroy_process_group()
-    sys.exit(status)
+    sys.exit(max(run(call) for call in calls))
