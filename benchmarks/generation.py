@@ -16,9 +16,8 @@ mappers.
 """
 
 import argparse
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -60,8 +59,6 @@ from elite.pipeline import initial_noise, make_generators
 STOCK, ELITE, EACH_STEP = "stock", "ELITE", "K and V at each step"
 CASES = (STOCK, ELITE, EACH_STEP)
 GOAL = Goal(ELITE, 1.02)
-
-Draw = Callable[..., object]  # with options of the pipeline's call
 
 
 class Pipelines:
@@ -150,7 +147,7 @@ def timed_modules(
 
 
 def step_time(
-    draw: Draw,
+    draw: Callable[..., object],  # with options of the pipeline's call
     unet: nn.Module,
     steps: int,
     device: torch.device,
@@ -262,30 +259,21 @@ def time_tables(pipes: Pipelines, args: argparse.Namespace, resolution: int) -> 
     return [by_batch, by_side, alike, attention, before]
 
 
-def memory_tables(
-    size: str,
-    device: torch.device,
-    dtypes: Sequence[str],
-    resolution: int,
-    batch_size: int,
-    threads: int | None,
-    rounds: int,
-) -> list[Table]:
+def memory_tables(args: argparse.Namespace, device: torch.device, resolution: int) -> list[Table]:
     """Of the denoising loop and of whole pictures, without and with what was there before."""
     above = Table("Peak memory of a generation above the loaded models", "MiB", GOAL)
     total = Table("Peak memory of a generation, loaded models included", "MiB", GOAL)
-    for dtype in dtypes:
-        for output_type, what in (("latent", "denoising"), ("np", "whole picture")):
-            setting = (size, device, dtype, resolution, batch_size, output_type, threads)
-            name = f"{what}, {dtype}, {resolution} px, batch {batch_size}"
-            cases = {case: (case, *setting) for case in CASES}
-            rows = memory_rows(cases, generation_peak, rounds, name)
-            above.rows.append(rows["above"])
-            total.rows.append(rows["total"])
+    drawn = (args.size, device, args.dtype, resolution, args.batch_sizes[0])
+    for output_type, what in (("latent", "denoising"), ("np", "whole picture")):
+        name = f"{what}, {args.dtype}, {resolution} px, batch {args.batch_sizes[0]}"
+        cases = {case: (case, *drawn, output_type, args.threads) for case in CASES}
+        rows = memory_rows(cases, generation_peak, args.memory_rounds, name)
+        above.rows.append(rows["above"])
+        total.rows.append(rows["total"])
     return [above, total]
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, "generation", WITH_SDXL)
     parser.add_argument("--steps", type=int, default=4, help="a generation (default 4)")
     parser.add_argument(
@@ -308,15 +296,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(sys.argv[1:] if argv is None else argv)
+    args = parse_args(argv)
     device = pick_device(args.device)
     pipes = Pipelines(args.size, device, DTYPES[args.dtype], args.scheduler, args.compile)
     resolution = side_in_pixels(pipes.elite.unet, pipes.elite.vae)
     tables = time_tables(pipes, args, resolution)
     del pipes
     if args.memory_rounds and args.batch_sizes:
-        setting = (args.size, device, [args.dtype], resolution, args.batch_sizes[0], args.threads)
-        tables += memory_tables(*setting, args.memory_rounds)
+        tables += memory_tables(args, device, resolution)
     return finish(args, tables, "generation")
 
 

@@ -22,7 +22,7 @@ from benchmarks.harness import Row, Table, finish, make_parser, parse, timed
 from benchmarks.models import DTYPES
 from benchmarks.training import CASES, STAGES
 from elite.console import run
-from elite.defaults import DEFAULT_SAMPLER, DEFAULT_STEPS
+from elite.defaults import DEFAULT_STEPS
 from elite.inference import pick_device
 from elite.loading import side_in_pixels
 from elite.speed import RUNGS
@@ -89,10 +89,9 @@ def generation_tables(args: argparse.Namespace, device: torch.device) -> list[Ta
 
 def ladder_tables(args: argparse.Namespace, device: torch.device) -> list[Table]:
     """Whole pictures at every rung, in the first of the number types."""
-    dtype = args.dtypes[0]
-    pipes = Pipelines(args.size, device, DTYPES[dtype], DEFAULT_SAMPLER, compiled=False)
-    setting = {"batch_size": 1, "steps": DEFAULT_STEPS, "rounds": args.rounds}
-    return ladder.tables(pipes, list(RUNGS), dtype, **setting)
+    of_pictures = {"cases": list(RUNGS), "dtype": args.dtypes[0], "resolution": None}
+    of_pictures |= {"batch_size": 1, "steps": DEFAULT_STEPS}
+    return ladder.tables(argparse.Namespace(**{**vars(args), **of_pictures}), device)
 
 
 def hardware_tables(args: argparse.Namespace, device: torch.device) -> list[Table]:

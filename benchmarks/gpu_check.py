@@ -10,7 +10,6 @@ does. Everything goes to a temporary folder, of some 8 GB at full size. Exit cod
 not as it should be; 2: no such GPU here.
 """
 
-import argparse
 import json
 import math
 import os
@@ -19,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -181,14 +179,14 @@ def _steps(metrics: Path) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = script_parser(__doc__)
     parser.add_argument("--size", choices=SIZES, default="tiny")
-    args: argparse.Namespace = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.size == "full" and device.type != "cuda":
         raise ValueError("no CUDA device here; run this on a machine with an NVIDIA GPU")
     failed = False
     with tempfile.TemporaryDirectory() as folder:
         check = Check(args.size, Path(folder), device)
-        parts: list[Callable[[], str]] = [check.prepare, check.tests, check.stage_1]
+        parts = [check.prepare, check.tests, check.stage_1]
         parts += [check.killed_and_resumed, check.stage_2, check.pictures]
         for part in parts:
             started = time.monotonic()

@@ -9,7 +9,6 @@ a GPU it is what torch has allocated there.
 """
 
 import argparse
-import sys
 from functools import partial
 
 import torch
@@ -82,7 +81,7 @@ def tables(args: argparse.Namespace, device: torch.device) -> list[Table]:
     return [total, above, seconds]
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, "hardware")
     parser.add_argument("--steps", type=int, default=2, help="a picture (default 2)")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1])
@@ -96,7 +95,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(sys.argv[1:] if argv is None else argv)
+    args = parse_args(argv)
     return finish(args, tables(args, pick_device(args.device)), "hardware")
 
 

@@ -10,8 +10,7 @@ attention, counted in the call that warms up.
 """
 
 import argparse
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -28,10 +27,6 @@ from elite.speed import RUNGS, single_knobs
 
 STOCK_DEFAULT, STOCK_SAMPLER, STOCK_STEPS = "stock, 50 steps of PNDM", "pndm", 50
 GOALS = {"exact": 1.02, "balanced": 0.5, "fast": 0.3}  # of the time of the stock pipeline
-
-Work = Callable[[], object]
-
-
 CASES = (STOCK_DEFAULT, *RUNGS, *single_knobs())
 
 
@@ -50,7 +45,7 @@ def picture(pipes: Pipelines, case: str, resolution: int, batch_size: int, steps
         pipes.draw(kind, resolution, batch_size, **options)
 
 
-def counted_flops(work: Work) -> int:
+def counted_flops(work: Callable[[], object]) -> int:
     """Torch alone leaves out the fused attention of CPUs."""
 
     def attention_flops(Q: tuple, K: tuple, V: tuple, *_: object, **__: object) -> int:  # shapes
@@ -63,29 +58,16 @@ def counted_flops(work: Work) -> int:
     return counter.get_total_flops()
 
 
-def tables(
-    pipes: Pipelines,
-    cases: Sequence[str],
-    dtype: str,
-    *,
-    batch_size: int,
-    steps: int,
-    rounds: int,
-    resolution: int | None = None,
-) -> list[Table]:
-    """Times with a goal for each rung, times of all else, FLOPs.
-
-    Args:
-        resolution: None means the model's own.
-    """
-    side = resolution or side_in_pixels(pipes.elite.unet, pipes.elite.vae)
-    setting = {"resolution": side, "batch_size": batch_size, "steps": steps}
-    works = {case: partial(picture, pipes, case, **setting) for case in (STOCK, *cases)}
-    name = f"{side} px, batch {batch_size}, {dtype}"
+def tables(args: argparse.Namespace, device: torch.device) -> list[Table]:
+    """Times with a goal for each rung, times of all else, FLOPs."""
+    pipes = Pipelines(args.size, device, DTYPES[args.dtype], DEFAULT_SAMPLER, compiled=False)
+    side = args.resolution or side_in_pixels(pipes.elite.unet, pipes.elite.vae)
+    setting = {"resolution": side, "batch_size": args.batch_size, "steps": args.steps}
+    works = {case: partial(picture, pipes, case, **setting) for case in (STOCK, *args.cases)}
+    name = f"{side} px, batch {args.batch_size}, {args.dtype}"
     flops = Row(name, {case: [counted_flops(work) / 1e12] for case, work in works.items()})
-    times = alternate(
-        {case: timed(work, pipes.device) for case, work in works.items()}, rounds, name
-    )
+    figures = {case: timed(work, device) for case, work in works.items()}
+    times = alternate(figures, args.rounds, name)
 
     def row(*cases: str) -> Row:
         return Row(name, {case: times[case] for case in (STOCK, *cases)})
@@ -102,7 +84,7 @@ def tables(
     return [*found, Table("Work of a whole picture", "TFLOP", None, [flops])]
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, "ladder")
     parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, help="of all but stock's 50")
     parser.add_argument("--batch_size", type=int, default=1)
@@ -116,13 +98,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(sys.argv[1:] if argv is None else argv)
-    device = pick_device(args.device)
-    pipes = Pipelines(args.size, device, DTYPES[args.dtype], DEFAULT_SAMPLER, compiled=False)
-    setting = {
-        name: getattr(args, name) for name in ("batch_size", "steps", "rounds", "resolution")
-    }
-    return finish(args, tables(pipes, args.cases, args.dtype, **setting), "ladder")
+    args = parse_args(argv)
+    return finish(args, tables(args, pick_device(args.device)), "ladder")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ from benchmarks.harness import (
 from benchmarks.memory import memory_rows, peak_memory
 from data_scripts import make_shards
 from data_scripts.make_small_world import Record, make_folders, write_annotations, write_pair
-from elite.console import run
+from elite.console import check_least, run
 from elite.open_images import OpenImagesBoxes, OpenImagesMasks, Source
 from elite.shard_cache import Listed, Store
 from elite.shards import OpenImagesShards, open_source, save_index, shards_in, table_type
@@ -132,36 +132,27 @@ def open_datasets(source: Source | Path, sizes: Sizes) -> dict[str, Dataset]:
     }
 
 
-def write_shards(root: Path, target: Path, sizes: Sizes) -> None:
-    flags = ["--shard_mb", str(sizes.shard_mb), "--workers", "1"]
-    make_shards.main([str(root), str(target), *flags])
-
-
 # --- rates ----------------------------------------------------------------------------------------
 
 
-def rate(work: Callable[[int], object], count: int) -> Measure:
-    """Measures how often a second of CPU time `work` is done, over indices 0 to count - 1."""
-
-    def measure() -> float:
-        start = time.process_time()
-        for index in range(count):
-            work(index)
-        return count / (time.process_time() - start)
-
-    return measure
+def rate(work: Callable[[], object], count: int) -> Measure:
+    """Measures samples a second of CPU time, of `work` that is done with `count` of them."""
+    seconds = timed(work, clock=time.process_time)
+    return lambda: count / seconds()
 
 
-def sample(dataset: Dataset, index: int) -> object:
-    return dataset.sample(index, np.random.default_rng(index))
+def sample(dataset: Dataset) -> None:
+    for index in range(len(dataset)):
+        dataset.sample(index, np.random.default_rng(index))
 
 
-def decode(root: Path, dataset: Dataset, index: int) -> None:
-    """The files of a sample, decoded by Pillow."""
-    image_id = dataset.image_ids[index].decode()
-    Image.open(root / "images" / "test" / f"{image_id}.jpg").load()
-    if isinstance(dataset, OpenImagesMasks):
-        Image.open(root / "segs" / "test" / str(dataset.index["name"][index])).load()
+def decode(root: Path, dataset: Dataset) -> None:
+    """The files of all samples, decoded by Pillow."""
+    for index in range(len(dataset)):
+        image_id = dataset.image_ids[index].decode()
+        Image.open(root / "images" / "test" / f"{image_id}.jpg").load()
+        if isinstance(dataset, OpenImagesMasks):
+            Image.open(root / "segs" / "test" / str(dataset.index["name"][index])).load()
 
 
 def rate_table(root: Path, datasets: dict[str, Dataset], rounds: int) -> Table:
@@ -206,16 +197,14 @@ def open_shards(location: Path | str, cache: Path) -> OpenImagesShards:
     return source
 
 
-def tar_rate(shards: Path, count: int) -> float:
-    """Samples whose files are read from the tars in a second of CPU time."""
-    start = time.process_time()
+def read_tars(shards: Path) -> None:
+    """Every file of the tars."""
     for path in shards_in(shards):
         with tarfile.open(path) as tar:
             for member in tar:
                 file = tar.extractfile(member)
                 assert file is not None
                 file.read()
-    return count / (time.process_time() - start)
 
 
 def shard_table(
@@ -231,7 +220,7 @@ def shard_table(
         cases = {
             SAMPLE: rate(partial(sample, datasets[name]), count),
             SHARDS: rate(partial(sample, dataset), count),
-            TARS: partial(tar_rate, shards, count),
+            TARS: rate(partial(read_tars, shards), count),
         }
         table.rows.append(Row(name, alternate(cases, rounds, name)))
     return table
@@ -381,8 +370,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--shard_rows", type=int, nargs="*", default=[], help="boxes of shards to open (default no)"
     )
     args = parse(parser, "loader", argv)
-    if args.count < BATCH_SIZE:
-        raise ValueError(f"--count {args.count}: expected {BATCH_SIZE} or more")
+    check_least(args, count=BATCH_SIZE)
     return args
 
 
@@ -394,7 +382,8 @@ def main(argv: list[str] | None = None) -> int:
     with TemporaryDirectory() as folder:
         root, shards = Path(folder) / "open_images", Path(folder) / "shards"
         write_pictures(root, args.count, sizes.width, sizes.height)
-        write_shards(root, shards, sizes)
+        flags = ["--shard_mb", str(sizes.shard_mb), "--workers", "1"]
+        make_shards.main([str(root), str(shards), *flags])
         datasets = open_datasets(root, sizes)
         tables = [
             rate_table(root, datasets, args.rounds),

@@ -168,22 +168,16 @@ def build_image_encoder(
     return filled(model, device, dtype)
 
 
-def build_mappers(parts: dict[str, Any], size: str) -> dict[str, Any]:
-    """Both mappers for these parts, on their device and in their number type."""
-    unet, encoder = parts["unet"], parts["image_encoder"]
-    return {
-        name: kind.for_models(unet, encoder, **MAPPERS[size]).to(unet.device, unet.dtype).eval()
-        for name, kind in (("global_mapper", GlobalMapper), ("local_mapper", LocalMapper))
-    }
-
-
 def build_parts(
     size: str, device: torch.device, dtype: torch.dtype = torch.float32, scheduler: str = "lms"
 ) -> dict[str, Any]:
     """The parts of an ElitePipeline, mappers included."""
     parts = build_stable_diffusion(size, device, dtype, scheduler)
     parts["image_encoder"] = build_image_encoder(size, device, dtype)
-    return {**parts, **build_mappers(parts, size)}
+    for name, kind in (("global_mapper", GlobalMapper), ("local_mapper", LocalMapper)):
+        mapper = kind.for_models(parts["unet"], parts["image_encoder"], **MAPPERS[size])
+        parts[name] = mapper.to(device, dtype).eval()
+    return parts
 
 
 def build_elite(parts: dict[str, Any]) -> Elite:

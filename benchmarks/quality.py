@@ -13,10 +13,10 @@ OUTPUT_DIR receives results.md, results.json, cost.png and grid.png; what is dra
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from diffusers import UNet2DConditionModel
 from benchmarks.harness import REPOSITORY
 from benchmarks.ladder import counted_flops
 from benchmarks.models import TEXT_LENGTH, UNET
-from elite.console import OK, check_least, quiet_libraries, run, script_parser
+from elite.console import OK, check_least, run, script_parser
 from elite.deep_features import deep_features_reused
 from elite.defaults import DEFAULT_SAMPLER, DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA
 from elite.files import check_writable, read_text, write_atomically, write_json, write_text
@@ -35,22 +35,17 @@ from elite.loading import make_scheduler
 from elite.speed import RUNGS, Speed, single_knobs
 from small_world.claims import Condition, Interval, Verdicts, fidelity, interval
 from small_world.classifier import Judge, load_judge
+from small_world.markdown import table
 from small_world.methods import Method, Pictures, verdicts
 from small_world.report import contact_sheet
 from small_world.samplers import FAR
 from small_world.score import draw_concepts, gallery, load_pipelines, make_cases
 
 EXACT = "exact"
-
-
-def _right(name: str, found: Verdicts) -> np.ndarray:
-    return np.asarray(found[name], dtype=np.float64)
-
-
 SCORES: dict[str, Callable[[Verdicts], np.ndarray]] = {
     "likeness": fidelity,
-    "scene": partial(_right, "scene"),
-    "identity": partial(_right, "identity"),
+    "scene": itemgetter("scene"),
+    "identity": itemgetter("identity"),
 }
 # What may be lost of each score; where it is more than MAY_LOSE, pictures may also be far.
 MAY_LOSE = 0.02
@@ -183,23 +178,15 @@ def compare(
 
 def markdown(compared: list[Compared]) -> str:
     """A line per speed: work, every score, what it loses, how far its pictures are."""
-    head = [
-        "speed",
-        "work",
-        "at full size",
-        *SCORES,
-        *(f"{name} lost" for name in SCORES),
-        "far",
-        "holds",
-    ]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lost = [f"{name} lost" for name in SCORES]
+    rows = []
     for one in compared:
         cells = [one.name, f"{one.work:.2f}", f"{one.full_work:.2f}"]
         cells += [f"{100 * one.scores[name][0]:.1f}" for name in SCORES]
         cells += ["{:+.1f} ({:+.1f} to {:+.1f})".format(*_points(x.difference)) for x in one.lost]
         cells += [f"{one.far:.1%}", "-" if one.name == EXACT else "yes" if one.holds else "no"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return table(["speed", "work", "at full size", *SCORES, *lost, "far", "holds"], rows)
 
 
 def _points(difference: Interval) -> list[float]:
@@ -208,12 +195,10 @@ def _points(difference: Interval) -> list[float]:
 
 def plot_cost(compared: list[Compared], path: Path) -> None:
     """Each score over work, with its interval: rungs joined by a line, single knobs as points."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, all_axes = pyplot.subplots(1, len(SCORES), figsize=(5 * len(SCORES), 4), dpi=110)
+    figure = Figure(figsize=(5 * len(SCORES), 4), dpi=110)
+    all_axes = figure.subplots(1, len(SCORES))
     rungs = [one for one in compared if one.name in RUNGS]
     for axes, score in zip(all_axes, SCORES, strict=True):
         alone = [[one] for one in compared if one not in rungs]
@@ -232,7 +217,6 @@ def plot_cost(compared: list[Compared], path: Path) -> None:
     all_axes[-1].legend(fontsize=8)
     figure.tight_layout()
     write_atomically(path, partial(figure.savefig, format="png"))
-    pyplot.close(figure)
 
 
 def summary(one: Compared) -> dict:
@@ -248,7 +232,7 @@ def summary(one: Compared) -> dict:
     }
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     checkpoints = REPOSITORY / "checkpoints"
     parser.add_argument("--model", type=Path, default=checkpoints / "small_world")
@@ -271,8 +255,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(sys.argv[1:] if argv is None else argv)
-    quiet_libraries()
+    args = parse_args(argv)
     _, elite = load_pipelines(args.model)
     if elite is None:
         raise ValueError(f"{args.model}: has no global_mapper/; train ELITE first")

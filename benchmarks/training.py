@@ -14,7 +14,7 @@ parts in bfloat16, these never are in float32.
 
 import argparse
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -133,27 +133,25 @@ class Trainer:
             with all_gradients(objective.global_mapper) if needless else nullcontext():
                 yield
         finally:
-            self._restore()
-
-    def _restore(self) -> None:
-        self.objective.unet = self.unet
-        self.unet.disable_gradient_checkpointing()
-        self.objective.cast_frozen(self.frozen)
-        self.objective.to(memory_format=torch.contiguous_format)
+            objective.unet = self.unet
+            self.unet.disable_gradient_checkpointing()
+            objective.cast_frozen(self.frozen)
+            objective.to(memory_format=torch.contiguous_format)
 
     def step(self, measures: Measures) -> None:
         """One step, under `under`."""
         plain = sdpa_kernel(SDPBackend.MATH) if measures.plain_attention else nullcontext()
         with plain:
-            with self._autocast(measures):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=measures.autocast):
                 batch = self.cached if measures.cached_latents else self.batch
                 loss = self.objective(batch)["loss"]
             loss.backward()
         self.optimizers[measures.fused].step()
         self.objective.zero_grad()
 
-    def _autocast(self, measures: Measures) -> AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=measures.autocast)
+    def steps(self, measures: Measures, count: int) -> None:
+        for _ in range(count):
+            self.step(measures)
 
 
 @contextmanager
@@ -210,31 +208,20 @@ def training_peak(
     """Peak memory of two steps, in a process that has trained nothing before."""
     use_threads(threads)
     trainer, measures = make_trainer(stage, size, device, batch_size, [case]), CASES[case]
-
-    def steps() -> None:
-        for _ in range(2):
-            trainer.step(measures)
-
     with trainer.under(measures):
-        return peak_memory(steps, device)
+        return peak_memory(partial(trainer.steps, measures, 2), device)
 
 
 def step_row(trainer: Trainer, cases: list[str], rounds: int, steps: int, name: str) -> Row:
     """Seconds of a step of every case."""
 
-    def one(case: str, steps: int) -> float:
+    def one(case: str) -> float:
         measures = CASES[case]
         with trainer.under(measures):
             trainer.step(measures)  # settles what the change of measures has stirred
-            work = partial(_repeat, partial(trainer.step, measures), steps)
-            return timed(work, trainer.device)() / steps
+            return timed(partial(trainer.steps, measures, steps), trainer.device)() / steps
 
-    return Row(name, alternate({case: partial(one, case, steps) for case in cases}, rounds, name))
-
-
-def _repeat(work: Any, times: int) -> None:
-    for _ in range(times):
-        work()
+    return Row(name, alternate({case: partial(one, case) for case in cases}, rounds, name))
 
 
 def possible(case: str, stage: str) -> bool:

@@ -83,7 +83,6 @@ def seen_labels(logits: dict[str, Tensor], scene: str) -> list[int]:
     return [*list(seen.values())[:-1], list(SCENES).index(scene)]
 
 
-@torch.no_grad()
 def score_art(
     judge: Judge, rows: list[Row[ArtTask]], tasks: list[ArtTask], batch_size: int
 ) -> tuple[dict[str, dict], dict[str, Tensor]]:

@@ -42,7 +42,6 @@ class AttributeScores:
             case: labels(critter_of(case.subject.name), scene_of(case.template)) for case in cases
         }
 
-    @torch.no_grad()
     def __call__(
         self, pictures: Sequence[Image.Image], cases: Sequence[Case]
     ) -> dict[str, list[float | None]]:

@@ -20,6 +20,7 @@ from elite.pipeline import ElitePipeline
 from elite.sheets import SHEET_ROWS, tile_rows
 from small_world.attributes import verdicts
 from small_world.classifier import Judge
+from small_world.markdown import percent, table
 from small_world.pretrain import to_image
 from small_world.score import Case, make_cases, wilson
 from small_world.world import SCENES
@@ -81,7 +82,6 @@ def draw_couples(
     return 2 * out.images - 1
 
 
-@torch.no_grad()
 def colours_seen(judge: Judge, pixels: Tensor, couples: Sequence[Couple]) -> Tensor:
     """Whose colour each half shows: (B, 2), an index of OUTCOMES."""
     wanted = torch.tensor([[couple.left.wanted, couple.right.wanted] for couple in couples])
@@ -114,17 +114,12 @@ def score_couples(
 
 def markdown(counts: dict[str, dict[str, int]]) -> str:
     """Shares of the halves in per cent, with 95 % intervals (Wilson)."""
-    lines = ["| main colour of a half, % (95 % interval) | own | other's (confusion) | third |"]
-    lines.append("|---" * 4 + "|")
+    rows = []
     for name, by_outcome in counts.items():
-        total = sum(by_outcome.values())
-        cells = []
-        for outcome in OUTCOMES:
-            low, high = (100 * bound for bound in wilson(by_outcome[outcome], total))
-            share = 100 * by_outcome[outcome] / total
-            cells.append(f"{share:.1f} ({low:.1f}-{high:.1f})")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        found, total = [by_outcome[x] for x in OUTCOMES], sum(by_outcome.values())
+        rows.append([name, *(percent(count / total, *wilson(count, total)) for count in found)])
+    head = ["main colour of a half, % (95 % interval)", "own", "other's (confusion)", "third"]
+    return table(head, rows) + "\n"
 
 
 def sheet(couples: Sequence[Couple], pictures: dict[str, Tensor]) -> Image.Image:

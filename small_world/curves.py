@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from elite.console import run, script_parser
+from elite.console import check_least, run, script_parser
 from elite.files import check_writable, write_atomically
 
 
@@ -44,14 +44,11 @@ def windows(values: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 def plot(curves: list[tuple[Path, str]], count: int, path: Path) -> None:
     """One diagram per run, side by side."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    size = (4.5 * len(curves), 3.5)
-    figure, all_axes = pyplot.subplots(1, len(curves), figsize=size, dpi=110, squeeze=False)
-    for (folder, metric), axes in zip(curves, all_axes[0], strict=True):
+    figure = Figure(figsize=(4.5 * len(curves), 3.5), dpi=110)
+    all_axes = figure.subplots(1, len(curves), squeeze=False)[0]
+    for (folder, metric), axes in zip(curves, all_axes, strict=True):
         steps, values = read_metric(folder, metric)
         means, errors = windows(values, count)
         middles, _ = windows(steps, count)
@@ -60,7 +57,6 @@ def plot(curves: list[tuple[Path, str]], count: int, path: Path) -> None:
         axes.grid(alpha=0.3)
     figure.tight_layout()
     write_atomically(path, partial(figure.savefig, format="png"))
-    pyplot.close(figure)
 
 
 def parse_curve(text: str) -> tuple[Path, str]:
@@ -76,8 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--windows", type=int, default=20)
     parser.add_argument("--output", type=Path, default=Path("curves.png"))
     args = parser.parse_args(arguments)
-    if args.windows < 1:
-        raise ValueError(f"--windows {args.windows}: expected 1 or more")
+    check_least(args, windows=1)
     check_writable(args.output.parent)
     plot([parse_curve(text) for text in args.curves], args.windows, args.output)
     print(f"curves in {args.output}")

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -40,9 +39,7 @@ def invert(model: Path, case: Case, folder: Path, step_counts: Sequence[int]) ->
     times = folder / "seconds.json"
     seconds = json.loads(times.read_text(encoding="utf-8")) if times.exists() else {}
     if seconds.keys() != {str(steps) for steps in step_counts}:
-        write_atomically(
-            folder / "picture" / "0.png", lambda path: Image.fromarray(case.source[0]).save(path)
-        )
+        write_atomically(folder / "picture" / "0.png", Image.fromarray(case.source[0]).save)
         seconds, spent = {}, 0.0
         for unfinished in checkpoints(folder):  # its time is not known
             remove_whole(unfinished)
@@ -95,7 +92,9 @@ def invert_all(
 
 def draw_inverted(model: Path, folder: Path, steps: int, cases: list[Case], **options) -> Tensor:
     """The stock pipeline with the words of these cases after so many steps."""
-    pipe = _pipeline(model)
+    parts = load_stable_diffusion(model)
+    pipe = base_pipeline(parts["vae"], parts["text_encoder"], parts["tokenizer"], parts["unet"])
+    pipe.set_progress_bar_config(disable=True)
     words: dict[str, Tensor] = {}
     for case in cases:
         words |= load_embeddings(folder / str(case.seed) / str(steps))["text_encoder"]
@@ -103,10 +102,3 @@ def draw_inverted(model: Path, folder: Path, steps: int, cases: list[Case], **op
     return draw_prompts(
         pipe, lambda case: case.concept_prompt.replace("S", placeholder(case), 1), cases, **options
     )
-
-
-def _pipeline(model: Path) -> StableDiffusionPipeline:
-    parts = load_stable_diffusion(model)
-    pipe = base_pipeline(parts["vae"], parts["text_encoder"], parts["tokenizer"], parts["unet"])
-    pipe.set_progress_bar_config(disable=True)
-    return pipe

@@ -18,7 +18,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from elite.console import OK, quiet_libraries, run, script_parser
+from elite.console import OK, check_least, quiet_libraries, run, script_parser
 from elite.files import check_writable
 from small_world.scale import add_scale, scaled
 
@@ -138,9 +138,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     _add_drawing(art_parser, samples=300)
     art_parser.set_defaults(act=art)
     args = parser.parse_args(arguments)
-    for name in ("samples", "batch_size", "num_inference_steps"):
-        if getattr(args, name, 1) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: expected 1 or more")
+    if args.act is not train:
+        check_least(args, samples=1, batch_size=1, num_inference_steps=1)
     for name in ("work_dir", "target", "output_dir", "report"):
         if (written := getattr(args, name, None)) is not None:
             check_writable(written.parent if name == "report" else written)

@@ -67,7 +67,7 @@ def train(
     started = said = time.monotonic()
     step = samples = 0
     done = 0.0
-    while step == 0 or done < 1:
+    while done < 1:
         # Step.
         warm = min(1.0, (step + 1) / WARMUP_STEPS)
         optimizer.param_groups[0]["lr"] = rate * warm * (1 + math.cos(math.pi * done)) / 2

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from elite.console import OK, run, script_parser
 from elite.masks import Box, find_object
+from small_world.markdown import table
 from small_world.render import Pose, draw
 from small_world.things import find_things, lay_on, read_thing
 from small_world.world import SCENES, random_critter
@@ -68,12 +69,10 @@ def render_photograph(
 
 def box_around(mask: np.ndarray) -> Box:
     """The box of a mask, bool (H, W), widened by MARGIN as far as the picture goes."""
-    rows, columns = np.nonzero(mask)
-    (top, bottom), (left, right) = (
-        (max(0, line.min() - MARGIN), min(length, line.max() + 1 + MARGIN))
-        for line, length in zip((rows, columns), mask.shape, strict=True)
-    )
-    return Box(left, top, right, bottom)
+    left, top, width, height = cv2.boundingRect(mask.astype(np.uint8))
+    right = min(left + width + MARGIN, mask.shape[1])
+    bottom = min(top + height + MARGIN, mask.shape[0])
+    return Box(max(0, left - MARGIN), max(0, top - MARGIN), right, bottom)
 
 
 def overlap(image: np.ndarray, mask: np.ndarray, box: Box | None) -> float:
@@ -85,7 +84,7 @@ def overlap(image: np.ndarray, mask: np.ndarray, box: Box | None) -> float:
     return float((found & mask).sum() / (found | mask).sum())
 
 
-def measure(case: str, render: Render, count: int, size: int) -> str:
+def measure(case: str, render: Render, count: int, size: int) -> list[str]:
     """A row of the table."""
     pictures = tqdm(range(count), desc=case)
     renders = [render(case, np.random.default_rng(seed), size) for seed in pictures]
@@ -99,7 +98,7 @@ def measure(case: str, render: Render, count: int, size: int) -> str:
         good = sum(value > GOOD for value in values)
         cells.append(f"{np.median(values):.2f}, {good} of {count}")
     cells.append(f"{np.median(seconds):.2f}, {max(seconds):.2f}")
-    return f"| {case} | {' | '.join(cells)} |"
+    return [case, *cells]
 
 
 def find_pictures(folder: Path) -> list[Path]:
@@ -126,8 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     cv2.setNumThreads(1)
     rows = [measure(case, render, args.count, args.size) for case in CASES]
     head = ["object", f"centred, IoU, over {GOOD}", f"boxed, IoU, over {GOOD}", "seconds, longest"]
-    print(f"| {' | '.join(head)} |\n|---|---|---|---|")
-    print("\n".join(rows))
+    print(table(head, rows))
     return OK
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 from elite.files import write_atomically
 from elite.sheets import tile_rows
 from small_world.claims import Claim, Verdicts, editability, fidelity, interval
+from small_world.markdown import percent, table
 from small_world.score import Case
 from small_world.world import PARTS
 
@@ -18,12 +19,11 @@ SHOWN = ("body", "pattern", "colour", "second", "trim", "parts", "identity", "sc
 def score_table(rows: Mapping[str, Verdicts], costs: Mapping[str, str]) -> str:
     """A line per method: every attribute, fidelity, editability, what a concept costs."""
     head = ["% (95 % interval)", *SHOWN, "fidelity", "editability", "seconds", "concepts"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = []
     for name, found in rows.items():
         cells = [_percent(values) for values in _columns(found).values()]
-        cells += [costs[name], str(len(found["scene"]))]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([name, *cells, costs[name], str(len(found["scene"]))])
+    return table(head, lines)
 
 
 def _columns(found: Verdicts) -> dict[str, np.ndarray]:
@@ -34,28 +34,20 @@ def _columns(found: Verdicts) -> dict[str, np.ndarray]:
 
 
 def _percent(values: np.ndarray) -> str:
-    if not len(values):
-        return "-"
-    mean, low, high = (100 * value for value in interval(np.asarray(values, dtype=np.float64)))
-    return f"{mean:.1f} ({low:.1f}-{high:.1f})"
+    return percent(*interval(values)) if len(values) else "-"
 
 
 def claims_table(claims: Sequence[Claim]) -> str:
-    lines = ["| the paper says | here | evidence (points, 95 % interval) |", "|---|---|---|"]
-    for claim in claims:
-        evidence = "; ".join(str(condition) for condition in claim.conditions)
-        lines.append(f"| {claim.text} | {claim.verdict} | {evidence} |")
-    return "\n".join(lines)
+    rows = [[x.text, x.verdict, "; ".join(map(str, x.conditions))] for x in claims]
+    return table(["the paper says", "here", "evidence (points, 95 % interval)"], rows)
 
 
 def plot_curve(rows: dict[str, Verdicts], path: Path) -> None:
     """Fidelity over editability: a curve over lambda from w0 on, the other methods as points."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 5), dpi=110)
+    figure = Figure(figsize=(7, 5), dpi=110)
+    axes = figure.subplots()
     curve = [name for name in rows if name == "w0" or name.startswith("w0 +")]
     for group in (curve, *([name] for name in rows if name not in curve)):
         points = [(interval(editability(rows[n])), interval(fidelity(rows[n]))) for n in group]
@@ -80,7 +72,6 @@ def plot_curve(rows: dict[str, Verdicts], path: Path) -> None:
     axes.grid(alpha=0.3)
     figure.tight_layout()
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
-    pyplot.close(figure)
 
 
 def summary(rows: Mapping[str, Verdicts], claims: Sequence[Claim]) -> dict:

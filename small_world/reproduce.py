@@ -12,7 +12,7 @@ kept, so an interrupted run goes on where it stopped. Exit code 2: bad input.
 import argparse
 from pathlib import Path
 
-from elite.console import OK, quiet_libraries, run, script_parser
+from elite.console import OK, check_least, quiet_libraries, run, script_parser
 from elite.files import check_writable
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
@@ -33,9 +33,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_inference_steps", type=int, default=20)
     parser.add_argument("--batch_size", type=int, default=25)
     args = parser.parse_args(arguments)
-    for name in ("samples", "batch_size", "num_inference_steps"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: expected 1 or more")
+    check_least(args, samples=1, batch_size=1, num_inference_steps=1)
     if not 0 <= args.inversions <= args.samples:
         raise ValueError(f"--inversions {args.inversions}: expected 0 to --samples {args.samples}")
     if args.inversion_steps != sorted(set(args.inversion_steps)) or args.inversion_steps[0] < 1:

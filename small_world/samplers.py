@@ -18,9 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from elite.console import quiet_libraries, run, script_parser
+from elite.console import run, script_parser
 from elite.files import check_writable, write_text
 from elite.images import read_image
+from small_world.markdown import table
 
 REPOSITORY = Path(__file__).parents[1]
 REFERENCE = ("lms", 100)
@@ -86,22 +87,18 @@ def fewest(reference: Sampler, candidates: Sequence[Sampler]) -> Sampler:
 def markdown(reference: Sampler, candidates: Sequence[Sampler]) -> str:
     """A table of all, and the choice."""
     metrics = list(reference.scores)
-    lines = [
-        "| sampler | steps | " + " | ".join(metrics) + " | difference | far | as good |",
-        "|---" * (len(metrics) + 5) + "|",
-    ]
+    rows = []
     for sampler in (reference, *candidates):
         cells = [_cell(sampler.scores[metric]) for metric in metrics]
         cells += [f"{sampler.differences.mean():.1f}", f"{(sampler.differences > FAR).mean():.1%}"]
         good = "-" if sampler is reference else "yes" if sampler.as_good_as(reference) else "no"
-        lines.append(f"| {sampler.name} | {sampler.steps} | {' | '.join(cells)} | {good} |")
+        rows.append([sampler.name, str(sampler.steps), *cells, good])
     chosen = fewest(reference, candidates)
-    lines += [
-        "",
-        f"Difference: mean over the pictures, of 255; far: of pictures more than {FAR:g} away.",
-        f"Fewest steps: {chosen.name}, {chosen.steps}.",
-    ]
-    return "\n".join(lines) + "\n"
+    return (
+        table(["sampler", "steps", *metrics, "difference", "far", "as good"], rows)
+        + "\n\nDifference: mean over the pictures, of 255; far: of pictures more than "
+        f"{FAR:g} away.\nFewest steps: {chosen.name}, {chosen.steps}.\n"
+    )
 
 
 def _cell(score: Mapping) -> str:
@@ -117,7 +114,6 @@ def main() -> int:
     parser.add_argument("--llambda", type=float, default=0.8)
     args = parser.parse_args()
     check_writable(args.work_dir)
-    quiet_libraries()
     reference = evaluated(*REFERENCE, args)
     text = markdown(reference, [evaluated(*candidate, args) for candidate in CANDIDATES])
     write_text(args.work_dir / "samplers.md", text)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
+from scipy.stats import binomtest
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,6 +26,7 @@ from elite.pipeline import ElitePipeline
 from small_world.attributes import judged, right_ones
 from small_world.captions import CLASS_WORD, describe, phrase_of, place, with_article
 from small_world.classifier import Judge
+from small_world.markdown import percent, table
 from small_world.pretrain import base_pipeline
 from small_world.render import draw
 from small_world.samples import SIDE, small_pixels, whole_view
@@ -50,7 +52,6 @@ GALLERY_VIEWS = 4  # renders of each of them
 RENDERS = "renders of held-out critters"
 NEW_RENDERS = "renders of critters of new kinds"
 COLUMNS = ("body", "pattern", "colour", "second", "trim", "parts", "scene", "identity", "new kind")
-Z = 1.959964  # of a 95 % interval
 
 
 # --- what is asked --------------------------------------------------------------------------------
@@ -303,13 +304,10 @@ def wilson(right: int, total: int) -> tuple[float, float]:
     """95 % confidence interval of a share."""
     if total == 0:
         return 0.0, 1.0
-    share, spread = right / total, Z**2 / total
-    middle = share + spread / 2
-    half = (share * (1 - share) * spread + (spread / 2) ** 2) ** 0.5
-    return max((middle - half) / (1 + spread), 0.0), min((middle + half) / (1 + spread), 1.0)
+    found = binomtest(right, total).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)
 
 
-@torch.no_grad()
 def judge_pictures(
     judge: Judge, cases: Sequence[Case], pixels: Tensor, known: Tensor
 ) -> dict[str, Tensor]:
@@ -340,7 +338,6 @@ def judge_pictures(
     return found
 
 
-@torch.no_grad()
 def gallery(judge: Judge, tasks: Sequence[Task]) -> Tensor:
     """The direction in which the judge sees each thing, over some renders, (N, 64)."""
     return mean_directions([judged(judge, task.views)[1] for task in tasks])
@@ -379,7 +376,6 @@ def draw_row(row: Row[T], batch_size: int, progress: tqdm) -> Tensor:
     return torch.cat(drawn)
 
 
-@torch.no_grad()
 def score_row(judge: Judge, row: Row[Case], batch_size: int, progress: tqdm) -> dict[str, dict]:
     """Shares that are right over the row's cases, by column and attribute."""
     drawn = draw_row(row, batch_size, progress)
@@ -410,19 +406,12 @@ def score_rows(judge: Judge, rows: list[Row[Case]], batch_size: int) -> dict[str
 
 def markdown(scores: dict[str, dict], names: Sequence[str] = COLUMNS) -> str:
     """'| ELITE, lambda 0.8 | 93.2 (90.7-95.1) | ...': per cent, with the interval."""
-    lines = ["| % right (95 % interval) | " + " | ".join(names) + " |"]
-    lines.append("|---" * (len(names) + 1) + "|")
-    for row, by_name in scores.items():
-        cells = [_cell(by_name[name]) for name in names]
-        lines.append(f"| {row} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = [[row, *(_cell(by_name[name]) for name in names)] for row, by_name in scores.items()]
+    return table(["% right (95 % interval)", *names], rows)
 
 
 def _cell(score: dict) -> str:
-    if not score["total"]:
-        return "-"
-    low, high = (100 * bound for bound in score["interval"])
-    return f"{100 * score['accuracy']:.1f} ({low:.1f}-{high:.1f})"
+    return percent(score["accuracy"], *score["interval"]) if score["total"] else "-"
 
 
 def load_pipelines(
