@@ -303,15 +303,6 @@ def conditional_rows(of_layers: dict[str, KeysValues]) -> dict[str, KeysValues]:
     }
 
 
-class LocalInputs(nn.Module):
-    """Hands `image_embeds` to the attention processors as they are."""
-
-    def forward(
-        self, image_embeds: list[Tensor] | dict[str, KeysValues]
-    ) -> list[Tensor] | dict[str, KeysValues]:
-        return image_embeds
-
-
 def install(
     unet: UNet2DConditionModel,
     global_mapper: GlobalMapper,
@@ -340,7 +331,7 @@ def install(
     }
     for layer, attn in layers.items():
         attn.set_processor(processors[layer])
-    unet.encoder_hid_proj = LocalInputs()
+    unet.encoder_hid_proj = nn.Identity()  # hands `image_embeds` to the processors as they are
     unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
 
 

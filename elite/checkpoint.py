@@ -14,6 +14,7 @@ from transformers import CLIPVisionModel
 
 from elite.files import check_archive, is_file
 from elite.mappers import HIDDEN_LAYERS, Mapper
+from elite.wording import first_line
 
 M = TypeVar("M", bound=Mapper)
 MOST_KEYS_SHOWN = 6
@@ -46,10 +47,12 @@ def load_mapper(
         mapper = cls.from_pretrained(folder, use_safetensors=True)
     except Exception as error:  # a config of any shape
         raise ValueError(
-            f"{path}: not a {cls.__name__} folder ({_first_line(error)}); expected config.json "
+            f"{path}: not a {cls.__name__} folder ({first_line(error)}); expected config.json "
             "with safetensors, or a .pt file of the release"
         ) from None
-    reference = _reference(cls, mapper.state_dict(), unet, image_encoder, dict(mapper.config))
+    sizes = mapper.config.hidden_dim, mapper.config.hidden_layers
+    with torch.device("meta"):  # no memory used
+        reference = cls.shaped_for(unet, image_encoder, *sizes)
     _check_keys(mapper.state_dict(), reference, name=str(path))
     _check_values(mapper.state_dict(), name=str(path))
     return mapper
@@ -69,7 +72,7 @@ def load_torch(path: Path | str) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(
-            f"{path}: not plain tensors ({_first_line(error)}); it is refused, since loading "
+            f"{path}: not plain tensors ({first_line(error)}); it is refused, since loading "
             "anything else could run code; save it as safetensors where it comes from"
         ) from None
 
@@ -92,35 +95,24 @@ def mapper_from_state_dict(
     name: str = "state dict",
 ) -> M:
     """A mapper for these models with the release's tensors, bit for bit (their dtype kept)."""
-    mapper = _reference(cls, state, unet, image_encoder)
+    with torch.device("meta"):  # no memory used
+        mapper = cls.shaped_for(unet, image_encoder, *_release_sizes(state))
     _check_keys(state, mapper, name)
     _check_values(state, name)
     mapper.load_state_dict(state, assign=True)
     return mapper.requires_grad_(True).eval()
 
 
-def _reference(
-    cls: type[M],
-    state: dict[str, Tensor],
-    unet: UNet2DConditionModel,
-    image_encoder: CLIPVisionModel,
-    config: dict | None = None,
-) -> M:
-    """What a mapper for these models must look like: on the meta device, no memory used.
-
-    A release file says nothing of its configuration, so the number of levels and the width of the
-    MLPs come from its tensors, and the levels are the release's: every fourth hidden state.
-    """
+def _release_sizes(state: dict[str, Tensor]) -> tuple[int, tuple[int, ...]]:
+    """Width of the MLPs and hidden layers of a release file, which says nothing of them: the width
+    and number of levels of its tensors, and the release's levels, every fourth hidden state."""
     levels = {key.split(".")[0] for key in state if key.startswith("mapping_patch_")}
     first = state.get("mapping_0.0.weight")
     hidden_dim = 1024
     if first is not None and first.ndim == 2 and first.shape[0] <= WIDEST:
         hidden_dim = first.shape[0]
     hidden_layers = tuple(4 * (i + 1) for i in range(len(levels) - 1)) if levels else HIDDEN_LAYERS
-    if config is not None:
-        hidden_dim, hidden_layers = config["hidden_dim"], config["hidden_layers"]
-    with torch.device("meta"):
-        return cls.shaped_for(unet, image_encoder, hidden_dim, hidden_layers)
+    return hidden_dim, hidden_layers
 
 
 def _check_files(folder: Path) -> None:
@@ -189,7 +181,3 @@ def _listed(items: Iterable[str]) -> str:
     items = list(items)
     more = f" and {len(items) - MOST_KEYS_SHOWN} more" if len(items) > MOST_KEYS_SHOWN else ""
     return f"{len(items)}: " + ", ".join(items[:MOST_KEYS_SHOWN]) + more
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]

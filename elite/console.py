@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from types import FrameType
 from typing import Any, Self, TextIO
@@ -91,6 +91,14 @@ def check_least(args: argparse.Namespace, **least: int) -> None:
 def complain(message: object) -> None:
     """One line on stderr, whatever file names or prompts the message quotes."""
     print(f"error: {one_line(message)}", file=sys.stderr)
+
+
+def list_failures(failures: Sequence[object], what: str) -> int:
+    """Lists on stderr what could not be read, if anything. Returns the exit status."""
+    if failures:
+        lines = map(one_line, failures)
+        print(f"{len(failures)} {what} could not be read:", *lines, sep="\n  ", file=sys.stderr)
+    return PARTLY_FAILED if failures else OK
 
 
 def run(main: Callable[[], int]) -> None:

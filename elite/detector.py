@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
-from elite.loading import load_part
+from elite.loading import load_part, load_whole
 from elite.masks import Box, Found
 from elite.wording import brief, first_line
 
@@ -23,33 +23,16 @@ class Detector:
         name_or_path: folder or hub name of a model of `AutoModelForZeroShotObjectDetection` and its
             processor.
         words: what to look for.
-        device: None takes the GPU if there is one.
 
     Raises:
         ValueError: nothing there, no such detector, weights are missing, or it cannot read the
             words.
     """
 
-    def __init__(
-        self,
-        name_or_path: str | Path,
-        words: Sequence[str],
-        device: str | torch.device | None = None,
-    ) -> None:
+    def __init__(self, name_or_path: str | Path, words: Sequence[str]) -> None:
         remedy = f"expected a zero-shot detector's folder or hub name, as {HUB_DETECTOR}"
         self.processor = load_part(AutoProcessor, name_or_path, remedy=remedy)
-        self.model, report = load_part(
-            AutoModelForZeroShotObjectDetection,
-            name_or_path,
-            remedy=remedy,
-            output_loading_info=True,
-        )
-        if report["missing_keys"]:
-            raise ValueError(
-                f"{name_or_path}: has no weights for {min(report['missing_keys'])}; {remedy}"
-            )
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.model.to(device).float().eval()
+        self.model = load_whole(AutoModelForZeroShotObjectDetection, name_or_path, remedy)
         self.words = list(words)
         try:
             self(np.full((64, 64, 3), 128, dtype=np.uint8), 0.5)

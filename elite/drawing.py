@@ -24,6 +24,7 @@ from elite.data import PairFolder
 from elite.defaults import DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
 from elite.encoding import batches, columns, progress_bar, read_entries, shown
 from elite.files import check_writable, write_atomically
+from elite.images import read_image
 from elite.loading import side_in_pixels
 from elite.named_concepts import Words
 from elite.pipeline import Elite, initial_noise, make_generators
@@ -50,19 +51,6 @@ class Drawing:
     guidance_scale: float = GUIDANCE_SCALE
     negative_prompt: str | None = None  # of every picture; None means an empty one
     speed: Speed = EXACT
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Of every call of the pipeline."""
-        return {
-            "words": self.words,
-            "height": self.resolution,
-            "width": self.resolution,
-            "num_inference_steps": self.num_inference_steps,
-            "guidance_scale": self.guidance_scale,
-            "negative_prompt": self.negative_prompt,
-            "speed": self.speed,
-        }
 
     def __call__(
         self,
@@ -111,10 +99,16 @@ class Drawing:
             list(prompts),
             concepts={word: needed(word, concept) for word, concept in concepts.items()},
             lambda_=weights,
+            words=self.words,
             regions=regions,
             seed=list(seeds),
+            height=self.resolution,
+            width=self.resolution,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            negative_prompt=self.negative_prompt,
+            speed=self.speed,
             callback_on_step_end=step_ended,
-            **self.options,
         ).images
 
     def metadata(self, pipe: Elite) -> dict[str, str]:
@@ -157,20 +151,6 @@ class Job:
     def stem(self) -> str:
         """File name of the release: index and seed."""
         return f"{self.index:05d}_{self.seed:05d}"
-
-
-def make_jobs(
-    folder: PairFolder | ConceptFolder,
-    indices: Sequence[int],
-    seeds: Sequence[int],
-    settings: Mapping[str, str],
-) -> list[Job]:
-    """Each object once per seed, object by object."""
-    jobs = []
-    for index in indices:
-        metadata = {**settings, "source": folder.digest(index)}
-        jobs += [Job(index, seed, {**metadata, "seed": str(seed)}) for seed in seeds]
-    return jobs
 
 
 def is_drawn(path: Path, metadata: Mapping[str, str]) -> bool:
@@ -224,7 +204,10 @@ def draw_folder(
     share = indices[state.process_index :: state.num_processes]
     failures: list[str] = []
     settings = {"prompt": prompt, **drawing.metadata(pipe), **(metadata or {})}
-    jobs = make_jobs(folder, share, seeds, settings)
+    jobs: list[Job] = []
+    for index in share:
+        source = {**settings, "source": folder.digest(index)}
+        jobs += [Job(index, seed, {**source, "seed": str(seed)}) for seed in seeds]
     count = len(jobs)
     if skip_existing:
         jobs = [job for job in jobs if not is_drawn(output_dir / f"{job.stem}.png", job.metadata)]
@@ -315,9 +298,8 @@ def draw_prompt_grid(
             for batch in batches(iter(seeds), batch_size):
                 pictures = draw([prompt] * len(batch), batch)
                 for seed, picture in zip(batch, pictures, strict=True):
-                    info = png_info({"prompt": prompt, "seed": str(seed), **settings})
                     path = output_dir / f"{number:05d}_{seed:05d}.png"
-                    write_atomically(path, partial(picture.save, pnginfo=info))
+                    write_png(path, picture, {"prompt": prompt, "seed": str(seed), **settings})
                 row += pictures
                 progress.update(len(batch))
             rows.append(row)
@@ -325,12 +307,12 @@ def draw_prompt_grid(
     write_atomically(output_dir / "grid.png", sheet.save)
 
 
-def png_info(metadata: Mapping[str, str]) -> PngImagePlugin.PngInfo:
-    """What a PNG says of itself, for Pillow."""
+def write_png(path: Path, picture: Image.Image, metadata: Mapping[str, str]) -> None:
+    """Writes a lossless PNG that says this of itself."""
     info = PngImagePlugin.PngInfo()
     for key, value in metadata.items():
         info.add_text(key, value)
-    return info
+    write_atomically(path, partial(picture.save, pnginfo=info))
 
 
 def write_picture(folder: Path, job: Job, picture: Image.Image, image: np.ndarray | None) -> None:
@@ -345,8 +327,7 @@ def write_picture(folder: Path, job: Job, picture: Image.Image, image: np.ndarra
         seen = Image.fromarray(image).resize(picture.size, Image.Resampling.BICUBIC)
         side_by_side.paste(seen, (picture.width, 0))
         write_atomically(both, lambda path: side_by_side.save(path, quality=95, subsampling=0))
-    info = png_info({**job.metadata, **VERSIONS})
-    write_atomically(folder / f"{job.stem}.png", partial(picture.save, pnginfo=info))
+    write_png(folder / f"{job.stem}.png", picture, {**job.metadata, **VERSIONS})
 
 
 def contact_sheet(
@@ -367,9 +348,6 @@ def contact_sheet(
             row = shown(folder, index)
         except ValueError:
             continue
-        for path in drawn:
-            with Image.open(path) as picture:
-                row.append(picture.convert("RGB"))
-        rows.append(row)
+        rows.append([*row, *(Image.fromarray(read_image(path)) for path in drawn)])
     names = [*columns(folder), *(f"seed {seed}" for seed in seeds)]
     return tile_rows(rows, names, title) if rows else None

@@ -261,21 +261,30 @@ def load_part(
     try:
         part = getattr(cls, loader)(source, **options)
     except Exception as error:
-        variants = _variants(Path(source) / subfolder)
-        raise ValueError(
-            f"{source}: cannot load {subfolder or cls.__name__} ({first_line(error)}); "
-            + (
-                f"its weights are of a variant, choose --variant {' or '.join(sorted(variants))}"
-                if variants
-                else remedy
-            )
-        ) from None
+        variants = " or ".join(sorted(_variants(Path(source) / subfolder)))
+        if variants:
+            remedy = f"its weights are of a variant, choose --variant {variants}"
+        what = subfolder or cls.__name__
+        raise ValueError(f"{source}: cannot load {what} ({first_line(error)}); {remedy}") from None
     if cls is CLIPTokenizer and len(part) == len(set(part.all_special_ids)):
         # Without its files, transformers gives a tokenizer that knows no word.
         raise ValueError(
             f"{source}: no {subfolder or 'tokenizer'}; expected vocab.json and merges.txt in it"
         )
     return part.float().eval() if isinstance(part, torch.nn.Module) else part
+
+
+def load_whole(cls: type, source: str | Path, remedy: str) -> Any:
+    """A model of `transformers` in float32, none of its weights missing, on the GPU if there is
+    one.
+
+    Raises:
+        ValueError: as `load_part`, or weights are missing.
+    """
+    model, report = load_part(cls, source, remedy=remedy, output_loading_info=True)
+    if report["missing_keys"]:
+        raise ValueError(f"{source}: has no weights for {min(report['missing_keys'])}; {remedy}")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").float().eval()
 
 
 def _variants(folder: Path) -> set[str]:

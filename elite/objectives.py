@@ -170,9 +170,9 @@ class EliteObjective(DenoisingObjective):
         write_atomically(folder / name, self.trained.save_pretrained)
 
     @property
-    @abstractmethod
     def words_injected(self) -> int:
-        """How many words the placeholder becomes."""
+        """How many words the placeholder becomes: all in stage 1, w0 in stage 2."""
+        return self.global_mapper.num_levels if self.local_mapper is None else 1
 
     def tokens(self, captions: list[str]) -> dict[str, Tensor]:
         ids_of_each, index = tokenize_for_each(
@@ -210,10 +210,6 @@ class EliteObjective(DenoisingObjective):
 class GlobalObjective(EliteObjective):
     """Stage 1 (paper eq. 4): learns the global mapper with all its words in the prompt."""
 
-    @property
-    def words_injected(self) -> int:
-        return self.global_mapper.num_levels
-
     def loss(self, batch: Batch, latents: Tensor, noise: Tensor, t: Tensor) -> dict[str, Tensor]:
         """`mean((eps_hat - eps)^2) + 0.01 mean|w|` for given noise and timesteps."""
         layers = self.global_mapper.config.hidden_layers
@@ -236,10 +232,6 @@ class LocalObjective(EliteObjective):
     """
 
     local_mapper: LocalMapper
-
-    @property
-    def words_injected(self) -> int:
-        return 1
 
     def loss(self, batch: Batch, latents: Tensor, noise: Tensor, t: Tensor) -> dict[str, Tensor]:
         """`sum(M (eps_hat - eps)^2) / sum(M)` per sample, averaged, plus `1e-4 mean|V_l f|`.

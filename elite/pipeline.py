@@ -351,14 +351,10 @@ class Elite(DiffusersPipeline):
         for other in ("generator", "latents"):
             if kwargs.get(other) is not None:
                 raise ValueError(f"seed and {other} are both given; leave one of them out")
-        embeds = kwargs.get("prompt_embeds")
-        prompts = (
-            len(embeds)
-            if embeds is not None
-            else 1
-            if isinstance(prompt, str)
-            else len(prompt or ())
-        )
+        given = kwargs.get("prompt_embeds")
+        if given is None:
+            given = [prompt] if isinstance(prompt, str) else prompt or ()
+        prompts = len(given)
         each = kwargs.get("num_images_per_prompt", 1)
         if isinstance(seed, int | np.integer):
             seed = [int(seed) + i for _ in range(prompts) for i in range(each)]

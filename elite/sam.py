@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import SamModel, SamProcessor
 
-from elite.loading import load_part
+from elite.loading import load_part, load_whole
 from elite.masks import Box, check_box
 
 HUB_SAM = "facebook/sam-vit-base"
@@ -19,13 +19,12 @@ class Sam:
 
     Args:
         name_or_path: folder or hub name of a `SamModel` and its processor.
-        device: None takes the GPU if there is one.
 
     Raises:
         ValueError: nothing there, no Segment Anything, or weights are missing.
     """
 
-    def __init__(self, name_or_path: str | Path, device: str | torch.device | None = None) -> None:
+    def __init__(self, name_or_path: str | Path) -> None:
         remedy = f"expected a Segment Anything folder or hub name, as {HUB_SAM}"
         config = load_part(
             SamModel.config_class, name_or_path, loader="get_config_dict", remedy=remedy
@@ -34,15 +33,7 @@ class Sam:
             kind = config.get("model_type", "no known kind")
             raise ValueError(f"{name_or_path}: is a model of {kind}; {remedy}")
         self.processor = load_part(SamProcessor, name_or_path, remedy=remedy)
-        self.model, report = load_part(
-            SamModel, name_or_path, remedy=remedy, output_loading_info=True
-        )
-        if report["missing_keys"]:
-            raise ValueError(
-                f"{name_or_path}: has no weights for {min(report['missing_keys'])}; {remedy}"
-            )
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.model.to(device).float().eval()
+        self.model = load_whole(SamModel, name_or_path, remedy)
 
     @torch.inference_mode()
     def __call__(self, image: np.ndarray, box: Box | None = None) -> np.ndarray:

@@ -109,14 +109,10 @@ def save_index(
     listed = {}
     for name, table in tables.items():
         path = folder / f"{name}.npy"
-        write_atomically(path, partial(_save_table, table))
+        write_atomically(path, partial(np.save, arr=table, allow_pickle=False))
         listed[name] = _entry(list_file(path))
     index = {"format": kind.format, "tables": listed, "shards": [_entry(file) for file in shards]}
     write_json(folder / INDEX, index)
-
-
-def _save_table(table: np.ndarray, path: Path) -> None:
-    np.save(path, table, allow_pickle=False)
 
 
 def shards_in(folder: Path) -> list[Path]:

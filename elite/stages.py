@@ -1,14 +1,13 @@
 """What the training scripts share: frozen parts, mappers old and new, a configuration handed to the
 loop, previews."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
@@ -126,105 +125,83 @@ def fit_as_configured(
             f"{sum(p.numel() for p in objective.trained.parameters()):,} trained parameters"
         )
     rate_scale = samples_per_step if config.scale_lr else 1
-    with TemporaryDirectory() as scratch, _resume_command_told(accelerator):
+    with TemporaryDirectory() as scratch:
         output_dir = Path(scratch if config.dry_run else config.output_dir)
-        fit(
-            objective,
-            dataset,
-            accelerator,
-            output_dir=output_dir,
-            max_steps=1 if config.dry_run else max_steps,
-            batch_size=config.train_batch_size,
-            seed=config.seed,
-            num_workers=config.dataloader_num_workers,
-            learning_rate=config.learning_rate * rate_scale,
-            own_rates={name: rate * rate_scale for name, rate in (own_rates or {}).items()},
-            lr_scheduler=config.lr_scheduler,
-            lr_warmup_steps=config.lr_warmup_steps,
-            adam_betas=(config.adam_beta1, config.adam_beta2),
-            adam_epsilon=config.adam_epsilon,
-            weight_decay=config.adam_weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            save_steps=config.save_steps,
-            checkpoints_total_limit=config.checkpoints_total_limit,
-            resume=None if config.dry_run else config.resume_from_checkpoint,
-            shard_optimizer=config.shard_optimizer,
-            attention_positions=latents_side**2,
-            ema_decay=config.ema_decay if config.ema else None,
-            preview=preview,
-            validation_steps=0 if config.dry_run else preview_steps,
-            logging_dir=config.logging_dir,
-            config=to_dict(config),
-        )
-
-
-@contextmanager
-def _resume_command_told(accelerator: Accelerator) -> Iterator[None]:
-    """Prints how to go on where a signal stops the run."""
-    try:
-        yield
-    except Stopped:
-        accelerator.print("resume with:", command_again("--resume_from_checkpoint", "latest"))
-        raise
+        try:
+            fit(
+                objective,
+                dataset,
+                accelerator,
+                output_dir=output_dir,
+                max_steps=1 if config.dry_run else max_steps,
+                batch_size=config.train_batch_size,
+                seed=config.seed,
+                num_workers=config.dataloader_num_workers,
+                learning_rate=config.learning_rate * rate_scale,
+                own_rates={name: rate * rate_scale for name, rate in (own_rates or {}).items()},
+                lr_scheduler=config.lr_scheduler,
+                lr_warmup_steps=config.lr_warmup_steps,
+                adam_betas=(config.adam_beta1, config.adam_beta2),
+                adam_epsilon=config.adam_epsilon,
+                weight_decay=config.adam_weight_decay,
+                max_grad_norm=config.max_grad_norm,
+                save_steps=config.save_steps,
+                checkpoints_total_limit=config.checkpoints_total_limit,
+                resume=None if config.dry_run else config.resume_from_checkpoint,
+                shard_optimizer=config.shard_optimizer,
+                attention_positions=latents_side**2,
+                ema_decay=config.ema_decay if config.ema else None,
+                preview=preview,
+                validation_steps=0 if config.dry_run else preview_steps,
+                logging_dir=config.logging_dir,
+                config=to_dict(config),
+            )
+        except Stopped:
+            accelerator.print("resume with:", command_again("--resume_from_checkpoint", "latest"))
+            raise
 
 
 def pair_preview(
     config: TrainConfig, objective: EliteObjective, parts: Mapping[str, Any], words: Words
-) -> "PairPreview | None":
-    """The previews of a stage; None where the configuration wants none.
+) -> Callable[[], Image.Image] | None:
+    """The previews of a stage, the first validation pairs as the model draws them now: generated |
+    target | views | mask. None where the configuration wants none.
 
     Args:
         words: those the stage trains with, as for a call of `Elite`.
     """
     if not config.validation_steps or config.dry_run:
         return None
-    return PairPreview(config, objective, parts, words, PairFolder(config.validation_data_dir))
+    pairs = PairFolder(config.validation_data_dir)
 
-
-class PairPreview:
-    """The first validation pairs as the model draws them now: generated | target | views | mask."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        objective: EliteObjective,
-        parts: Mapping[str, Any],
-        words: Words,
-        pairs: PairFolder,
-    ) -> None:
-        self.config, self.objective, self.parts = config, objective, parts
-        self.words, self.pairs = words, pairs
-
-    def __call__(self) -> Image.Image:
-        pipe = pipeline_of(self.parts["unet"])(
-            **{**self.parts, "scheduler": make_scheduler("dpm++", self.parts["scheduler"].config)},
-            global_mapper=self.objective.global_mapper,
-            local_mapper=self.objective.local_mapper,
+    def draw() -> Image.Image:
+        pipe = pipeline_of(parts["unet"])(
+            **{**parts, "scheduler": make_scheduler("dpm++", parts["scheduler"].config)},
+            global_mapper=objective.global_mapper,
+            local_mapper=objective.local_mapper,
         )
         pipe.set_progress_bar_config(disable=True)
-        prompt = PREVIEW_TEMPLATE.format(self.config.placeholder_token)
+        prompt = PREVIEW_TEMPLATE.format(config.placeholder_token)
         rows = []
-        for index in range(min(self.config.num_validation_images, len(self.pairs))):
+        for index in range(min(config.num_validation_images, len(pairs))):
             try:
-                image, mask = self.pairs.read(index)
+                image, mask = pairs.read(index)
             except ValueError as error:
                 tqdm.write(f"preview skips {error}")
                 continue
             generated = pipe(
                 prompt,
                 concept=pipe.encode_views(**pipe.concept_views(image, mask)),
-                words=self.words,
-                placeholder_token=self.config.placeholder_token,
-                seed=self.config.seed,
-                height=self.config.resolution,
-                width=self.config.resolution,
+                words=words,
+                placeholder_token=config.placeholder_token,
+                seed=config.seed,
+                height=config.resolution,
+                width=config.resolution,
                 num_inference_steps=PREVIEW_STEPS,
             ).images[0]
             target = Image.fromarray(image).resize(generated.size, Image.Resampling.BICUBIC)
-            views = [
-                Image.fromarray(image),
-                Image.fromarray(cut_out(image, mask)),
-                Image.fromarray(mask),
-            ]
-            rows.append([generated, target, *views])
+            views = [image, cut_out(image, mask), mask]
+            rows.append([generated, target, *map(Image.fromarray, views)])
         return tile_rows(rows, ["generated", "target", "view", "object view", "mask"])
+
+    return draw

@@ -3,8 +3,7 @@
 import itertools
 import re
 import signal
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import cv2
@@ -194,21 +193,6 @@ class TrainingStream(Dataset):
         )
 
 
-@dataclass(frozen=True)
-class Positions:
-    """The positions of the stream that a process reads: its micro-batches, without end."""
-
-    batch_size: int
-    start: int
-    process_index: int
-    num_processes: int
-
-    def __iter__(self) -> Iterator[list[int]]:
-        first = self.start + self.process_index * self.batch_size
-        for position in itertools.count(first, self.batch_size * self.num_processes):
-            yield list(range(position, position + self.batch_size))
-
-
 def stream_loader(
     stream: TrainingStream,
     *,
@@ -219,14 +203,15 @@ def stream_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Batches of the stream without end, from position `start` on.
+    """Batches of the stream without end, from position `start` on; to be read once.
 
     Micro-batch k of process p holds positions `start + k * B * P + p * B` and the B - 1 after it,
     so P processes of batch B see together what one process of batch P * B sees.
     """
+    firsts = itertools.count(start + process_index * batch_size, batch_size * num_processes)
     return DataLoader(
         stream,
-        batch_sampler=Positions(batch_size, start, process_index, num_processes),
+        batch_sampler=(list(range(first, first + batch_size)) for first in firsts),
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=pin_memory,

@@ -284,7 +284,8 @@ def injected(
     """Within it, this text encoder (no other instance) reads `words` where the placeholders stand,
     and `input_ids`, if given, in place of the ids it is called with. Pooled text is taken where the
     words have moved the end to."""
-    embedding, moved = text_encoder.get_input_embeddings(), _moved(words, index)
+    embedding = text_encoder.get_input_embeddings()
+    moved = (words.shape[-2] - 1) * index[0].numel()  # places by which words move the end
     embedded = input_ids
 
     def ids_given(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -304,11 +305,6 @@ def injected(
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _moved(words: Tensor, index: Tensor) -> int:
-    """By how many places words move the end of a text; arguments as for `inject_words`."""
-    return (words.shape[-2] - 1) * (1 if index.ndim == 1 else index.shape[1])
 
 
 def _end_moved(input_ids: Tensor, moved: int, end: int) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, send_to_device
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -159,7 +159,7 @@ def fit(
                 asked = time.monotonic()
                 batch = next(batches)
                 waited += time.monotonic() - asked
-                batch = _to_device(batch, accelerator.device)
+                batch = send_to_device(batch, accelerator.device, non_blocking=True)
                 failures += batch.pop("failures")
                 shown.append(batch.pop("sample_index"))
                 with accelerator.accumulate(model):
@@ -245,13 +245,6 @@ def _attention_kernel(
     if is_short and accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
         return sdpa_kernel(SDPBackend.MATH)
     return nullcontext()
-
-
-def _to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    return {
-        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for key, value in batch.items()
-    }
 
 
 def _reduce(
