@@ -138,13 +138,11 @@ class AppHandlers:
         marked = None
         try:
             if values["picture"]:
-                shown = self._shown(values)
-                picture = shown.read_picture()
+                shown, picture, marked = self._read(values)  # stays where no object is found
                 oblong = picture.shape[0] != picture.shape[1]
-                marked = square = shown.square(picture)  # stays where no object is found
                 mask = shown.read_mask(picture)
-                marked = dimmed(square, mask)
-                views = list(zip(self.studio.look(square, mask), VIEWS, strict=True))
+                views = list(zip(self.studio.look(marked, mask), VIEWS, strict=True))
+                marked = dimmed(marked, mask)
                 doubtful = doubt(mask) if method == "file" else ""
                 said = message(f"mask: {doubtful}") if doubtful else ""
         except Exception as error:
@@ -195,18 +193,17 @@ class AppHandlers:
             marked = None
             try:
                 with numbered(number, len(pictures)):
-                    shown = self._shown(one)
-                    picture = shown.read_picture()
-                    marked = square = shown.square(picture)  # stays where no object is found
-                    marked = dimmed(square, shown.read_mask(picture))
+                    shown, picture, marked = self._read(one)  # stays where no object is found
+                    marked = dimmed(marked, shown.read_mask(picture))
             except Exception as error:
                 said += problem(error)
             thumbs[one["picture"]] = data_url(marked, THUMB_SIDE)
         more = {"several_message": said} if said else {}  # another message stays
         return {"several": gr.update(thumbs=thumbs), **more}
 
-    def _shown(self, values: Values) -> Shown:
-        return Shown(
+    def _read(self, values: Values) -> tuple[Shown, np.ndarray, np.ndarray]:
+        """How an object is shown, the picture it is in, and that picture made square."""
+        shown = Shown(
             picture=values["picture"],
             squaring=values["squaring"],
             position=values["position"],
@@ -216,6 +213,8 @@ class AppHandlers:
             max_pixels=self.max_pixels,
             find=self.find,
         )
+        picture = shown.read_picture()
+        return shown, picture, shown.square(picture)
 
     def new_second(self, values: Values) -> Values:
         """What is wrong with the file of the second object, and with prompts now that there is one
@@ -240,9 +239,8 @@ class AppHandlers:
         concepts, seen = [], []
         for number, one in enumerate(pictures, 1):
             with numbered(number, len(pictures)):
-                shown = self._shown(one)
-                picture = shown.read_picture()
-                square, mask = shown.square(picture), shown.read_mask(picture)
+                shown, picture, square = self._read(one)
+                mask = shown.read_mask(picture)
                 concepts.append(self.studio.encode(square, mask))
                 seen.append(self.studio.look(square, mask)[0])
         return Concept.stack(concepts).as_one(), seen

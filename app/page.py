@@ -80,21 +80,24 @@ def seldom(tell: Tell) -> Tell:
     return told
 
 
+def _asset(name: str, **props: Any) -> gr.HTML:
+    """A control of our own, assets/NAME.html with NAME.js."""
+    html, script = ((ASSETS / f"{name}.{end}").read_text("utf-8") for end in ("html", "js"))
+    return gr.HTML(value="", html_template=html, js_on_load=script, **props)
+
+
+def _likeness(label: str, has_details: bool, info: str | None = None) -> gr.Slider:
+    """A slider of lambda, where there is a local branch for it to weigh."""
+    return gr.Slider(0, MAX_LAMBDA, LAMBDA, step=0.05, label=label, info=info, visible=has_details)
+
+
 def _object_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
     """Picture, square, mask, what the model sees, and the object as a file."""
     gr.Markdown("## 1. Your object")
     controls["picture"] = picture_input(
         label="Picture of one object (drop, click or paste)", height=240
     )
-    controls["several"] = gr.HTML(
-        value="",
-        html_template=(ASSETS / "several.html").read_text(encoding="utf-8"),
-        js_on_load=(ASSETS / "several.js").read_text(encoding="utf-8"),
-        here=False,
-        now="",
-        thumbs={},
-        most=MAX_SHOWN,
-    )
+    controls["several"] = _asset("several", here=False, now="", thumbs={}, most=MAX_SHOWN)
     controls["several_message"] = gr.HTML()
     if handlers.examples is not None:
         controls["examples"] = gallery(
@@ -136,14 +139,7 @@ def _object_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
         controls["mask"] = picture_input(
             label="Mask of the picture: white where the object is, black elsewhere", height=160
         )
-    controls["marks"] = gr.HTML(
-        value="",
-        html_template=(ASSETS / "marker.html").read_text(encoding="utf-8"),
-        js_on_load=(ASSETS / "marker.js").read_text(encoding="utf-8"),
-        picture="",
-        method="centre",
-        clicks=handlers.takes_clicks,
-    )
+    controls["marks"] = _asset("marker", picture="", method="centre", clicks=handlers.takes_clicks)
     controls["object_message"] = gr.HTML()
     controls["views"] = gallery(
         "What the model sees: the picture, the object, the patches it reads (not pink)",
@@ -174,14 +170,10 @@ def _prompt_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
         max_lines=8,
     )
     controls["prompt_message"] = gr.HTML()
-    controls["lambda_"] = gr.Slider(
-        0,
-        MAX_LAMBDA,
-        LAMBDA,
-        step=0.05,
-        label="Likeness to your object (lambda)",
-        info="0: only a rough idea of it. 0.6: room for the prompt. 0.8: the object itself.",
-        visible=studio.has_details,
+    controls["lambda_"] = _likeness(
+        "Likeness to your object (lambda)",
+        studio.has_details,
+        "0: only a rough idea of it. 0.6: room for the prompt. 0.8: the object itself.",
     )
     controls["count"] = gr.Slider(1, 8, 2, step=1, label="Pictures of each prompt")
     with gr.Accordion("A second object in the same picture", open=False):
@@ -261,14 +253,7 @@ def _second_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
         gr.File(label="The other object's file", file_types=[".safetensors"], height=120)
     )
     controls["second_message"] = gr.HTML()
-    controls["second_lambda"] = gr.Slider(
-        0,
-        MAX_LAMBDA,
-        LAMBDA,
-        step=0.05,
-        label=f"Likeness to {second} (lambda)",
-        visible=studio.has_details,
-    )
+    controls["second_lambda"] = _likeness(f"Likeness to {second} (lambda)", studio.has_details)
     controls["where"] = gr.Radio(
         [
             ("Anywhere", ""),

@@ -172,7 +172,6 @@ def serve(
             ssr_mode=False,
             mcp_server=False,
             enable_monitoring=False,
-            allowed_paths=[],
             **launch,
         )
     except OSError as error:

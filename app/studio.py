@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from threading import Lock
 
@@ -18,9 +17,8 @@ from torch import Tensor
 from app.marking import folder_hidden
 from elite.concept import Concept, ConceptFolder
 from elite.defaults import DEFAULT_SAMPLER, DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
-from elite.drawing import VERSIONS, Drawing, OnStep, metadata_of_several, png_info
+from elite.drawing import VERSIONS, Drawing, OnStep, metadata_of_several, write_png
 from elite.encoding import batches
-from elite.files import write_atomically
 from elite.images import from_clip_pixels
 from elite.loading import SCHEDULERS, make_scheduler
 from elite.named_concepts import Words
@@ -116,7 +114,7 @@ class Drawn:
 
     def save(self, path: Path) -> None:
         """A lossless PNG with the metadata in it."""
-        write_atomically(path, partial(self.picture.save, pnginfo=png_info(self.metadata)))
+        write_png(path, self.picture, self.metadata)
 
 
 def _check(name: str, value: float, low: float, high: float) -> None:
@@ -305,8 +303,7 @@ class Studio:
         weights = {self.placeholder_token: drawing.lambda_, **order.others}
         regions = {word: HALVES[half] for word, half in order.regions.items()}
         with self._lock:
-            scheduler = make_scheduler(order.scheduler, self.pipe.scheduler.config)
-            self.pipe.scheduler = scheduler
+            self.pipe.scheduler = make_scheduler(order.scheduler, self.pipe.scheduler.config)
             pictures = drawing.with_concepts(
                 self.pipe, concepts, weights, regions, prompts, seeds, on_step
             )
@@ -339,5 +336,4 @@ def save_strip(drawn: Sequence[Drawn], seen: np.ndarray | None, path: Path) -> N
     rows = [[*first, *(one.picture for one in drawn if one.prompt == p)] for p in prompts]
     columns = [*(["object"] if first else []), *(f"lambda {value}" for value in lambdas)]
     metadata = {**drawn[0].metadata, "prompt": "\n".join(prompts), "lambda": "; ".join(lambdas)}
-    sheet = tile_rows(rows, columns, "; ".join(prompts))
-    write_atomically(path, partial(sheet.save, pnginfo=png_info(metadata)))
+    write_png(path, tile_rows(rows, columns, "; ".join(prompts)), metadata)

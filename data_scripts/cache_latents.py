@@ -16,9 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
 
-from elite.console import OK, PARTLY_FAILED, check_least, quiet_libraries, run, script_parser
+from elite.console import check_least, list_failures, quiet_libraries, run, script_parser
 from elite.files import check_writable
-from elite.wording import one_line
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -72,15 +71,12 @@ def main(arguments: list[str] | None = None) -> int:
     from elite.open_images import OpenImagesBoxes
     from elite.shards import open_source
 
-    model, hub = args.pretrained_model_name_or_path, {}
-    if args.revision:
-        hub["revision"] = args.revision
+    model, hub = args.pretrained_model_name_or_path, {"revision": args.revision}
     if is_file(model):
         parts = load_stable_diffusion(model, single_file_config=args.single_file_config)
         vae, unet_config = parts["vae"], parts["unet"].config
     else:
-        weights = {**hub, "variant": args.variant} if args.variant else hub
-        vae = load_part(AutoencoderKL, model, "vae", **weights)
+        vae = load_part(AutoencoderKL, model, "vae", variant=args.variant, **hub)
         unet_config = load_part(UNet2DConditionModel, model, "unet", loader="load_config", **hub)
     resolution = side_for_training(args.resolution, unet_config, vae)
     source = open_source(args.train_data_dir, cache=args.shard_cache, cache_gb=args.shard_cache_gb)
@@ -94,10 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
         workers=args.workers,
     )
     print(f"{args.out_dir}: latents of {len(boxes)} targets at {resolution} px")
-    if failures:
-        lines = map(one_line, failures)
-        print(f"{len(failures)} images could not be read:", *lines, sep="\n  ", file=sys.stderr)
-    return PARTLY_FAILED if failures else OK
+    return list_failures(failures, "images")
 
 
 if __name__ == "__main__":

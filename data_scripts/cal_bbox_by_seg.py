@@ -10,30 +10,21 @@ could be done; 3: some masks could not be read (they are listed, the rest is wri
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import cv2
 import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
 
 from elite.annotations import save_mask_boxes
-from elite.console import (
-    OK,
-    PARTLY_FAILED,
-    add_set_name,
-    add_workers,
-    check_least,
-    run,
-    script_parser,
-)
+from elite.console import add_set_name, add_workers, check_least, list_failures, run, script_parser
 from elite.files import check_writable
 from elite.images import read_mask
 from elite.open_images import files_in
-from elite.wording import one_line
 
 Box = tuple[int, int, int, int]  # hs, he, ws, we: mask[hs:he, ws:we] is the object
 CHUNK = 64  # masks handed to a process at a time
@@ -50,44 +41,34 @@ def even_span(start: int, stop: int, size: int) -> tuple[int, int]:
 
 def tight_box(mask: np.ndarray) -> Box | None:
     """Box of all object pixels of a mask (H, W); None where a side is under 2 px."""
-    spans = []
-    for axis, size in ((1, mask.shape[0]), (0, mask.shape[1])):
-        filled = np.flatnonzero(mask.any(axis=axis))
-        if not len(filled) or filled[-1] - filled[0] < 1:
-            return None
-        spans.append(even_span(int(filled[0]), int(filled[-1]) + 1, size))
-    return (*spans[0], *spans[1])
+    left, top, width, height = cv2.boundingRect(mask.astype(np.uint8))
+    if min(width, height) < 2:
+        return None
+    rows = even_span(top, top + height, mask.shape[0])
+    return (*rows, *even_span(left, left + width, mask.shape[1]))
 
 
-def box_of_file(path: Path) -> tuple[Path, Box | None, str | None]:
-    """A mask file, its box, and what was wrong with it."""
+def box_of_file(path: Path) -> Box | str | None:
+    """The box of a mask file; a text says what is wrong with it."""
     try:
-        return path, tight_box(read_mask(path)), None
+        return tight_box(read_mask(path))
     except ValueError as error:
-        return path, None, str(error)
+        return str(error)
 
 
 def boxes_of_files(
-    paths: list[Path], workers: int
-) -> Iterator[tuple[Path, Box | None, str | None]]:
-    """`box_of_file` of all, in parallel, with a progress bar."""
-    progress = tqdm(total=len(paths), unit="mask", desc="boxes")
-    with progress, ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for result in pool.map(box_of_file, paths, chunksize=CHUNK):
-            progress.update()
-            yield result
-
-
-def collect(
-    results: Iterable[tuple[Path, Box | None, str | None]], folder: Path
+    paths: list[Path], folder: Path, workers: int
 ) -> tuple[dict[str, Box], list[str]]:
-    """Boxes by file name, from the folder on, and the messages of masks that could not be read."""
+    """Boxes by file name, from the folder on, and the messages of masks that could not be read; in
+    parallel, with a progress bar."""
     boxes, failures = {}, []
-    for path, box, failure in results:
-        if box is not None:
-            boxes[path.relative_to(folder).as_posix()] = box
-        if failure is not None:
-            failures.append(failure)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        found = zip(paths, pool.map(box_of_file, paths, chunksize=CHUNK), strict=True)
+        for path, box in tqdm(found, "boxes", len(paths), unit="mask"):
+            if isinstance(box, str):
+                failures.append(box)
+            elif box is not None:
+                boxes[path.relative_to(folder).as_posix()] = box
     return boxes, failures
 
 
@@ -115,13 +96,10 @@ def main(arguments: list[str] | None = None) -> int:
     masks, place = find_masks(args.folder.resolve(), args.set_name)
     index_path = place.with_name(f"{place.name}_bbox_dict.npy")
     check_writable(index_path.parent)
-    boxes, failures = collect(boxes_of_files(masks, args.workers), place)
+    boxes, failures = boxes_of_files(masks, place, args.workers)
     save_mask_boxes(index_path, boxes)
     print(f"{index_path}: {len(boxes)} boxes of {len(masks)} masks")
-    if failures:
-        lines = map(one_line, failures)
-        print(f"{len(failures)} masks could not be read:", *lines, sep="\n  ", file=sys.stderr)
-    return PARTLY_FAILED if failures else OK
+    return list_failures(failures, "masks")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import sys
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
 
-from elite.console import OK, run, script_parser
+from elite.console import OK, check_least, run, script_parser
 from elite.files import check_writable, write_atomically
 
 MIN_SIDE = 24  # pixels; smaller pictures show nothing
@@ -141,18 +142,19 @@ def emoji_names() -> dict[str, str]:
     }
 
 
-def fetch(source: Source, folder: Path, names: dict[str, str] | None, side: int) -> None:
-    """Writes the source's pictures.
+def fetch(source: Source, names: dict[str, str], side: int, folder: Path) -> None:
+    """Makes the folder and writes the source's pictures into it.
 
     Args:
-        names: of emoji by file name; others are left out. None keeps all, by their own names.
+        names: of emoji by file name; those without are left out. Other pictures keep their own.
     """
     command = ["npm", "pack", "--silent"] if source.is_emoji else ["apt-get", "download"]
+    folder.mkdir()
     with TemporaryDirectory() as temporary:
         archive = download([*command, source.package], Path(temporary), source.package)
         for name, content in tqdm(members(archive, source.folders), source.package):
             stem = PurePosixPath(name).stem
-            if names is not None:
+            if source.is_emoji:
                 stem = names.get(stem, "")
             picture = read_picture(content, side, source.is_whole) if stem else None
             if picture is not None:
@@ -164,25 +166,17 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--sources", nargs="+", choices=list(SOURCES), default=CUT_OUTS)
     parser.add_argument("--side", type=int, default=128, help="at most so many pixels")
-    args = parser.parse_args(arguments)
-    if args.side < MIN_SIDE:
-        raise ValueError(f"--side {args.side}: expected {MIN_SIDE} or more")
-    return args
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
+    check_least(args, side=MIN_SIDE)
     check_writable(args.output_dir)
     wanted = [name for name in args.sources if not (args.output_dir / name).exists()]
-    names = emoji_names() if any(SOURCES[name].is_emoji for name in wanted) else None
+    names = emoji_names() if any(SOURCES[name].is_emoji for name in wanted) else {}
     for name in wanted:
-        source = SOURCES[name]
-
-        def write(folder: Path, source: Source = source) -> None:
-            folder.mkdir()
-            fetch(source, folder, names if source.is_emoji else None, args.side)
-
-        write_atomically(args.output_dir / name, write)
+        write_atomically(args.output_dir / name, partial(fetch, SOURCES[name], names, args.side))
     for name in args.sources:
         count = len(list((args.output_dir / name).glob("*.png")))
         print(f"{args.output_dir / name}: {count} pictures, {SOURCES[name].licence}")

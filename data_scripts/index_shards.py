@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any w
 
 from data_scripts.cal_bbox_by_seg import tight_box
 from elite.annotations import usable_boxes, usable_masks
-from elite.console import OK, PARTLY_FAILED, add_workers, check_least, run, script_parser
+from elite.console import add_workers, check_least, list_failures, run, script_parser
 from elite.data import PICTURES
 from elite.files import check_writable
 from elite.images import read_mask
@@ -45,7 +45,7 @@ from elite.shards import (
     shards_in,
     table_type,
 )
-from elite.wording import brief, one_line
+from elite.wording import brief
 
 MOST_JSON = 2**22  # bytes of a KEY.json
 T, R = TypeVar("T"), TypeVar("R")
@@ -69,7 +69,7 @@ class Contents:
     failures: list[str]
 
 
-def rows_type(name: str, width: int = 1) -> np.dtype:
+def rows_type(name: str, width: int) -> np.dtype:
     """`table_type` with the place of a row in front."""
     return np.dtype([("place", "<i8"), *table_type(name, width).descr])
 
@@ -281,11 +281,9 @@ def in_parallel(work: Callable[[T], R], tasks: Iterable[T], workers: int) -> Ite
 
 def index_shards(folder: Path, whole: bool, workers: int) -> list[Contents]:
     """The contents of all shards of a folder, in the order of their names."""
-    paths, found = shards_in(folder), []
-    with tqdm(total=len(paths), desc="index", unit="shard") as bar:
-        for contents in in_parallel(partial(index_shard, whole=whole), paths, workers):
-            found.append(contents)
-            bar.update()
+    paths = shards_in(folder)
+    found = in_parallel(partial(index_shard, whole=whole), paths, workers)
+    found = tqdm(found, "index", len(paths), unit="shard")
     return sorted(found, key=lambda contents: contents.listed.name)
 
 
@@ -298,10 +296,7 @@ def report(folder: Path, shards: Sequence[Contents], whole: bool, failures: list
     rows = ", ".join(f"{count} {name}" for name, count in counts.items())
     print(f"{folder / INDEX}: {len(shards)} shards, {rows}")
     failures = [*failures, *(failure for shard in shards for failure in shard.failures)]
-    if failures:
-        lines = map(one_line, failures)
-        print(f"{len(failures)} images could not be read:", *lines, sep="\n  ", file=sys.stderr)
-    return PARTLY_FAILED if failures else OK
+    return list_failures(failures, "images")
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -123,7 +123,7 @@ def check_args(args: argparse.Namespace) -> None:
     """Raises ValueError where a flag is out of range, or something would be written among the
     photos."""
     check_packing(args)
-    check_least(args, min_side=1, max_distance=-1)
+    check_least(args, min_side=1)
     ranges = {
         "min_score": (FLOOR, 1),
         "max_aspect": (1, 100),

@@ -29,22 +29,14 @@ def draw_sheet(labelled: Sequence[Labelled], unreadable: int) -> Image.Image:
         groups[one.dropped].append(one)
     kept = groups.pop("", [])
     objects = sum(len(one.kept) for one in kept)
-    sections = [
-        (
-            f"kept: {count(len(kept), 'photo')} with {count(objects, 'object')}",
-            KEPT,
-            kept,
-            KEPT_ROWS,
-        )
-    ]
+    title = f"kept: {count(len(kept), 'photo')} with {count(objects, 'object')}"
+    shown = [(title, KEPT, spread(kept, KEPT_ROWS * COLUMNS))]
     for reason, ones in sorted(groups.items(), key=lambda item: -len(item[1])):
-        sections.append((f"{reason}: {count(len(ones), 'photo')}", DROPPED, ones, 1))
-    shown = [
-        (title, colour, spread(ones, rows * COLUMNS)) for title, colour, ones, rows in sections
-    ]
+        shown.append((f"{reason}: {count(len(ones), 'photo')}", DROPPED, spread(ones, COLUMNS)))
+    if unreadable:
+        shown.append((f"{UNREADABLE}: {count(unreadable, 'photo')}", DROPPED, []))
     rows = sum(-(-len(ones) // COLUMNS) for _, _, ones in shown)
-    last = f"{UNREADABLE}: {count(unreadable, 'photo')}" if unreadable else ""
-    height = 2 * MARGIN + HEADING * (len(shown) + bool(last)) + rows * (TILE + TEXT + GAP)
+    height = 2 * MARGIN + HEADING * len(shown) + rows * (TILE + TEXT + GAP)
     sheet = Image.new("RGB", (2 * MARGIN + COLUMNS * (TILE + GAP) - GAP, height), PAPER)
     top = MARGIN
     for title, colour, ones in shown:
@@ -55,8 +47,6 @@ def draw_sheet(labelled: Sequence[Labelled], unreadable: int) -> Image.Image:
             place = MARGIN + column * (TILE + GAP), top + row * (TILE + TEXT + GAP)
             sheet.paste(tile_of(one), place)
         top += -(-len(ones) // COLUMNS) * (TILE + TEXT + GAP)
-    if last:
-        write_heading(sheet, top, last, DROPPED)
     return sheet
 
 

@@ -73,10 +73,9 @@ def measure_all(root: Path, workers: int) -> tuple[list[Photo], list[str]]:
     if not paths:
         raise ValueError(f"{root}: no picture in it; expected photos (jpg, png, webp, ...)")
     photos, failures = [], []
-    with tqdm(total=len(paths), desc="read", unit="photo") as bar:
-        for measured in in_parallel(partial(measure, root=root), paths, workers):
-            (failures if isinstance(measured, str) else photos).append(measured)
-            bar.update()
+    found = in_parallel(partial(measure, root=root), paths, workers)
+    for measured in tqdm(found, "read", len(paths), unit="photo"):
+        (failures if isinstance(measured, str) else photos).append(measured)
     return sorted(photos, key=lambda photo: photo.name), sorted(failures)
 
 

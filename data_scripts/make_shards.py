@@ -45,6 +45,7 @@ from elite.files import (
     remove_leftovers,
     try_lock,
     write_atomically,
+    write_text,
 )
 from elite.images import read_image, read_mask, resize
 from elite.open_images import OpenImagesFolder
@@ -277,7 +278,7 @@ def check_plan(target: Path, fingerprint: str) -> None:
     if other is not None:
         raise ValueError(f"{target}: holds {other}; remove them or choose another folder")
     if not path.exists():
-        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(plan), "utf-8"))
+        write_text(path, json.dumps(plan))
 
 
 @dataclass(frozen=True)
@@ -312,10 +313,9 @@ def pack(
             if not task.path.exists()
         )
         failures: list[str] = []
-        with tqdm(total=len(tasks), initial=len(kept), desc="pack", unit="shard") as bar:
-            for failed in in_parallel(partial(write_shard, side=side), todo, workers):
-                failures += failed
-                bar.update()
+        written = in_parallel(partial(write_shard, side=side), todo, workers)
+        for failed in tqdm(written, "pack", len(tasks), initial=len(kept), unit="shard"):
+            failures += failed
     return kept, failures
 
 

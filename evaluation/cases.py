@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from elite.concept import Concept
 from elite.defaults import PLACEHOLDER
-from elite.drawing import Drawing, is_drawn, png_info
+from elite.drawing import Drawing, is_drawn, write_png
 from elite.encoding import progress_bar
 from elite.files import write_atomically, write_json, write_text
-from elite.images import cut_out
+from elite.images import cut_out, read_image
 from elite.pipeline import Elite
 from elite.sheets import tile_rows
 from evaluation.metrics import Clip, Dino, bootstrap, mean_cosine
@@ -159,8 +159,7 @@ def draw_cases(
                 prompts = [case.template.replace("{}", drawing.placeholder_token) for case in batch]
                 pictures = drawing(pipe, prompts, concepts, [case.seed for case in batch])
                 for case, picture in zip(batch, pictures, strict=True):
-                    info = png_info(metadata_of(case))
-                    write_atomically(output_dir / case.path, partial(picture.save, pnginfo=info))
+                    write_png(output_dir / case.path, picture, metadata_of(case))
             progress.update(len(missing[start : start + batch_size]))
     return list(failures.values())
 
@@ -177,10 +176,7 @@ def score_cases(
     disable = not PartialState().is_main_process
     for start in tqdm(range(0, len(drawn), batch_size), desc="score", disable=disable):
         batch = drawn[start : start + batch_size]
-        pictures = []
-        for case in batch:
-            with Image.open(output_dir / case.path) as picture:
-                pictures.append(picture.convert("RGB"))
+        pictures = [Image.fromarray(read_image(output_dir / case.path)) for case in batch]
         rows += score_batch(pictures, batch, metrics)
     return rows
 
@@ -201,7 +197,7 @@ def score_batch(
 def summarise(rows: Sequence[Mapping]) -> dict[str, dict]:
     """Per column mean and 95 % interval (bootstrap over subjects), and how many pictures count."""
     summary = {}
-    for name in rows[0].keys() - {"subject", "prompt", "seed"} if rows else ():
+    for name in rows[0].keys() - set(KEYS) if rows else ():
         known = [row for row in rows if row[name] is not None]
         if known:
             mean, low, high = bootstrap(
@@ -277,9 +273,7 @@ def contact_sheets(cases: Sequence[Case], output_dir: Path) -> list[Image.Image]
         image, mask = mine[0].subject.pair.read()
         row = [Image.fromarray(image), Image.fromarray(cut_out(image, mask))]
         shown = [case for case in mine if case.seed == mine[0].seed][:SHEET_PROMPTS]
-        for case in shown:
-            with Image.open(output_dir / case.path) as picture:
-                row.append(picture.convert("RGB"))
+        row += [Image.fromarray(read_image(output_dir / case.path)) for case in shown]
         rows.append(row)
         names = [case.template.replace("{}", PLACEHOLDER) for case in shown]
         columns = max(columns, ["input", "object", *names], key=len)

@@ -100,9 +100,7 @@ def mean_cosine(vector: Tensor, others: Tensor) -> float:
     return float((others @ vector).mean())
 
 
-def bootstrap(
-    values: Sequence[float], groups: Sequence[str], seed: int = 0, resamples: int = RESAMPLES
-) -> tuple[float, float, float]:
+def bootstrap(values: Sequence[float], groups: Sequence[str]) -> tuple[float, float, float]:
     """Mean with its 95 % interval from resampling whole groups.
 
     Pictures of one concept resemble each other, so concepts are drawn with replacement, not
@@ -114,8 +112,8 @@ def bootstrap(
     names, index = np.unique(np.asarray(groups), return_inverse=True)
     sums = np.bincount(index, weights=np.asarray(values, dtype=np.float64))
     counts = np.bincount(index)
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(len(names), size=(resamples, len(names)))
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(len(names), size=(RESAMPLES, len(names)))
     means = sums[drawn].sum(1) / counts[drawn].sum(1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(sums.sum() / counts.sum()), float(low), float(high)

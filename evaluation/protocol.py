@@ -72,10 +72,8 @@ def describe(
 ) -> dict[str, str]:
     """What scores are measured with; those of the same are comparable."""
     seeds = sorted({case.seed for case in cases})
-    models: dict[str, Any] = {
-        name: metric.model for name, metric in zip(METRICS, metrics, strict=True)
-    }
-    sides = {name: model.side for name, model in models.items()}
+    models: list[Any] = [metric.model for metric in metrics]
+    clip, dino = models
     file = Path(setup.prompts)
     own = any(case.subject.templates for case in cases)
     return {
@@ -90,10 +88,10 @@ def describe(
         "references": "all pictures of a subject, "
         + ("cropped to the object where there is a mask" if setup.cropped else "whole")
         + "; mean of the cosines",
-        "resize": f"bicubic, shorter side to {sides['clip']} px and for DINO "
-        f"{models['dino'].shorter_side} px; the middle {sides['clip']} and {sides['dino']} px",
-        "clip": f"{setup.clip}, weights {digest_weights(models['clip'].model)}",
-        "dino": f"{setup.dino}, weights {digest_weights(models['dino'].model)}",
+        "resize": f"bicubic, shorter side to {clip.side} px and for DINO {dino.shorter_side} px; "
+        f"the middle {clip.side} and {dino.side} px",
+        "clip": f"{setup.clip}, weights {digest_weights(clip.model)}",
+        "dino": f"{setup.dino}, weights {digest_weights(dino.model)}",
     }
 
 

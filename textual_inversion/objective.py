@@ -200,5 +200,4 @@ class TextualInversionObjective(DenoisingObjective):
         input_ids = [batch[encoder] for encoder in self.rows]
         context, added = encode_texts(list(self.text_encoders), input_ids, batch["size_and_crop"])
         eps_hat = self.unet(noisy, t, context, added_cond_kwargs=added).sample
-        mse = F.mse_loss(eps_hat.float(), self.target(latents, noise, t).float())
-        return {"loss": mse}
+        return {"loss": F.mse_loss(eps_hat.float(), self.target(latents, noise, t).float())}

@@ -205,5 +205,4 @@ watch("picture", pictureChanged);
 watch("method", methodChanged);
 watch("value", valueChanged);
 new ResizeObserver(show).observe(canvas);
-choose("paint");
 methodChanged();
