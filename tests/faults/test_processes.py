@@ -190,7 +190,8 @@ def test_a_sharded_optimizer_learns_what_a_whole_one_learns(tmp_path):
 
 def test_stage_1_with_a_sharded_optimizer_is_the_same(tmp_path):
     world = World(tmp_path / "world", steps=3)
-    for name, flags in {"whole": [], "sharded": ["--shard_optimizer"]}.items():
+    rates = ["--kv_learning_rate", "1e-4"]  # so that there are several groups of parameters
+    for name, flags in {"whole": rates, "sharded": [*rates, "--shard_optimizer"]}.items():
         script, (words,) = world.call("stage 1", tmp_path / name / "run")
         call = count_moments, (script, [*words, *flags])
         finish_pair(start_pair(call, tmp_path / name), tmp_path / name)
