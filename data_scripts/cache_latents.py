@@ -71,13 +71,17 @@ def main(arguments: list[str] | None = None) -> int:
     from elite.open_images import OpenImagesBoxes
     from elite.shards import open_source
 
-    model, hub = args.pretrained_model_name_or_path, {"revision": args.revision}
+    model, revision = args.pretrained_model_name_or_path, args.revision or None
     if is_file(model):
         parts = load_stable_diffusion(model, single_file_config=args.single_file_config)
         vae, unet_config = parts["vae"], parts["unet"].config
     else:
-        vae = load_part(AutoencoderKL, model, "vae", variant=args.variant, **hub)
-        unet_config = load_part(UNet2DConditionModel, model, "unet", loader="load_config", **hub)
+        vae = load_part(
+            AutoencoderKL, model, "vae", variant=args.variant or None, revision=revision
+        )
+        unet_config = load_part(
+            UNet2DConditionModel, model, "unet", loader="load_config", revision=revision
+        )
     resolution = side_for_training(args.resolution, unet_config, vae)
     source = open_source(args.train_data_dir, cache=args.shard_cache, cache_gb=args.shard_cache_gb)
     boxes = OpenImagesBoxes(source, resolution=resolution)
