@@ -409,8 +409,8 @@ class EliteConfig(ConceptConfig, DrawConfig):
     )
     deep_first: int | None = setting(
         None,
-        "So many of the first steps run all of the UNet, whatever deep_every says; "
-        "None means that of speed.",
+        "Over so many of the first steps the distance between steps that run all of the UNet grows "
+        "from 1 to deep_every; None means that of speed.",
         at_least=1,
     )
 

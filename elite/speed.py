@@ -4,8 +4,8 @@ together.
 Nothing is trained for them. `guidance_stop`: late in the denoising, guidance changes little
 (Castillo et al. 2023, arXiv 2312.12487; Kynkäänniemi et al. 2024, arXiv 2404.07724).
 `deep_every`: the features of the UNet's inner blocks change slowly from step to step (Ma et al.
-2023, arXiv 2312.00858), at first, where the layout of the picture is found, least slowly; see
-`deep_features.py`.
+2023, arXiv 2312.00858), at first, where the layout of the picture is found, least slowly
+(`deep_first`); see `deep_features.py`.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -22,7 +22,8 @@ class Speed:
         guidance_stop: share of the steps, above 0 to 1, after which only the conditional rows run,
             so without guidance.
         deep_every: the UNet's inner blocks run at every so many steps, its outermost layer at each.
-        deep_first: at so many of the first steps they run, too.
+        deep_first: over so many of the first steps the distance between such steps grows to
+            `deep_every`, linearly from 1; at 1 it is the same from the first step on.
 
     Raises:
         ValueError: out of range.
@@ -50,9 +51,14 @@ class Speed:
         return max(1, round(self.guidance_stop * steps))
 
     def runs_whole(self, step: int) -> bool:
-        """Whether all of the UNet runs at a step, counted from 0."""
-        later = step - self.deep_first + 1
-        return later < 0 or later % self.deep_every == 0
+        """Whether all of the UNet runs at a step, counted from 0. From such a step s the next is
+        1 + (deep_every - 1) min((s + 1) / deep_first, 1) away, rounded down: with deep_every 5 and
+        deep_first 12 they are 0, 1, 2, 4, 6, 9, 13, 18, 23, ..."""
+        whole = 0
+        while whole < step:
+            grown = min(whole + 1, self.deep_first)
+            whole += 1 + (self.deep_every - 1) * grown // self.deep_first
+        return whole == step
 
     def __str__(self) -> str:
         """The knobs that do something, for metadata; empty for none."""
@@ -62,7 +68,7 @@ class Speed:
 
 RUNGS = {
     "exact": Speed(),
-    "balanced": Speed(deep_every=3, deep_first=3),
+    "balanced": Speed(deep_every=5, deep_first=12),
     "fast": Speed(guidance_stop=0.7, deep_every=5),
 }
 EXACT = RUNGS["exact"]

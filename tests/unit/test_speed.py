@@ -32,7 +32,7 @@ SPEEDS = [
     Speed(deep_every=2),
     Speed(guidance_stop=0.34, deep_every=3),
     Speed(guidance_stop=0.5, deep_every=4),  # the cut falls between two full steps
-    Speed(deep_every=2, deep_first=3),
+    Speed(deep_every=3, deep_first=3),
 ]
 
 
@@ -64,23 +64,24 @@ def test_single_knobs_change_a_rung():
     assert str(Speed(0.5, 3)) == "guidance_stop 0.5, deep_every 3"
     assert speed_of("balanced", deep_first=5) == replace(RUNGS["balanced"], deep_first=5)
     assert str(Speed(deep_every=2)) == "deep_every 2"
-    assert str(RUNGS["balanced"]) == "deep_every 3, deep_first 3"
+    assert str(RUNGS["balanced"]) == "deep_every 5, deep_first 12"
 
 
 @pytest.mark.parametrize(
     ("speed", "steps"),
     [
-        (Speed(), [0, 1, 2, 3, 4, 5, 6, 7, 8]),
-        (Speed(deep_every=3), [0, 3, 6]),
-        (Speed(deep_every=3, deep_first=3), [0, 1, 2, 5, 8]),
-        (Speed(deep_every=4, deep_first=2), [0, 1, 5]),
-        (Speed(deep_every=1, deep_first=4), [0, 1, 2, 3, 4, 5, 6, 7, 8]),
-        (Speed(deep_every=20, deep_first=20), [0, 1, 2, 3, 4, 5, 6, 7, 8]),
+        (Speed(), [*range(20)]),
+        (Speed(deep_every=3), [0, 3, 6, 9, 12, 15, 18]),
+        (Speed(deep_every=3, deep_first=3), [0, 1, 3, 6, 9, 12, 15, 18]),
+        (Speed(deep_every=4, deep_first=2), [0, 2, 6, 10, 14, 18]),
+        (RUNGS["balanced"], [0, 1, 2, 4, 6, 9, 13, 18]),
+        (Speed(deep_every=1, deep_first=4), [*range(20)]),
+        (Speed(deep_every=20, deep_first=20), [0, 1, 3, 7, 15]),
     ],
     ids=str,
 )
 def test_steps_that_run_whole(speed, steps):
-    assert [step for step in range(9) if speed.runs_whole(step)] == steps
+    assert [step for step in range(20) if speed.runs_whole(step)] == steps
 
 
 def test_no_knob_alone_is_a_rung_or_does_nothing():
