@@ -1,10 +1,8 @@
-"""The folder of a training run: state, log and previews, whole checkpoints, one set of settings,
-one writer."""
+"""The folder of a training run: log and previews, checkpoints, one writer."""
 
 import json
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,160 +11,36 @@ from typing import Any, NoReturn, Self
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from diffusers.training_utils import EMAModel
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from elite.config import save_config
 from elite.files import (
     remove_leftovers,
-    remove_whole,
-    sha256_of,
     try_lock,
     write_atomically,
     write_json,
     write_text,
 )
+from elite.run_state import (
+    ANOTHER_FOLDER,
+    SETTINGS,
+    RunState,
+    Tally,
+    check_settings,
+    find_checkpoint,
+    prune,
+    seal,
+)
 from elite.stream import Failure, Samples
 
-HASHES = "hashes.json"
-SETTINGS = "config.json"  # in every checkpoint
 LOCK = "run.lock"
-# Settings that parts of one run may differ in: they say where, how long and with what it runs, and
-# change what is learned by rounding at most. The product of batch, accumulation and processes is
-# held fast as samples_per_step.
-MAY_CHANGE = {
-    "cache_latents",
-    "checkpoints_total_limit",
-    "compile",
-    "dataloader_num_workers",
-    "dry_run",
-    "gradient_accumulation_steps",
-    "gradient_checkpointing",
-    "hub_model_id",
-    "infer_during_train",
-    "infer_interval",
-    "infer_prompt",
-    "logging_dir",
-    "max_train_steps",
-    "num_infer_images",
-    "num_train_epochs",
-    "num_validation_images",
-    "output_dir",
-    "push_to_hub",
-    "resume_from_checkpoint",
-    "save_steps",
-    "shard_cache",
-    "shard_cache_gb",
-    "shard_optimizer",
-    "train_batch_size",
-    "validation_data_dir",
-    "validation_steps",
-}
-ANOTHER_FOLDER = "choose another --output_dir"
 UNREADABLE_TOLERATED = 0.05  # share of the dataset; a larger one stops the run,
 MIN_FAILURES_JUDGED = 100  # and after so many failures twice that share of what was tried
 SKIPPED_TOLERATED = 10  # steps in a row whose loss or gradient is not finite
 UNREADABLE_LISTED = 20
-
-
-# --- the run --------------------------------------------------------------------------------------
-
-
-class Tally:
-    """Exact counts, over all parts of a run, of what did not go as it should."""
-
-    def __init__(self) -> None:
-        self.unreadable: Counter[str] = Counter()  # by reason, each time it was met
-        self.bad_samples: dict[int, str] = {}  # the samples it was met in, with the message
-        self.skipped = 0  # steps
-        self.skipped_in_a_row = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**vars(self), "unreadable": dict(self.unreadable)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self.unreadable = Counter(self.unreadable)
-
-    def reasons(self) -> str:
-        """E.g. "3 x no such file, 1 x not a readable image"."""
-        counted = sorted(self.unreadable.items())
-        return ", ".join(f"{count} x {reason}" for reason, count in counted)
-
-    def __str__(self) -> str:
-        parts = []
-        if self.unreadable:
-            parts.append(
-                f"{len(self.bad_samples)} samples were unreadable and replaced, "
-                f"{self.unreadable.total()} times in all: {self.reasons()}"
-            )
-        if self.skipped:
-            parts.append(f"{self.skipped} steps were skipped, loss or gradient not finite")
-        return "; ".join(parts)
-
-
-class RunState:
-    """All that a run is: trained weights, optimiser, schedule, EMA, loss scaler, tally, step."""
-
-    def __init__(
-        self,
-        trained: dict[str, nn.Parameter],
-        optimizer: Optimizer,
-        schedule: LRScheduler,
-        ema: EMAModel | None,
-        scaler: torch.amp.GradScaler | None,
-        tally: Tally,
-    ) -> None:
-        self.trained = trained
-        # What has a state of its own, by its name in the file.
-        parts = {"optimizer": optimizer, "schedule": schedule, "ema": ema, "scaler": scaler}
-        self.parts: dict[str, Any] = {**parts, "tally": tally}
-
-    def gather(self) -> None:
-        """Brings what is sharded to the main process, which saves. For all processes."""
-        if isinstance(self.parts["optimizer"], ZeroRedundancyOptimizer):
-            self.parts["optimizer"].consolidate_state_dict()
-
-    def save(self, folder: Path, step: int) -> None:
-        """Files that are the same whether the optimizer is sharded or not."""
-        weights = {name: p.detach().cpu().contiguous() for name, p in self.trained.items()}
-        save_file(weights, folder / "weights.safetensors")
-        states = {
-            name: None if part is None else part.state_dict() for name, part in self.parts.items()
-        }
-        torch.save({"step": step, **states}, folder / "training_state.pt")
-
-    @staticmethod
-    def read(folder: Path) -> dict[str, Any]:
-        """What `save` wrote."""
-        state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
-        return {**state, "weights": load_file(folder / "weights.safetensors"), "folder": folder}
-
-    def restore(self, saved: dict[str, Any]) -> int:
-        """Takes over what `read` gave. Returns the step."""
-        weights, folder = saved["weights"], saved["folder"]
-        if {k: v.shape for k, v in weights.items()} != {
-            k: v.shape for k, v in self.trained.items()
-        }:
-            raise ValueError(
-                f"{folder}: checkpoint of another model or stage; resume with its own config"
-            )
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(weights[name])
-        if self.parts["ema"] is not None and saved["ema"] is None:
-            raise ValueError(f"{folder}: checkpoint without EMA; resume without --ema")
-        for name, part in self.parts.items():
-            if part is not None and saved[name] is not None:
-                part.load_state_dict(saved[name])
-        return saved["step"]
 
 
 class RunFolder:
@@ -365,119 +239,6 @@ class RunFolder:
         """Says how the run went."""
         if summary := str(self.tally):
             self.say(f"by step {step} {summary}")
-
-
-# --- checkpoints ----------------------------------------------------------------------------------
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, whole or not, oldest first."""
-    found = [p for p in folder.glob("checkpoint-*") if p.name.split("-")[-1].isdigit()]
-    return sorted(found, key=_step)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.split("-")[-1])
-
-
-def seal(checkpoint: Path) -> None:
-    """Writes the hashes by which `fault` knows later that every file is as it is now."""
-    hashes = {path.name: sha256_of(path) for path in sorted(checkpoint.iterdir())}
-    (checkpoint / HASHES).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
-
-
-def fault(checkpoint: Path) -> str | None:
-    """What keeps a checkpoint from being used, in words; None where it is whole."""
-    try:
-        hashes = json.loads((checkpoint / HASHES).read_text(encoding="utf-8"))
-        for name, expected in hashes.items():
-            if sha256_of(checkpoint / name) != expected:
-                return f"{name} is damaged"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except OSError as error:
-        return f"{Path(error.filename or checkpoint).name} cannot be read ({error.strerror})"
-    except (ValueError, AttributeError):  # no JSON, or not of a mapping
-        return f"{HASHES} is damaged"
-    return None
-
-
-def find_checkpoint(output_dir: Path, resume: str, say: Callable[[str], object] = print) -> Path:
-    """The checkpoint to resume from.
-
-    Args:
-        resume: "latest" for the newest whole one of `output_dir`, or a checkpoint folder.
-        say: called with a line for each damaged one that is passed over.
-
-    Raises:
-        ValueError: there is none, or the one named is damaged.
-    """
-    if resume != "latest":
-        return _named_checkpoint(output_dir, resume)
-    found = checkpoints(output_dir)
-    for checkpoint in reversed(found):
-        if (wrong := fault(checkpoint)) is None:
-            return checkpoint
-        say(f"{checkpoint}: {wrong}; it is passed over for the one before")
-    none = f"none of {len(found)} checkpoints is whole" if found else "no checkpoint"
-    raise ValueError(
-        f"{output_dir}: {none} to resume from; leave out --resume_from_checkpoint to start anew"
-        + (f" and {ANOTHER_FOLDER}" if found else "")
-    )
-
-
-def _named_checkpoint(output_dir: Path, name: str) -> Path:
-    checkpoint = Path(name) if Path(name).is_dir() else output_dir / name
-    if not checkpoint.is_dir():
-        raise ValueError(f"{name}: not a checkpoint; expected 'latest' or a checkpoint-N folder")
-    if (wrong := fault(checkpoint)) is not None:
-        raise ValueError(f"{name}: not a whole checkpoint, {wrong}; resume from another one")
-    return checkpoint
-
-
-def prune(folder: Path, newest: Path, limit: int, say: Callable[[str], object] = print) -> None:
-    """Leaves `limit` checkpoints up to the newest, once that one is seen to be whole.
-
-    Those beyond it, of an earlier try, stay until the run has passed them.
-    """
-    if (wrong := fault(newest)) is not None:
-        say(f"{newest}: {wrong}; older checkpoints are kept")
-        return
-    for old in [p for p in checkpoints(folder) if _step(p) <= _step(newest)][:-limit]:
-        remove_whole(old)
-
-
-# --- settings -------------------------------------------------------------------------------------
-
-
-def check_settings(folder: Path, settings: Mapping[str, Any], resumes: bool) -> None:
-    """Refuses a folder whose checkpoints are of a run with other settings, or would be overwritten.
-
-    Raises:
-        ValueError: names the keys that differ.
-    """
-    whole = next((p for p in reversed(checkpoints(folder)) if fault(p) is None), None)
-    if whole is None:
-        return
-    saved = json.loads((whole / SETTINGS).read_text(encoding="utf-8"))
-    differing = [
-        f"{key} is {saved[key]!r} there, {settings[key]!r} here"
-        for key in sorted(saved.keys() & settings.keys() - MAY_CHANGE)
-        if saved[key] != settings[key]
-    ]
-    if differing:
-        raise ValueError(
-            f"{folder}: holds a run of other settings: {'; '.join(differing)}; {ANOTHER_FOLDER}, "
-            f"and to branch off there add --resume_from_checkpoint {whole}"
-        )
-    if not resumes:
-        raise ValueError(
-            f"{folder}: holds {_step(whole)} steps of such a run; go on with "
-            f"--resume_from_checkpoint latest, or {ANOTHER_FOLDER}"
-        )
-
-
-# --- one writer -----------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -26,7 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from elite.console import Stopped, StopSignals
-from elite.run_folder import RunFolder, RunState
+from elite.run_folder import RunFolder
+from elite.run_state import RunState
 from elite.stream import Samples, TrainingStream, read_batches, stream_loader
 
 SHORT_SEQUENCE = 128  # positions; measured are 65, where the plain formula is faster, and 256

@@ -16,7 +16,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor, nn
 
 from elite.files import write_atomically
-from elite.run_folder import checkpoints
+from elite.run_state import checkpoints
 from elite.training import fit, make_accelerator
 from small_world.objectives import ViewsObjective
 from small_world.samples import load_samples, render_samples, small_pixels

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from elite.files import remove_whole, write_atomically, write_json
 from elite.loading import load_stable_diffusion, side_in_pixels
-from elite.run_folder import checkpoints
+from elite.run_state import checkpoints
 from elite.training import fit, make_accelerator
 from small_world.captions import CLASS_WORD
 from small_world.pretrain import base_pipeline

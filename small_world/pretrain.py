@@ -26,7 +26,7 @@ from elite.console import OK, Stopped, command_again, run, script_parser
 from elite.files import check_writable, write_atomically
 from elite.images import to_clip_pixels
 from elite.loading import NOISE_SCHEDULE, make_scheduler, stock_pipeline
-from elite.run_folder import checkpoints
+from elite.run_state import checkpoints
 from elite.text import tokenize
 from elite.training import fit, make_accelerator
 from small_world.captions import describe, fill, place

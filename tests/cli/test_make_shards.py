@@ -24,7 +24,7 @@ from elite.annotations import load_mask_boxes, mask_boxes_path
 from elite.files import try_lock
 from elite.images import read_image, read_mask
 from elite.open_images import OpenImagesBoxes, OpenImagesMasks
-from elite.run_folder import checkpoints
+from elite.run_state import checkpoints
 from elite.shards import open_source
 from tests import tiny
 from tests.cli.test_docs import commands

@@ -18,7 +18,7 @@ from elite.checkpoint import load_mapper
 from elite.loading import load_parts
 from elite.objectives import EliteObjective, GlobalObjective, LocalObjective
 from elite.open_images import OpenImagesBoxes, OpenImagesMasks
-from elite.run_folder import checkpoints
+from elite.run_state import checkpoints
 from elite.stream import TrainingStream, collate
 from elite.training import fit, make_accelerator
 from tests import tiny

@@ -33,7 +33,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 import elite.stages  # noqa: F401  # for the server: what the scripts import
 from elite.files import LEFTOVER
-from elite.run_folder import checkpoints
+from elite.run_state import checkpoints
 from elite.shards import INDEX, parse_index
 from small_world import pretrain
 from small_world.models import WIDTH

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from elite.run_folder import checkpoints
+from elite.run_state import checkpoints
 from elite.stream import Failure
 from tests.faults.runs import finish, metrics, outcome, start
 from tests.faults.toy import Numbers, train, train_to_a_mistake

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from elite.open_images import OpenImagesMasks
-from elite.run_folder import checkpoints
+from elite.run_state import checkpoints
 from elite.shards import open_source
 from tests.faults import runs
 from tests.faults.runs import finish, finish_well, metrics, wait_for_step

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from elite.run_folder import checkpoints
+from elite.run_state import checkpoints
 from small_world.objects import name_of
 from tests import run_scripts, tiny
 from tests.conftest import run_script

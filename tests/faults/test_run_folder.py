@@ -11,7 +11,8 @@ from dataclasses import fields
 import pytest
 
 from elite.config import to_dict
-from elite.run_folder import HASHES, LOCK, MAY_CHANGE, check_settings, checkpoints, fault, locked
+from elite.run_folder import LOCK, locked
+from elite.run_state import HASHES, MAY_CHANGE, check_settings, checkpoints, fault
 from elite.settings import TextualInversionConfig, TrainGlobalConfig, TrainLocalConfig
 from tests.faults.runs import leftovers, metrics, outcome
 from tests.faults.toy import train

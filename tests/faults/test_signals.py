@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from elite.run_folder import checkpoints, fault
+from elite.run_state import checkpoints, fault
 from tests.faults.runs import (
     SCRIPTS,
     World,
