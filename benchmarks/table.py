@@ -1,14 +1,16 @@
-"""Writes what the benchmarks have found into docs/BENCHMARKS.md:
+"""Writes what was measured into the pages:
 
     python -m benchmarks.table
 
-Between the markers `<!-- results: NAME -->` and `<!-- end: NAME -->` stand the tables of
-benchmarks/results/NAME.json; the prose around them stays as it is. A file of results that has no
-markers yet gets a section at the end.
+Between the markers `<!-- results: NAME -->` and `<!-- end: NAME -->` of a page stand the tables of
+benchmarks/results/NAME.json, or the table NAME.md as it is, of which `<!-- results: NAME, rows:
+REGEX -->` shows some rows, those whose first cell matches. The prose around them stays. A file of
+results without markers in any page gets a section at the end of docs/BENCHMARKS.md.
 """
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +18,41 @@ from benchmarks.harness import REPOSITORY, RESULTS, table_lines
 from elite.console import OK, run, script_parser
 from elite.files import check_writable, write_text
 
-PAGE = REPOSITORY / "docs" / "BENCHMARKS.md"
-SECTION = re.compile(r"<!-- results: (?P<name>\S+) -->\n.*?<!-- end: (?P=name) -->", re.DOTALL)
+PAGES = ("docs/BENCHMARKS.md", "docs/RESULTS.md", "README.md", "small_world/README.md")
+SECTION = re.compile(
+    r"<!-- results: (?P<name>[^,\s]+)(?:, rows: (?P<rows>.+?))? -->\n.*?<!-- end: (?P=name) -->",
+    re.DOTALL,
+)
 
 
-def render(page: str, results: dict[str, dict[str, Any]]) -> str:
+def render(page: str, results: dict[str, list[str]]) -> str:
     """The page with the results between its markers; sections without results become empty.
 
     Args:
-        page: text of docs/BENCHMARKS.md.
-        results: contents of the files of results, by name.
+        page: its text.
+        results: lines of the files of results, by name.
     """
-    present = {match["name"] for match in SECTION.finditer(page)}
-    for name in sorted(results.keys() - present):
+
+    def section(match: re.Match[str]) -> str:
+        first, last = match[0].splitlines()[0], f"<!-- end: {match['name']} -->"
+        lines = results.get(match["name"], [])
+        if match["rows"]:
+            lines = [*lines[:2], *(line for line in lines[2:] if shows(line, match["rows"]))]
+        return "\n".join([first, *(["", *lines, ""] if lines else []), last])
+
+    return SECTION.sub(section, page)
+
+
+def shows(line: str, rows: str) -> bool:
+    """Whether a table's line, '| ELITE, w0 | 72.0 |', is one of the rows."""
+    return re.fullmatch(rows, line.split("|")[1].strip()) is not None
+
+
+def with_sections(page: str, names: Iterable[str]) -> str:
+    """The page with a section at its end for each of these results."""
+    for name in names:
         page = f"{page.rstrip()}\n\n## {name}\n\n<!-- results: {name} -->\n<!-- end: {name} -->\n"
-    return SECTION.sub(lambda match: section(match["name"], results.get(match["name"])), page)
-
-
-def section(name: str, result: dict[str, Any] | None) -> str:
-    """Everything between a pair of markers, and these."""
-    lines = [] if result is None else ["", *result_lines(result), ""]
-    return "\n".join([f"<!-- results: {name} -->", *lines, f"<!-- end: {name} -->"])
+    return page
 
 
 def result_lines(result: dict[str, Any]) -> list[str]:
@@ -58,12 +74,16 @@ def origin(result: dict[str, Any]) -> list[str]:
     return [f"`{result['command']}`", "", f"{facts}."]
 
 
-def read_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """The files of results by name. Raises ValueError where one is damaged."""
+def read_results(folder: Path) -> dict[str, list[str]]:
+    """The lines of the files of results, by name. Raises ValueError where one is damaged."""
     results = {}
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*.md")]):
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".md":
+            results[path.stem] = text.strip().splitlines()
+            continue
         try:
-            results[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+            results[path.stem] = result_lines(json.loads(text))
         except ValueError as error:
             raise ValueError(f"{path}: not a file of results ({error}); measure again") from None
     return results
@@ -71,16 +91,22 @@ def read_results(folder: Path) -> dict[str, dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = script_parser(__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of JSON files")
-    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of their files")
+    parser.add_argument(
+        "--pages", type=Path, nargs="+", default=[REPOSITORY / page for page in PAGES]
+    )
     args = parser.parse_args(argv)
-    if not args.page.exists():
-        raise ValueError(f"{args.page}: no such file; expected a page with markers for results")
-    check_writable(args.page.parent)
+    for page in args.pages:
+        if not page.exists():
+            raise ValueError(f"{page}: no such file; expected a page with markers for results")
+        check_writable(page.parent)
     results = read_results(args.results)
-    page = render(args.page.read_text(encoding="utf-8"), results)
-    write_text(args.page, page)
-    print(f"{args.page}: {len(results)} files of results")
+    texts = [page.read_text(encoding="utf-8") for page in args.pages]
+    shown = {match["name"] for text in texts for match in SECTION.finditer(text)}
+    texts[0] = with_sections(texts[0], sorted(results.keys() - shown))
+    for page, text in zip(args.pages, texts, strict=True):
+        write_text(page, render(text, results))
+    print(f"{len(results)} files of results in {', '.join(map(str, args.pages))}")
     return OK
 
 

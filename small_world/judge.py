@@ -41,7 +41,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def score(args: argparse.Namespace) -> None:
-    from elite.files import write_json
+    from elite.files import write_json, write_text
     from small_world.classifier import load_judge
     from small_world.score import load_pipelines, markdown, score_model
 
@@ -57,6 +57,7 @@ def score(args: argparse.Namespace) -> None:
     )
     about = {"model": str(args.model), "scheduler": "dpm++", "samples": args.samples}
     write_json(args.report, {**about, **options, "rows": scores})
+    write_text(args.report.with_suffix(".md"), markdown(scores) + "\n")
     print(markdown(scores))
 
 
@@ -121,7 +122,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add_scale(train_parser)
     train_parser.set_defaults(act=train)
     score_parser = commands.add_parser("score", help="judge a model")
-    score_parser.add_argument("--report", type=Path, required=True, help="JSON file to write")
+    score_parser.add_argument(
+        "--report", type=Path, required=True, help="JSON file; the table beside it"
+    )
     _add_drawing(score_parser, samples=500)
     score_parser.set_defaults(act=score)
     couples_parser = commands.add_parser("couples", help="judge two concepts in one picture")

@@ -184,13 +184,17 @@ def result(seconds: float, rounds: int = 5) -> dict:
     }
 
 
+def lines_of(seconds: float, rounds: int = 5) -> dict[str, list[str]]:
+    return {"steps": table.result_lines(result(seconds, rounds))}
+
+
 def test_the_page_keeps_its_prose():
-    page = table.render(PAGE, {"steps": result(2.02)})
+    page = table.render(PAGE, lines_of(2.02))
     assert "old" not in page
     kept = ["# Costs\n\nProse above.\n\n<", ">\n\nProse between.\n\n<", ">\n\nProse below.\n"]
     assert [part in page for part in kept] == [True] * 3
     assert "<!-- results: unmeasured -->\n<!-- end: unmeasured -->" in page
-    assert table.render(page, {"steps": result(2.02)}) == page
+    assert table.render(page, lines_of(2.02)) == page
 
 
 @pytest.mark.parametrize(
@@ -203,33 +207,59 @@ def test_the_page_keeps_its_prose():
     ],
 )
 def test_a_row_says_whether_its_goal_is_met(seconds, rounds, verdict):
-    page = table.render(PAGE, {"steps": result(seconds, rounds)})
+    page = table.render(PAGE, lines_of(seconds, rounds))
     (row,) = (line for line in page.splitlines() if line.startswith("| 512 px"))
     ratio = f"x {seconds / 2:.3f}, {seconds / 2:.3f} to {seconds / 2:.3f}"
     assert row == f"| 512 px | 2 | {seconds} ({ratio}) | ELITE at most x 1.02 | {verdict} |"
 
 
 def test_new_results_get_a_section():
-    page = table.render(PAGE, {"bf16": result(2)})
+    page = table.with_sections(PAGE, ["bf16"])
     assert page.startswith(PAGE.partition("<")[0])
     assert page.rstrip().endswith("<!-- end: bf16 -->") and "\n## bf16\n" in page
 
 
+def test_a_section_may_show_some_rows():
+    """Those whose first cell matches as a whole; head and other sections stay."""
+    marked = "<!-- results: {}{} -->\n<!-- end: {} -->\n"
+    page = marked.format("score", ", rows: .*w0|its .*", "score") + marked.format("a", "", "a")
+    lines = ["| % | body |", "|---|---|", "| its colours | 1 |", "| w0 | 2 |", "| w0, new | 3 |"]
+    shown = table.render(page, {"score": lines, "a": lines})
+    first, second = shown.split("<!-- end: score -->")
+    assert first.splitlines()[2:-1] == lines[:-1] and second.splitlines()[3:-2] == lines
+    assert table.render(shown, {"score": lines, "a": lines}) == shown
+
+
 def test_table_script(tmp_path):
-    (tmp_path / "page.md").write_text(PAGE)
-    (tmp_path / "steps.json").write_text(json.dumps(result(2)))
-    arguments = ["--results", str(tmp_path), "--page", str(tmp_path / "page.md")]
+    results, pages = tmp_path / "results", [tmp_path / "page.md", tmp_path / "other.md"]
+    results.mkdir()
+    pages[0].write_text(PAGE)
+    pages[1].write_text("Other.\n\n<!-- results: told -->\nold\n<!-- end: told -->\n")
+    (results / "steps.json").write_text(json.dumps(result(2)))
+    (results / "told.md").write_text("| a |\n|---|\n| 1 |\n")
+    (results / "more.md").write_text("| b |\n|---|\n| 2 |\n")
+    arguments = ["--results", str(results), "--pages", *map(str, pages)]
     assert table.main(arguments) == 0
-    assert "**Steps** (s)" in (tmp_path / "page.md").read_text()
-    (tmp_path / "steps.json").write_text("{")
+    page, other = (page.read_text() for page in pages)
+    assert "**Steps** (s)" in page and "| 1 |" not in page
+    assert "\n## more\n" in page and "| 2 |" in page, "what no page shows"
+    assert (
+        other == "Other.\n\n<!-- results: told -->\n\n| a |\n|---|\n| 1 |\n\n<!-- end: told -->\n"
+    )
+    (results / "steps.json").write_text("{")
     with pytest.raises(ValueError, match=r"steps\.json: not a file of results"):
         table.main(arguments)
 
 
-def test_the_repositorys_page_has_a_place_for_every_benchmark():
-    names = {match["name"] for match in table.SECTION.finditer(table.PAGE.read_text())}
-    expected = "generation ladder hardware encoding training loader folder gpu"
-    assert names >= set(expected.split())
+def test_the_pages_show_what_was_measured():
+    """`python -m benchmarks.table` brings them up to date."""
+    results, names = table.read_results(table.RESULTS), set()
+    for name in table.PAGES:
+        page = (table.REPOSITORY / name).read_text(encoding="utf-8")
+        assert table.render(page, results) == page, name
+        names |= {match["name"] for match in table.SECTION.finditer(page)}
+    expected = "generation ladder hardware encoding training loader folder gpu score reproduce"
+    assert names >= {*expected.split(), *results}
 
 
 def test_tiny_figures_stay_out_of_the_page():

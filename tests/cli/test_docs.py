@@ -81,13 +81,30 @@ def test_every_file_named_in_a_command_exists(page: Path) -> None:
 
 @pytest.mark.parametrize("page", HAND_WRITTEN, ids=names(HAND_WRITTEN))
 def test_every_flag_in_a_command_is_known(page: Path) -> None:
-    for words in commands(page.read_text(encoding="utf-8")):
+    check_flags(commands(page.read_text(encoding="utf-8")))
+
+
+def check_flags(found: list[list[str]]) -> None:
+    for words in found:
         script = script_of(words)
         if script is None:
             continue
         at = next((i for i, word in enumerate(words) if word == script), 0)
         flags = {word.split("=")[0] for word in words[at:] if word.startswith("--")}
-        assert flags <= known_flags(script), f"{page.name}: {script}"
+        assert flags <= known_flags(script), script
+
+
+def test_the_measurements_are_commands() -> None:
+    """Those of small_world/measure.sh take hours; here they are read alone."""
+    text = (REPOSITORY / "small_world/measure.sh").read_text(encoding="utf-8")
+    found = commands(re.sub(r"^ *step .\$python. ", "    python ", text, flags=re.MULTILINE))
+    scripts = [script_of(words) for words in found]
+    assert {"small_world/judge.py", "benchmarks/quality.py", "docs/make_card.py"} <= set(scripts)
+    assert [name for name in scripts if name is None or not (REPOSITORY / name).exists()] == []
+    check_flags(found)
+    shown = re.findall(r"(?:docs|\$results)/[\w./$]+\.(?:png|md)", text)
+    pictures = {name for name in shown if name.endswith(".png")}
+    assert len(pictures) > 4 and all((REPOSITORY / name).exists() for name in pictures)
 
 
 def test_commands_are_found() -> None:
