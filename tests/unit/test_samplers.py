@@ -58,8 +58,10 @@ def test_fewest_steps_of_those_as_good():
     assert fewest(REFERENCE, [few]) is REFERENCE
 
 
-def test_table_names_each():
-    text = markdown(REFERENCE, [sampler("dpm++", 15, 0.7, 0.9), sampler("unipc", 8, 0.5, 0.9)])
+def test_table_names_each_and_the_choice_is_the_good_one():
+    candidates = [sampler("dpm++", 15, 0.7, 0.9), sampler("unipc", 8, 0.5, 0.9)]
+    text, chosen = markdown(REFERENCE, candidates), fewest(REFERENCE, candidates)
+    assert (chosen.name, chosen.steps) == ("dpm++", 15)
     assert "| 70.0% (65.0% to 75.0%) | 90.0% (85.0% to 95.0%) | 2.0 | 0.0% | - |" in text
     assert text.count("| yes |") == 1 and text.count("| no |") == 1
     assert "eyes" not in text and text.startswith("| sampler | steps | body |")
