@@ -86,7 +86,7 @@ class Concept:
         if self.fingerprint != fingerprint:
             raise ValueError(
                 f"concept was made by other mappers (fingerprint {self.fingerprint}, these are "
-                f"{fingerprint}); encode it again with this pipeline"
+                f"{fingerprint}) or an earlier version; encode it again with this pipeline"
             )
 
     @property

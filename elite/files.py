@@ -10,11 +10,14 @@ import shutil
 import stat
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from safetensors import SafetensorError
+
+if TYPE_CHECKING:  # a mistyped flag need not wait for torch
+    from torch import Tensor
 
 OWNER_ALONE = 0o600  # permissions that safetensors gives its files
 LEFTOVER = re.compile(r"\..+\.\d+\.(tmp|old)(\.\w+)?")  # of a process that was killed
@@ -203,6 +206,18 @@ def digest_files(*paths: Path) -> str:
             content = b""
         digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()[:16]
+
+
+def digest_weights(*states: Mapping[str, "Tensor"]) -> str:
+    """The SHA-256 of tensors by name, in hexadecimal digits, whatever dtype holds their values.
+
+    It is of their bytes in float32: a sum would depend on the number of threads.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in (item for state in states for item in sorted(state.items())):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy())
+    return digest.hexdigest()
 
 
 def write_text(path: Path | str, text: str) -> None:

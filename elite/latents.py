@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from elite.files import write_atomically
+from elite.files import digest_weights, write_atomically
 from elite.loading import pixels_per_latent
 from elite.open_images import OpenImagesBoxes
 from elite.shard_cache import Cache, InPlace, Listed, Store, read_from
@@ -182,12 +182,9 @@ def latent_shape(boxes: OpenImagesBoxes, vae: AutoencoderKL) -> tuple[int, ...]:
 
 def vae_fingerprint(vae: AutoencoderKL) -> str:
     """A fingerprint of the weights that encode; those that decode change no latent."""
-    digest = hashlib.sha256()
-    for key, value in sorted(vae.state_dict().items()):
-        if not key.startswith(("decoder.", "post_quant_conv.")):
-            digest.update(key.encode())
-            digest.update(value.cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    decode = ("decoder.", "post_quant_conv.")
+    encode = {key: x for key, x in vae.state_dict().items() if not key.startswith(decode)}
+    return digest_weights(encode)
 
 
 def file_states(boxes: OpenImagesBoxes, rows: Sequence[int]) -> Tensor:

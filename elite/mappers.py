@@ -6,7 +6,6 @@ that are trained together with it, one pair per cross-attention layer of the UNe
 plugs them in.
 """
 
-import hashlib
 from collections.abc import Sequence
 from typing import Self
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
 from elite.cards import Carded, mapper_card
+from elite.files import digest_weights
 from elite.wording import brief
 
 HIDDEN_LAYERS = (4, 8, 12, 16)  # of CLIP ViT-L/14's 24
@@ -235,13 +235,7 @@ def words_and_tokens(
 
 def fingerprint_of(*mappers: Mapper | None) -> str:
     """A short name for the weights of mappers, which ties concepts to them."""
-    digest = hashlib.sha256()
-    for mapper in mappers:
-        for key, value in sorted(mapper.state_dict().items()) if mapper is not None else ():
-            value = value.cpu().double()  # MPS has no double
-            sums = torch.stack([value.sum(), value.abs().sum()])
-            digest.update(key.encode() + sums.numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return digest_weights(*(mapper.state_dict() for mapper in mappers if mapper is not None))[:16]
 
 
 def _mlp(input_dim: int, hidden_dim: int, output_dim: int) -> nn.Sequential:

@@ -179,6 +179,7 @@ def pair_preview(
             **{**parts, "scheduler": make_scheduler("dpm++", parts["scheduler"].config)},
             global_mapper=objective.global_mapper,
             local_mapper=objective.local_mapper,
+            fingerprint="preview",  # for concepts that live as long
         )
         pipe.set_progress_bar_config(disable=True)
         prompt = PREVIEW_TEMPLATE.format(config.placeholder_token)

@@ -1,7 +1,6 @@
 """DreamBench's protocol (Ruiz et al. 2023, section 4.1), written beside each result, and the two
 rows between which its scores are read."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,9 +8,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from torch import nn
 
-from elite.files import sha256_of
+from elite.files import digest_weights, sha256_of
 from elite.images import read_image
 from evaluation.cases import Case, ClipScores, DinoScores, Metric, score_batch, summarise
 from evaluation.subjects import Subject
@@ -32,14 +30,6 @@ class Setup:
     clip: str
     dino: str
     cropped: bool
-
-
-def digest_weights(model: nn.Module) -> str:
-    """A short name for the numbers of a model, wherever they were loaded from."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def by_protocol(
@@ -90,8 +80,8 @@ def describe(
         + "; mean of the cosines",
         "resize": f"bicubic, shorter side to {clip.side} px and for DINO {dino.shorter_side} px; "
         f"the middle {clip.side} and {dino.side} px",
-        "clip": f"{setup.clip}, weights {digest_weights(clip.model)}",
-        "dino": f"{setup.dino}, weights {digest_weights(dino.model)}",
+        "clip": f"{setup.clip}, weights {digest_weights(clip.model.state_dict())[:16]}",
+        "dino": f"{setup.dino}, weights {digest_weights(dino.model.state_dict())[:16]}",
     }
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from elite.data import pair_of
+from elite.files import digest_weights
 from elite.images import read_image
 from evaluation.cases import Case
 from evaluation.metrics import Clip, Dino
-from evaluation.protocol import CLIP, DINO, GROUND, Setup, departures, digest_weights
+from evaluation.protocol import CLIP, DINO, GROUND, Setup, departures
 from evaluation.rate import Program, numbers_of, read_ratings
 from evaluation.subjects import Subject
 from tests import tiny
@@ -72,7 +72,8 @@ def test_a_run_says_with_what_it_was_measured_and_what_is_possible(
     told = capsys.readouterr().out
     clip, dino = Clip(tmp_path / "clip"), Dino(tmp_path / "dino")
     protocol, rows = results["protocol"], results["rows"]
-    assert protocol["clip"] == f"{tmp_path / 'clip'}, weights {digest_weights(clip.model)}"
+    weights = digest_weights(clip.model.state_dict())[:16]
+    assert protocol["clip"] == f"{tmp_path / 'clip'}, weights {weights}"
     assert protocol["pictures"] == "2 a prompt, seeds 42 to 43" and protocol["subjects"] == "2"
     assert protocol["prompts"].startswith("prompts_and_classes.txt, SHA-256 ")
     assert protocol["resize"].startswith("bicubic, shorter side to 32 px and for DINO 32 px; ")
@@ -132,15 +133,6 @@ def test_what_is_dreambenchs_departs_in_nothing(cases):
 def test_each_departure_is_named(cases, fewer, change, message):
     (found,) = departures([case for case in cases if fewer(case)], replace(SETUP, **change))
     assert found.startswith(message)
-
-
-def test_other_weights_have_another_digest():
-    model = torch.nn.Linear(2, 2)
-    before = digest_weights(model)
-    assert before == digest_weights(model) and len(before) == 16
-    with torch.no_grad():
-        model.bias[0] += 1
-    assert digest_weights(model) != before
 
 
 # --- comparing runs -------------------------------------------------------------------------------

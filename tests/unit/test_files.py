@@ -1,6 +1,7 @@
 """Files appear whole or not at all, whatever writes them and however the disk fails."""
 
 import errno
+import hashlib
 import json
 import os
 import resource
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from elite.files import check_writable, write_atomically, write_json
+from elite.files import check_writable, digest_weights, write_atomically, write_json
 
 TENSORS = {"weight": torch.arange(20_000.0)}  # 80 kB
 
@@ -197,3 +198,15 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch
     assert inside[0].endswith("/weights") and not inside[1]
     assert itself[0].endswith(".tmp") and not itself[1]
     assert parent == (str(tmp_path), True)
+
+
+# --- digests --------------------------------------------------------------------------------------
+
+
+def test_digest_is_of_names_and_float32_values():
+    state = {"b": torch.tensor(1.0), "a": torch.eye(2).bfloat16().T}
+    values = np.array([1, 0, 0, 1], np.float32).tobytes(), np.float32(1).tobytes()
+    expected = hashlib.sha256(b"a" + values[0] + b"b" + values[1]).hexdigest()
+    assert digest_weights(state) == digest_weights({"a": state["a"]}, {"b": state["b"]}) == expected
+    state["b"] += 1
+    assert digest_weights(state) != expected

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from elite import GlobalMapper, LocalMapper
-from elite.mappers import Mapper, clip_levels, cross_attention_layers
+from elite.mappers import Mapper, clip_levels, cross_attention_layers, fingerprint_of
 from tests import tiny
 
 B, PATCHES, WIDTH = 2, 16, 24
@@ -115,3 +115,25 @@ def test_saved_mapper_comes_back_bit_for_bit(tmp_path, mappers, which):
     assert loaded.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
     assert tuple(loaded.config.hidden_layers) == tiny.HIDDEN_LAYERS
+
+
+def test_fingerprint_is_the_same_on_every_machine():
+    """A sum would be split among as many threads as there are."""
+    mapper, found = GlobalMapper(hidden_layers=()), set()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in mapper.parameters():  # up to a million numbers
+        torch.nn.init.normal_(parameter, generator=generator)
+    for threads in (4, 1):
+        torch.set_num_threads(threads)
+        found.add(fingerprint_of(mapper))
+    assert len(found) == 1
+
+
+@torch.no_grad()
+def test_fingerprint_is_of_values_and_names(mappers):
+    one, other = mappers
+    before = fingerprint_of(one.half(), other)
+    assert fingerprint_of(one.float(), other) == before, "it is of how they are stored"
+    assert len({before, fingerprint_of(other, one), fingerprint_of(one, None)}) == 3
+    next(one.parameters()).view(-1)[0] += 2**-9
+    assert fingerprint_of(one, other) != before
