@@ -113,12 +113,12 @@ def read_mask(
 
 
 def as_image(image: ImageLike) -> np.ndarray:
-    """A file, a PIL image or such an array to uint8 (H, W, 3). Raises ValueError where it is
-    none."""
+    """A file, a PIL image or such an array to uint8 (H, W, 3), upright. Raises ValueError where it
+    is none."""
     if isinstance(image, str | Path):
         return read_image(image)
     if isinstance(image, Image.Image):
-        return to_rgb(image)
+        return to_rgb(ImageOps.exif_transpose(image))
     pixels = np.asarray(image)
     if pixels.dtype != np.uint8 or pixels.shape[2:] != (3,) or not pixels.size:
         raise ValueError(
@@ -129,12 +129,12 @@ def as_image(image: ImageLike) -> np.ndarray:
 
 
 def as_mask(mask: ImageLike, name: str = "mask") -> np.ndarray:
-    """A file, a PIL image or an array, (H, W) or (H, W, 3), to bool (H, W): all that is not zero is
-    object. Raises ValueError, which begins with `name`, where it is none."""
+    """A file, a PIL image or an array, (H, W) or (H, W, 3), to bool (H, W), upright: all that is not
+    zero is object. Raises ValueError, which begins with `name`, where it is none."""
     if isinstance(mask, str | Path):
         return read_mask(mask)
     if isinstance(mask, Image.Image):
-        return to_mask(mask)
+        return to_mask(ImageOps.exif_transpose(mask))
     values = np.asarray(mask)
     is_shaped = values.ndim > 1 and values.shape[2:] in ((), (1,), (3,)) and values.size
     if values.dtype.kind not in "biuf" or not is_shaped:

@@ -10,6 +10,8 @@ from PIL import Image
 from elite.images import (
     CLIP_MEAN,
     CLIP_STD,
+    as_image,
+    as_mask,
     cut_out,
     doubt,
     fit_mask,
@@ -64,6 +66,13 @@ def test_grey_files_give_three_equal_channels(tmp_path, picture, encode, toleran
     grey = np.asarray(Image.fromarray(picture).convert("L"), dtype=int)
     assert image.shape == picture.shape
     assert np.abs(image - grey[..., None]).max() <= tolerance
+
+
+def test_opened_pictures_are_turned_upright_as_files_are(tmp_path, picture):
+    path = written(tmp_path, as_turned_jpeg(picture))
+    with Image.open(path) as image:
+        assert np.array_equal(as_image(image), as_image(path))
+        assert np.array_equal(as_mask(image), as_mask(path))
 
 
 def test_transparency_lies_on_white(tmp_path):
