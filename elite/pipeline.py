@@ -237,6 +237,11 @@ class Elite(DiffusersPipeline):
             self.image_encoder.config.image_size,
             self.grid,
         )
+        if self.local_mapper is not None and not views["patch_mask"].any():
+            note(
+                f"{name}: the object is smaller than a patch of the image encoder, so that it has no "
+                "feature tokens and lambda does nothing; crop the picture around it"
+            )
         return {key: view[None] for key, view in views.items()}
 
     @torch.no_grad()

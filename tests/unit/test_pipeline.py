@@ -39,6 +39,14 @@ def test_a_mask_that_is_all_object_gets_a_hint(pipe, recwarn):
         pipe.encode_concept(image, np.ones_like(mask), name="corgi")
 
 
+def test_an_object_that_no_patch_sees_gets_a_hint(pipe):
+    image, mask = np.zeros((40, 40, 3), np.uint8), np.zeros((40, 40), bool)
+    mask[11:15, 11:15] = True  # within a patch of 10 pixels, beside its top-left one
+    with pytest.warns(Note, match="dot: the object is smaller than a patch .* crop the picture"):
+        concept = pipe.encode_concept(image, mask, name="dot")
+    assert not concept.feature_tokens.any()
+
+
 # --- beside other pipelines -----------------------------------------------------------------------
 
 
