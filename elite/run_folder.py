@@ -156,19 +156,20 @@ class RunFolder:
         tally.bad_samples.update(failures)
         bad, size, times = len(tally.bad_samples), len(self.dataset), tally.unreadable.total()
         tried = step * self.samples_per_step + times
-        if bad > UNREADABLE_TOLERATED * size:
-            self._stop_for_unreadable(f"{bad} of {size} samples")
-        if times > MIN_FAILURES_JUDGED and times > 2 * UNREADABLE_TOLERATED * tried:
-            self._stop_for_unreadable(f"{times} of the {tried} samples tried")
+        limit = UNREADABLE_TOLERATED
+        if bad > limit * size:
+            self._stop_for_unreadable(f"{bad} of {size} samples", limit)
+        if times > MIN_FAILURES_JUDGED and times > 2 * limit * tried:
+            self._stop_for_unreadable(f"{times} of the {tried} samples tried", 2 * limit)
 
-    def _stop_for_unreadable(self, how_many: str) -> NoReturn:
+    def _stop_for_unreadable(self, how_many: str, limit: float) -> NoReturn:
         messages, path = list(self.tally.bad_samples.values()), self.folder / "unreadable.txt"
         if self.is_main:
             text = "".join(message + "\n" for message in messages)
             write_text(path, text)
         raise ValueError(
             f"{how_many} could not be read ({self.tally.reasons()}), which is over "
-            f"{UNREADABLE_TOLERATED:.0%}; repair or remove them, {path} lists all; the last are: "
+            f"{limit:.0%}; repair or remove them, {path} lists all; the last are: "
             + "; ".join(messages[-UNREADABLE_LISTED:])
         )
 

@@ -182,6 +182,7 @@ def fit(
             if finite or accelerator.scaler is not None:  # a scaler skips by itself, and adapts
                 optimizer.step()
             optimizer.zero_grad()
+            rate = schedule.get_last_lr()[0]  # of this step
             schedule.step()
             if ema is not None and finite:
                 ema.step(trained.values())
@@ -190,7 +191,7 @@ def fit(
             seconds = time.monotonic() - started
             metrics |= {
                 "grad_norm": norm,
-                "lr": schedule.get_last_lr()[0],
+                "lr": rate,
                 "samples_per_second": samples_per_step / seconds,
                 "waiting_for_data": waited / seconds,
             }

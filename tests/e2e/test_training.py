@@ -164,6 +164,14 @@ def test_what_is_logged(train, tmp_path):
     assert list((tmp_path / "logs").glob("events.out.tfevents.*"))
 
 
+def test_logged_rate_is_that_of_the_step(tmp_path):
+    train_toy(tmp_path, max_steps=4, learning_rate=1.0, lr_scheduler="linear", save_steps=2)
+    assert [line["lr"] for line in metrics(tmp_path)] == [1.0, 0.75, 0.5, 0.25]
+    resumed = {"resume": "checkpoint-2", "lr_scheduler": "linear", "learning_rate": 1.0}
+    train_toy(tmp_path, max_steps=4, save_steps=2, **resumed)
+    assert [line["lr"] for line in metrics(tmp_path)] == [1.0, 0.75, 0.5, 0.25]
+
+
 def test_waiting_for_slow_samples_is_logged(tmp_path):
     class SlowNumbers(Numbers):
         def sample(self, index, rng):

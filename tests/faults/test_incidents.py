@@ -97,6 +97,11 @@ def test_hopeless_data_stop_long_before_the_epoch_ends(tmp_path):
     assert len(metrics(tmp_path)) < 200
 
 
+def test_the_limit_that_was_crossed_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"samples tried could not be read .* is over 10%"):
+        train(tmp_path, spoilt(100_000, 0.3), max_steps=1000, save_steps=0)
+
+
 def test_counts_are_those_of_an_uninterrupted_run(tmp_path):
     dataset = Numbers(200, bad=spoilt(200, 0.05).bad, wild={3, 50})
     train(tmp_path / "whole", dataset, max_steps=60, save_steps=7)
