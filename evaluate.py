@@ -25,7 +25,7 @@ def main() -> int:
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    from elite.inference import build_pipeline, drawing_of
+    from elite.inference import build_pipeline, drawing_of, model_metadata
     from evaluation.cases import draw_cases, make_cases, my_share, report, score_cases
     from evaluation.protocol import Setup, by_protocol
     from evaluation.subjects import read_prompts, read_subjects
@@ -43,20 +43,25 @@ def main() -> int:
         output_dir,
         drawing_of(config, config.words, config.llambda),
         batch_size=config.batch_size,
-        metadata={
-            "model": config.pretrained_model_name_or_path,
-            "scheduler": config.scheduler,
-        },
+        metadata={"scheduler": config.scheduler, **model_metadata(config)},
     )
+    failures = dict(gather_object(list(failures.items())))
+    mine, cases = (
+        [case for case in some if case.subject.name not in failures] for some in (mine, cases)
+    )  # of the others, older pictures may be there
     rows = gather_object(score_cases(mine, output_dir, metrics))
-    failures = gather_object(failures)
     if not PartialState().is_main_process:
         return OK  # the main process speaks for all
-    for failure in failures:
+    for failure in failures.values():
         complain(failure)
     if not rows:
         return BAD_INPUT
-    more: dict[str, Any] = {}
+    references = {
+        subject.name: subject.measured_with(config.crop_references)
+        for subject in subjects
+        if subject.name not in failures
+    }
+    more: dict[str, Any] = {"references": references}
     below = ""
     if config.protocol:
         setup = Setup(
@@ -65,7 +70,8 @@ def main() -> int:
             config.dino_name_or_path,
             config.crop_references,
         )
-        more, below = by_protocol(cases, rows, metrics, setup)
+        protocol, below = by_protocol(cases, rows, metrics, setup)
+        more |= protocol
     print(report(cases, rows, output_dir, to_dict(config), more, below))
     print(f"more in {output_dir}; look at {output_dir / 'grid_00.png'} first")
     return PARTLY_FAILED if failures else OK
@@ -73,15 +79,16 @@ def main() -> int:
 
 def build_metrics(config: EvaluateConfig, cases: list, device: Any) -> list:
     """The metrics that were asked for."""
-    from evaluation.cases import ClipScores, DinoScores
+    from evaluation.cases import ClipScores, DinoScores, references
     from evaluation.metrics import Clip, Dino
     from evaluation.protocol import METRICS
     from small_world.attributes import AttributeScores
     from small_world.classifier import load_judge
 
+    read = references(config.crop_references)
     makers = {
-        "clip": lambda: ClipScores(Clip(config.clip_name_or_path, device), config.crop_references),
-        "dino": lambda: DinoScores(Dino(config.dino_name_or_path, device), config.crop_references),
+        "clip": lambda: ClipScores(Clip(config.clip_name_or_path, device), read),
+        "dino": lambda: DinoScores(Dino(config.dino_name_or_path, device), read),
         "attributes": lambda: AttributeScores(
             load_judge(Path(config.judge_path)).to(device), cases
         ),

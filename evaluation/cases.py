@@ -6,6 +6,7 @@ import csv
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from elite.concept import Concept
 from elite.defaults import PLACEHOLDER
 from elite.drawing import Drawing, is_drawn, write_png
-from elite.encoding import progress_bar
+from elite.encoding import batches, progress_bar
 from elite.files import write_atomically, write_json, write_text
 from elite.images import cut_out, read_image
 from elite.pipeline import Elite
@@ -63,6 +64,11 @@ class Metric(Protocol):
     ) -> Mapping[str, Sequence[float | None]]: ...
 
 
+def of_subject(case: Case) -> Subject:
+    """Cases come subject by subject, and are grouped by this."""
+    return case.subject
+
+
 def make_cases(subjects: Sequence[Subject], prompts: Prompts, seeds: Sequence[int]) -> list[Case]:
     """Every subject with every prompt, its own or those of its kind, and every seed."""
     return [
@@ -76,12 +82,20 @@ def make_cases(subjects: Sequence[Subject], prompts: Prompts, seeds: Sequence[in
 # --- metrics --------------------------------------------------------------------------------------
 
 
+References = Callable[[Subject], list[Image.Image]]
+
+
+def references(cropped: bool) -> References:
+    """Reads the references of a subject, once for the metrics that share this."""
+    return lru_cache(maxsize=1)(partial(Subject.references, cropped=cropped))
+
+
 class ClipScores:
     """CLIP-I, the mean cosine with the references, and CLIP-T, the cosine with the class prompt."""
 
-    def __init__(self, clip: Clip, cropped: bool) -> None:
+    def __init__(self, clip: Clip, read: References) -> None:
         self.model = clip
-        self.references = lru_cache(lambda subject: clip.images(subject.references(cropped)))
+        self.references = lru_cache(lambda subject: clip.images(read(subject)))
 
     def __call__(
         self, pictures: Sequence[Image.Image], cases: Sequence[Case]
@@ -97,9 +111,9 @@ class ClipScores:
 class DinoScores:
     """DINO-I, the mean cosine with the references."""
 
-    def __init__(self, dino: Dino, cropped: bool) -> None:
+    def __init__(self, dino: Dino, read: References) -> None:
         self.model = dino
-        self.references = lru_cache(lambda subject: dino.images(subject.references(cropped)))
+        self.references = lru_cache(lambda subject: dino.images(read(subject)))
 
     def __call__(
         self, pictures: Sequence[Image.Image], cases: Sequence[Case]
@@ -125,8 +139,9 @@ def draw_cases(
     *,
     batch_size: int = 1,
     metadata: Mapping[str, str] | None = None,
-) -> list[str]:
-    """Draws what is not there yet. Returns one line per subject that could not be read.
+) -> dict[str, str]:
+    """Draws what is not there yet. Returns why, by the names of subjects that could not be read; of
+    these older pictures may be there.
 
     Args:
         metadata: what else a picture depends on; with the drawing's own it is kept in the PNGs, and
@@ -161,7 +176,7 @@ def draw_cases(
                 for case, picture in zip(batch, pictures, strict=True):
                     write_png(output_dir / case.path, picture, metadata_of(case))
             progress.update(len(missing[start : start + batch_size]))
-    return list(failures.values())
+    return failures
 
 
 # --- scoring --------------------------------------------------------------------------------------
@@ -170,14 +185,15 @@ def draw_cases(
 def score_cases(
     cases: Sequence[Case], output_dir: Path, metrics: Sequence[Metric], batch_size: int = 16
 ) -> list[dict]:
-    """One row per picture that is there: subject, prompt, seed, and the metrics' columns."""
+    """One row per picture: subject, prompt, seed, and the metrics' columns."""
     rows: list[dict] = []
-    drawn = [case for case in cases if (output_dir / case.path).exists()]
     disable = not PartialState().is_main_process
-    for start in tqdm(range(0, len(drawn), batch_size), desc="score", disable=disable):
-        batch = drawn[start : start + batch_size]
-        pictures = [Image.fromarray(read_image(output_dir / case.path)) for case in batch]
-        rows += score_batch(pictures, batch, metrics)
+    with tqdm(total=len(cases), desc="score", unit="picture", disable=disable) as progress:
+        for _, its_cases in groupby(cases, of_subject):
+            for batch in batches(its_cases, batch_size):
+                pictures = [Image.fromarray(read_image(output_dir / case.path)) for case in batch]
+                rows += score_batch(pictures, batch, metrics)
+                progress.update(len(batch))
     return rows
 
 
@@ -211,7 +227,8 @@ def summarise(rows: Sequence[Mapping]) -> dict[str, dict]:
 
 
 def my_share(cases: Sequence[Case]) -> Sequence[Case]:
-    """The cases of this process of `accelerate launch`, in one run so that subjects stay whole."""
+    """The cases of this process of `accelerate launch`, as many as each other's, in one run, so
+    that few subjects are encoded by two processes."""
     state = PartialState()
     size = -(-len(cases) // state.num_processes)
     return cases[state.process_index * size : (state.process_index + 1) * size]
@@ -264,20 +281,27 @@ def markdown(summary: Mapping[str, Mapping], subjects: int) -> str:
 
 def contact_sheets(cases: Sequence[Case], output_dir: Path) -> list[Image.Image]:
     """Input, object and the first seed of the first prompts, twelve subjects a sheet."""
-    by_subject: dict[str, list[Case]] = {}
-    for case in cases:
-        if (output_dir / case.path).exists():
-            by_subject.setdefault(case.subject.name, []).append(case)
-    rows, columns = [], ["input", "object"]
-    for mine in by_subject.values():
-        image, mask = mine[0].subject.pair.read()
-        row = [Image.fromarray(image), Image.fromarray(cut_out(image, mask))]
-        shown = [case for case in mine if case.seed == mine[0].seed][:SHEET_PROMPTS]
-        row += [Image.fromarray(read_image(output_dir / case.path)) for case in shown]
-        rows.append(row)
-        names = [case.template.replace("{}", PLACEHOLDER) for case in shown]
-        columns = max(columns, ["input", "object", *names], key=len)
-    return [
-        tile_rows(rows[start : start + SHEET_SUBJECTS], columns)
-        for start in range(0, len(rows), SHEET_SUBJECTS)
-    ]
+    first = (case for case in cases if case.seed == cases[0].seed)
+    subjects = (list(mine)[:SHEET_PROMPTS] for _, mine in groupby(first, of_subject))
+    return [_sheet(some, output_dir) for some in batches(subjects, SHEET_SUBJECTS)]
+
+
+def _sheet(subjects: Sequence[Sequence[Case]], output_dir: Path) -> Image.Image:
+    """A row for each subject; above those that share their prompts stand these."""
+    parts = []
+    for prompts, group in groupby(subjects, lambda cases: [case.template for case in cases]):
+        names = [prompt.replace("{}", PLACEHOLDER) for prompt in prompts]
+        rows = [_row(cases, output_dir) for cases in group]
+        parts.append(tile_rows(rows, ["input", "object", *names]))
+    size = max(part.width for part in parts), sum(part.height for part in parts)
+    sheet, top = Image.new("RGB", size, "white"), 0
+    for part in parts:
+        sheet.paste(part, (0, top))
+        top += part.height
+    return sheet
+
+
+def _row(cases: Sequence[Case], output_dir: Path) -> list[Image.Image]:
+    image, mask = cases[0].subject.pair.read()
+    drawn = [read_image(output_dir / case.path) for case in cases]
+    return [Image.fromarray(picture) for picture in (image, cut_out(image, mask), *drawn)]

@@ -32,12 +32,14 @@ class Run:
 
     Args:
         measured_by: what its scores depend on besides the pictures.
+        references: class word and references of each subject; none in runs of earlier versions.
         rated_by: the command of its ratings, where there are some.
         rows: scores by subject, prompt and seed; by metric, where it has a value.
     """
 
     folder: Path
     measured_by: Mapping[str, Any]
+    references: Mapping[str, str]
     rated_by: list[str]
     rows: Mapping[tuple[str, ...], Mapping[str, float]]
 
@@ -51,6 +53,7 @@ def read_run(folder: Path) -> Run:
         results = json.loads(texts["results.json"])
         settings, protocol = results["settings"], results.get("protocol")
         measured_by = protocol or {name: settings[name] for name in MEASURED_BY}
+        references = dict(results.get("references") or {})
         rows = {
             tuple(row.pop(key) for key in KEYS): {k: float(v) for k, v in row.items() if v}
             for row in csv.DictReader(texts["results.csv"].splitlines())
@@ -61,13 +64,18 @@ def read_run(folder: Path) -> Run:
     for rating in ratings:
         key = tuple(str(rating.pop(name)) for name in KEYS)
         rows.get(key, {}).update(rating)
-    return Run(folder, measured_by, rated_by, rows)
+    return Run(folder, measured_by, references, rated_by, rows)
 
 
 def check_comparable(one: Run, other: Run) -> None:
     """Raises ValueError where the runs were measured otherwise."""
-    for name in {**one.measured_by, **other.measured_by}:
-        values = [each.measured_by.get(name, "nothing") for each in (one, other)]
+    both = [subject for subject in one.references if subject in other.references]
+    measures = [
+        {**run.measured_by, **{f"references of {name}": run.references[name] for name in both}}
+        for run in (one, other)
+    ]
+    for name in {**measures[0], **measures[1]}:
+        values = [measured_by.get(name, "nothing") for measured_by in measures]
         if values[0] != values[1]:
             raise ValueError(
                 f"{other.folder}: {name} is {values[1]}, but {values[0]} in {one.folder}; measure "

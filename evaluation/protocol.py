@@ -41,11 +41,9 @@ def by_protocol(
     """What belongs into results.json and results.md besides the scores.
 
     Args:
-        rows: the scores.
+        rows: the scores of these cases.
         metrics: of CLIP and of DINO.
     """
-    scored = {row["subject"] for row in rows}
-    cases = [case for case in cases if case.subject.name in scored]
     measured, wrong = describe(cases, metrics, setup), departures(cases, setup)
     found = {"this run": rows, **baselines(cases, metrics)}
     summaries = {name: summarise(each) for name, each in found.items()}

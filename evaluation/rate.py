@@ -10,6 +10,7 @@ ratings.jsonl of the run; an interrupted call goes on from there, and `evaluatio
 """
 
 import argparse
+import csv
 import json
 import math
 import os
@@ -108,18 +109,21 @@ def read_ratings(folder: Path) -> tuple[list[str], list[dict]]:
 
 
 def cases_of(folder: Path) -> list[Case]:
-    """What a run has drawn. Raises ValueError where it is none, or its objects are gone."""
-    text = read_text(folder / "results.json", RUN_REMEDY, MOST)
+    """What a run has scored. Raises ValueError where it is none, or its objects are gone."""
+    text, table = (
+        read_text(folder / name, RUN_REMEDY, MOST) for name in ("results.json", "results.csv")
+    )
     try:
         settings = json.loads(text)["settings"]
         prompts, data = settings["prompts"], settings["test_data_dir"]
         seeds = range(settings["seed"], settings["seed"] + settings["num_images"])
         class_word = settings["class_word"]
+        scored = {row["subject"] for row in csv.DictReader(table.splitlines())}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: damaged results.json ({error!r}); {RUN_REMEDY}") from None
     known = read_prompts(prompts)
     cases = make_cases(read_subjects(data, known.classes, class_word), known, seeds)
-    return [case for case in cases if is_file(folder / case.path)]
+    return [case for case in cases if case.subject.name in scored and is_file(folder / case.path)]
 
 
 def rate(folder: Path, command: Sequence[str]) -> list[dict]:

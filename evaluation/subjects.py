@@ -17,7 +17,7 @@ from PIL import Image
 
 from elite.config import read_yaml
 from elite.data import Pair, PairFolder, is_picture, pair_of, pictures_in
-from elite.files import read_text
+from elite.files import digest_files, read_text
 from elite.images import read_image
 from elite.wording import brief, note
 
@@ -61,6 +61,12 @@ class Subject:
                 image = read_image(path)
             pictures.append(Image.fromarray(image))
         return pictures
+
+    def measured_with(self, cropped: bool) -> str:
+        """What scores of its pictures depend on besides these: the class word, and a digest of the
+        files of its references."""
+        masks = [pair_of(path).mask_path for path in self.reference_paths] if cropped else []
+        return f"{self.class_word}, {digest_files(*self.reference_paths, *masks)}"
 
 
 def read_subjects(root: Path | str, classes: Mapping[str, str], default: str) -> list[Subject]:

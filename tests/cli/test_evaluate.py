@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from elite.sheets import HEADER, TILE
 from evaluation.subjects import read_prompts, read_subjects
 from small_world.classifier import Judge
 from tests import tiny
@@ -82,6 +83,11 @@ def test_everything_is_drawn_scored_and_reported(evaluate, tmp_path):
         assert sheet.width == 4 * 160  # input, object, two prompts
 
 
+def scored(out: Path) -> set[str]:
+    with open(out / "results.csv", newline="") as file:
+        return {row["subject"] for row in csv.DictReader(file)}
+
+
 def test_pictures_are_those_of_the_inference_script(evaluate, tmp_path):
     """Same prompt, seed and lambda, drawn by inference_local.py."""
     out = tmp_path / "out"
@@ -111,6 +117,18 @@ def test_a_second_run_draws_what_is_missing(evaluate, tmp_path):
     assert kept.stat().st_mtime_ns != stamp, "another lambda is another picture"
 
 
+def test_another_image_encoder_draws_anew(evaluate, model_folder, tmp_path):
+    """Concepts depend on it, and no fingerprint of the mappers tells."""
+    out = tmp_path / "out"
+    picture = out / "02_green_solid_square" / "00_00042.png"
+    encoder = ("--image_encoder_name_or_path", model_folder / "image_encoder")
+    stamps = []
+    for options in ((), encoder, encoder):
+        assert run_script(*evaluate, "--output_dir", out, *options) == 0
+        stamps.append(picture.stat().st_mtime_ns)
+    assert stamps[0] < stamps[1] == stamps[2]
+
+
 def test_processes_share_the_work(evaluate, tmp_path):
     run_script(*evaluate, "--output_dir", tmp_path / "one")
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -137,6 +155,17 @@ def test_an_unreadable_concept_leaves_the_rest(evaluate, subjects, tmp_path, cap
     (subjects / "11_turquoise_red_striped_round_bg.png").unlink()
     shutil.rmtree(tmp_path / "out")
     assert run_script(*evaluate, "--output_dir", tmp_path / "out") == 2
+
+
+def test_a_concept_that_broke_since_is_not_scored_by_its_old_pictures(evaluate, subjects, tmp_path):
+    out = tmp_path / "out"
+    assert run_script(*evaluate, "--output_dir", out) == 0
+    (subjects / "02_green_solid_square_bg.png").write_bytes(b"no picture")
+    assert run_script(*evaluate, "--output_dir", out, "--llambda", "0.1") == 3
+    assert scored(out) == {"11_turquoise_red_striped_round"}
+    assert json.loads((out / "results.json").read_text())["subjects"] == 1
+    with Image.open(out / "grid_00.png") as sheet:
+        assert sheet.height == HEADER + TILE
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,13 @@ from PIL import Image
 from elite.data import pair_of
 from elite.files import digest_weights
 from elite.images import read_image
-from evaluation.cases import Case
+from elite.sheets import HEADER, TILE, tile_rows
+from evaluation import cases as cases_module
+from evaluation.cases import Case, contact_sheets, make_cases
 from evaluation.metrics import Clip, Dino
 from evaluation.protocol import CLIP, DINO, GROUND, Setup, departures
-from evaluation.rate import Program, numbers_of, read_ratings
-from evaluation.subjects import Subject
+from evaluation.rate import Program, cases_of, numbers_of, read_ratings
+from evaluation.subjects import Subject, read_prompts, read_subjects
 from tests import tiny
 from tests.conftest import run_script
 from tests.unit.test_subjects import DREAMBENCH
@@ -138,12 +140,13 @@ def test_each_departure_is_named(cases, fewer, change, message):
 # --- comparing runs -------------------------------------------------------------------------------
 
 
-def save_run(folder, scores, **measured_by):
+def save_run(folder, scores, references=None, **measured_by):
     """A run of scores by subject: a list by prompt, None where there is none."""
     folder.mkdir()
     settings = {"clip_name_or_path": "c", "dino_name_or_path": "d", "judge_path": "j"}
     settings |= {"crop_references": False, **measured_by}
-    (folder / "results.json").write_text(json.dumps({"settings": settings}))
+    results = {"settings": settings} | ({"references": references} if references else {})
+    (folder / "results.json").write_text(json.dumps(results))
     with open(folder / "results.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, ["subject", "prompt", "seed", "clip_i"])
         writer.writeheader()
@@ -201,6 +204,59 @@ def test_runs_that_do_not_compare_are_refused(tmp_path, capsys):
     assert "is nothing, but c in" in capsys.readouterr().err
     assert run_script(COMPARE, one, tmp_path / "none") == 2
     assert "expected the --output_dir of a finished run" in capsys.readouterr().err
+
+
+def test_runs_with_other_references_are_refused(tmp_path, capsys):
+    """Those of a subject that both have; earlier runs, which do not say, are compared."""
+    one, other, fewer, silent = (
+        save_run(tmp_path / name, {"a": [0.5]}, references)
+        for name, references in (
+            ("one", {"a": "mug, 01", "b": "cat, 01"}),
+            ("other", {"a": "cup, 01"}),
+            ("fewer", {"a": "mug, 01", "c": "cat, 02"}),
+            ("silent", None),
+        )
+    )
+    assert run_script(COMPARE, one, other) == 2
+    assert f"{other}: references of a is cup, 01, but mug, 01 in" in capsys.readouterr().err
+    assert run_script(COMPARE, one, fewer) == run_script(COMPARE, one, silent) == 0
+
+
+def test_class_word_and_references_are_what_a_run_says(dreambench):
+    prompts = read_prompts(dreambench.parent / "prompts_and_classes.txt")
+    backpack, dog = read_subjects(dreambench, prompts.classes, "thing")
+    before = backpack.measured_with(cropped=False), backpack.measured_with(cropped=True)
+    assert before[0].startswith("backpack, ") and dog.measured_with(False).startswith("dog, ")
+    assert replace(backpack, class_word="bag").measured_with(False) == f"bag, {before[0][10:]}"
+    (dreambench / "backpack/01_bg.png").write_bytes(b"another mask")
+    assert backpack.measured_with(False) == before[0] and backpack.measured_with(True) != before[1]
+    (dreambench / "backpack/02.png").write_bytes(b"another reference")
+    assert backpack.measured_with(False) != before[0]
+
+
+# --- contact sheets -------------------------------------------------------------------------------
+
+
+def test_each_subject_stands_under_its_own_prompts(dreambench, tmp_path, monkeypatch):
+    """backpack has prompts of an object, dog2 those of a living thing."""
+    prompts = read_prompts(tmp_path / "prompts_and_classes.txt")
+    made = make_cases(read_subjects(dreambench, prompts.classes, "thing"), prompts, [1, 2])
+    for case in made:
+        (tmp_path / case.path).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / case.path)
+    named = []
+
+    def naming(rows, columns):
+        named.append((len(rows), columns))
+        return tile_rows(rows, columns)
+
+    monkeypatch.setattr(cases_module, "tile_rows", naming)
+    (sheet,) = contact_sheets(made, tmp_path)
+    assert named == [
+        (1, ["input", "object", "a S in the jungle", "a S on someone's table"]),
+        (1, ["input", "object", "a S wearing a hat"]),
+    ]
+    assert sheet.size == (4 * TILE, 2 * (HEADER + TILE))
 
 
 # --- ratings --------------------------------------------------------------------------------------
@@ -267,6 +323,17 @@ def test_a_program_rates_a_run_and_goes_on(evaluate, rater, dreambench, tmp_path
     ratings.write_text(text)
     assert run_script(COMPARE, tmp_path / "out", tmp_path / "again") == 2
     assert "rate both alike" in capsys.readouterr().err
+
+
+def test_only_what_was_scored_is_rated(dreambench, tmp_path):
+    """Of a subject that broke since, older pictures may lie there."""
+    prompts = tmp_path / "prompts_and_classes.txt"
+    settings = {"prompts": str(prompts), "test_data_dir": str(dreambench), "class_word": "thing"}
+    run = save_run(tmp_path / "run", {"backpack": [0.5]}, **settings, seed=42, num_images=1)
+    for name in ("backpack", "dog2"):
+        (run / name).mkdir()
+        Image.new("RGB", (8, 8)).save(run / name / "00_00042.png")
+    assert [case.path for case in cases_of(run)] == ["backpack/00_00042.png"]
 
 
 NO_RATINGS = ["", "4", "[4]", "{}", '{"a": "x"}', '{"a": true}', '{"a": NaN}', "[" * 100_000]

@@ -1,5 +1,8 @@
 """CLIP-I, CLIP-T, DINO-I on cases small enough to reckon by hand, and the intervals."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +10,17 @@ from PIL import Image
 from transformers import CLIPModel, ViTModel
 
 from elite.data import pair_of
-from elite.images import CLIP_MEAN, CLIP_STD
-from evaluation.cases import Case, ClipScores, DinoScores, markdown, summarise
+from elite.images import CLIP_MEAN, CLIP_STD, read_image
+from evaluation import subjects as subjects_module
+from evaluation.cases import (
+    Case,
+    ClipScores,
+    DinoScores,
+    markdown,
+    references,
+    score_cases,
+    summarise,
+)
 from evaluation.metrics import Clip, Dino, bootstrap, centre_square, mean_cosine
 from evaluation.subjects import Subject
 from small_world.tokenizer import build_tokenizer
@@ -55,26 +67,51 @@ def test_image_scores_are_mean_cosines_with_all_references(subject):
     pictures = [plain("red"), plain("green")]
     # references red (1, 0) and blue (0, 1)
     expected = [(1 + 0) / 2, (0.6 + 0.8) / 2]
-    scores = ClipScores(ByColour(), cropped=False)(pictures, [case, case])
+    scores = ClipScores(ByColour(), references(cropped=False))(pictures, [case, case])
     assert scores["clip_i"] == pytest.approx(expected, abs=1e-7)
-    assert DinoScores(ByColour(), cropped=False)(pictures, [case, case])["dino_i"] == (
-        pytest.approx(expected, abs=1e-7)
-    )
+    scores = DinoScores(ByColour(), references(cropped=False))(pictures, [case, case])
+    assert scores["dino_i"] == pytest.approx(expected, abs=1e-7)
 
 
 def test_text_score_is_the_cosine_with_the_class_prompt(subject):
     """The placeholder is replaced by the class word, which is 'green' here: (0.6, 0.8)."""
     case = Case(subject, 0, "a {} in the snow", 1)
     assert case.class_prompt == "a green in the snow"
-    scores = ClipScores(ByColour(), cropped=False)([plain("red"), plain("blue")], [case, case])
+    metric = ClipScores(ByColour(), references(cropped=False))
+    scores = metric([plain("red"), plain("blue")], [case, case])
     assert scores["clip_t"] == pytest.approx([0.6, 0.8], abs=1e-7)
 
 
 def test_references_may_be_cropped_by_their_mask(subject):
     """The box of the mask is green alone; the reference without a mask stays whole."""
     case = Case(subject, 0, "a {}", 1)
-    (score,) = ClipScores(ByColour(), cropped=True)([plain("green")], [case])["clip_i"]
+    metric = ClipScores(ByColour(), references(cropped=True))
+    (score,) = metric([plain("green")], [case])["clip_i"]
     assert score == pytest.approx((1 + 0.8) / 2, abs=1e-7)
+
+
+def test_references_are_read_once_for_all_metrics(subject, tmp_path, monkeypatch):
+    read: list[Path] = []
+
+    def reading(path: Path) -> np.ndarray:
+        read.append(path)
+        return read_image(path)
+
+    monkeypatch.setattr(subjects_module, "read_image", reading)
+    made = [
+        Case(one, number, "a {}", 1)
+        for one in (subject, replace(subject, name="other"))
+        for number in range(20)  # more than a batch
+    ]
+    for case in made:
+        (tmp_path / case.path).parent.mkdir(exist_ok=True)
+        plain("red").save(tmp_path / case.path)
+    shared = references(cropped=False)
+    metrics = [ClipScores(ByColour(), shared), DinoScores(ByColour(), shared)]
+    assert [row["subject"] for row in score_cases(made, tmp_path, metrics)] == [
+        case.subject.name for case in made
+    ]
+    assert read == 2 * list(subject.reference_paths)
 
 
 def test_mean_cosine():
