@@ -216,7 +216,7 @@ def digest_weights(*states: Mapping[str, "Tensor"]) -> str:
     digest = hashlib.sha256()
     for name, tensor in (item for state in states for item in sorted(state.items())):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().float().contiguous().numpy())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().data)
     return digest.hexdigest()
 
 

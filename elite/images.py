@@ -129,8 +129,8 @@ def as_image(image: ImageLike) -> np.ndarray:
 
 
 def as_mask(mask: ImageLike, name: str = "mask") -> np.ndarray:
-    """A file, a PIL image or an array, (H, W) or (H, W, 3), to bool (H, W), upright: all that is not
-    zero is object. Raises ValueError, which begins with `name`, where it is none."""
+    """A file, a PIL image or an array, (H, W) or (H, W, 3), to bool (H, W), upright: all that is
+    not zero is object. Raises ValueError, which begins with `name`, where it is none."""
     if isinstance(mask, str | Path):
         return read_mask(mask)
     if isinstance(mask, Image.Image):

@@ -239,8 +239,8 @@ class Elite(DiffusersPipeline):
         )
         if self.local_mapper is not None and not views["patch_mask"].any():
             note(
-                f"{name}: the object is smaller than a patch of the image encoder, so that it has no "
-                "feature tokens and lambda does nothing; crop the picture around it"
+                f"{name}: the object is smaller than a patch of the image encoder, so that it has "
+                "no feature tokens and lambda does nothing; crop the picture around it"
             )
         return {key: view[None] for key, view in views.items()}
 
