@@ -56,6 +56,15 @@ class Concept:
             feature_tokens=None if tokens is None else tokens[rows],
         )
 
+    def to(self, device: torch.device | str) -> "Concept":
+        """The same on a device."""
+        tokens = self.feature_tokens
+        return replace(
+            self,
+            words=self.words.to(device),
+            feature_tokens=None if tokens is None else tokens.to(device),
+        )
+
     def expand(self, count: int) -> "Concept":
         """One object, `count` times."""
         tokens = self.feature_tokens

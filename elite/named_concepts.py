@@ -73,15 +73,17 @@ def latent_regions(
     return shares
 
 
-def row_per_prompt(concept: ConceptLike | Sequence[ConceptLike], count: int) -> Concept:
-    """`count` rows: all of one concept, or each of its own.
+def row_per_prompt(
+    concept: ConceptLike | Sequence[ConceptLike], count: int, device: torch.device
+) -> Concept:
+    """`count` rows on a device: all of one concept, or each of its own.
 
     Raises:
         ValueError: another number of concepts, no concepts, or of different mappers.
     """
     is_one = isinstance(concept, str) or not isinstance(concept, Sequence)
     several: Sequence[Any] = [concept] if is_one else concept  # type: ignore[assignment]
-    stacked = Concept.stack([_as_concept(one) for one in several])
+    stacked = Concept.stack([_as_concept(one).to(device) for one in several])
     if len(stacked) not in (1, count):
         raise ValueError(
             f"{len(stacked)} concepts for {count} prompts; pass one, or one per prompt"

@@ -452,7 +452,7 @@ class Elite(DiffusersPipeline):
         rows = [self._rows(concepts[name], count) for name in names]
 
         # The words into the prompt.
-        chosen = torch.stack([pick_words(row.words, words) for row in rows], dim=1).to(device)
+        chosen = torch.stack([pick_words(row.words, words) for row in rows], dim=1)
         num_words = chosen.shape[2]  # of (B, N, L, D)
         encoders = text_encoders(self.components)
         ids_of_each, index = tokenize_for_each(
@@ -495,7 +495,7 @@ class Elite(DiffusersPipeline):
 
     def _rows(self, concept: ConceptLike | Sequence[ConceptLike], count: int) -> Concept:
         """One concept's rows for these prompts, seen to be of this pipeline."""
-        rows = row_per_prompt(concept, count)
+        rows = row_per_prompt(concept, count, self._execution_device)
         rows.check_mappers(self.fingerprint, self.family)
         width = self.unet.config.cross_attention_dim
         if rows.words.shape[2] != width:

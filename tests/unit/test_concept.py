@@ -1,11 +1,14 @@
 """A concept and its file."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from elite import Concept
 from elite.concept import FORMAT_VERSION, ConceptFolder, is_saved
+from elite.named_concepts import row_per_prompt
 
 
 def make_concept(fingerprint: str = "f00d", tokens: bool = True, seed: int = 0) -> Concept:
@@ -173,6 +176,17 @@ def test_other_mappers_are_refused_in_one_line():
     make_concept("f00d").check_mappers("f00d")
     with pytest.raises(ValueError, match=r"fingerprint f00d, these are cafe\) .*; encode it again"):
         make_concept("f00d").check_mappers("cafe")
+
+
+def test_concepts_of_several_devices_fit_in_one_batch():
+    """The meta device stands for a GPU."""
+    here, there = make_concept(seed=1), make_concept(seed=2)
+    there = replace(
+        there, words=there.words.to("meta"), feature_tokens=there.feature_tokens.to("meta")
+    )
+    rows = row_per_prompt([here, there], 2, torch.device("meta"))
+    assert len(rows) == 2
+    assert {part.device.type for part in (rows.words, rows.feature_tokens)} == {"meta"}
 
 
 def test_stack():
