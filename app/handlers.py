@@ -245,7 +245,7 @@ class AppHandlers:
                 seen.append(self.studio.look(square, mask)[0])
         return Concept.stack(concepts).as_one(), seen
 
-    def save_concept(self, values: Values, folder: Path, tell: Tell) -> Iterator[Values]:
+    def save_concept(self, values: Values, folder: Path) -> Iterator[Values]:
         """The object as a file in the folder, which the page copies."""
         try:
             concept, _ = self._concept(values)

@@ -329,7 +329,8 @@ def _wire(controls: dict[str, Any], handlers: AppHandlers) -> None:
     listener(answer(handlers.new_second), chosen(DRAWING), listed(CHECKED), **looking)
     if "examples" in controls:
         controls["examples"].select(pick, None, listed(PICKED), **quick)
-    controls["save"].click(work(handlers.save_concept), chosen(OBJECT), listed(SAVED), **working)
+    saving = work(lambda values, folder, _: handlers.save_concept(values, folder))
+    controls["save"].click(saving, chosen(OBJECT), listed(SAVED), **working)
 
     for name, handler in (("draw", handlers.draw), ("sweep", handlers.sweep)):
         begun = controls[name].click(_begin, None, listed(("stop", *BUTTONS)), **quick)

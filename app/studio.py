@@ -178,10 +178,6 @@ class Studio:
         """Whether there is a local branch for lambda to weigh."""
         return self.pipe.local_mapper is not None
 
-    @property
-    def num_words(self) -> int:
-        return len(self.pipe.global_mapper.config.hidden_layers) + 1
-
     def look(self, image: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
         """What the networks see, uint8 (size, size, 3) each: the picture, the object alone, and
         that object with the patches marked that the local branch does not read.
@@ -218,7 +214,7 @@ class Studio:
         prompts = tuple(dict.fromkeys(line for line in lines if line))
         if not 1 <= len(prompts) <= MAX_PROMPTS:
             raise ValueError(f"{len(prompts)} prompts; write 1 to {MAX_PROMPTS}, one a line")
-        num_words = self.num_words if words == "all" else 1
+        num_words = self.pipe.global_mapper.num_levels if words == "all" else 1
         with self._tokenizer_lock:
             names = [self.placeholder_token, *others]
             tokenize(self._tokenizer, prompts, names, num_words, tell)
@@ -239,7 +235,7 @@ class Studio:
             concept = ConceptFolder(path).read(0)
             concept.check_mappers(self.pipe.fingerprint, self.pipe.family)
             width = self.pipe.unet.config.cross_attention_dim
-            fits = concept.words.shape == (1, self.num_words, width)
+            fits = concept.words.shape == (1, self.pipe.global_mapper.num_levels, width)
             if (tokens := concept.feature_tokens) is not None:  # of one picture or several
                 fits = fits and not tokens.shape[1] % self.pipe.grid**2
             if not fits:

@@ -267,7 +267,7 @@ def test_what_is_no_mistake_of_the_person_goes_to_the_terminal(
 
 
 def test_a_saved_object_is_drawn_from_its_file(handlers, values, tmp_path):
-    saved = last(handlers.save_concept(values, tmp_path, silent))["saved"]
+    saved = last(handlers.save_concept(values, tmp_path))["saved"]
     there = last(handlers.draw(values, tmp_path, silent))["gallery"][1][0]
     expected = Image.open(there).tobytes()
     loaded = {**values, "picture": None, "concept_file": saved}
@@ -281,7 +281,7 @@ def test_a_saved_object_is_drawn_from_its_file(handlers, values, tmp_path):
 def couple(handlers, values, pairs, tmp_path) -> dict:
     """What the controls hold with the file of a second object."""
     other = {**values, "picture": str(pairs / "pair1.png")}
-    saved = last(handlers.save_concept(other, tmp_path, silent))["saved"]
+    saved = last(handlers.save_concept(other, tmp_path))["saved"]
     return {**values, "second_file": saved, "prompts": "a S next to a S2", "second_lambda": 0.6}
 
 

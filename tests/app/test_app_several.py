@@ -53,7 +53,7 @@ def test_two_pictures_are_read_as_the_library_reads_them(
     handlers, values, arranged, files, tmp_path
 ):
     both = {**arranged(values, add=files[1:2]), "method": "whole"}
-    path = last(handlers.save_concept(both, tmp_path, silent))["saved"]
+    path = last(handlers.save_concept(both, tmp_path))["saved"]
     pictures = [np.asarray(Image.open(one)) for one in order(both)]
     masks = [np.ones(picture.shape[:2], bool) for picture in pictures]
     expected = handlers.studio.pipe.encode_concept(pictures, masks)

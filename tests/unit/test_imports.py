@@ -102,9 +102,12 @@ def test_unknown_name_is_an_attribute_error():
         elite.Elit  # noqa: B018
 
 
-def test_settings_need_no_torch():
+def test_settings_need_no_model_code():
     """A mistyped flag is answered at once."""
-    code = "import sys, elite.config, elite.console; print('torch' in sys.modules)"
+    code = (
+        "import sys, elite.config, elite.console;"
+        "print(bool({'torch', 'diffusers'} & sys.modules.keys()))"
+    )
     answer = subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True
     )
