@@ -334,17 +334,17 @@ class AppHandlers:
                     give({"gallery": list(tiles), "preview": ""})
 
             yield from in_background(work, values["stop"])
+            done: Values = {"status": message(f"{len(drawn)} pictures, {seeds_of(order)}")}
+            if sweep:
+                path = folder / f"sweep_{order.seeds[0]:05d}.png"
+                save_strip(drawn, seen[0] if seen else None, path)
+                done |= {"strip": str(path), "strip_part": gr.update(visible=True)}
         except Stopped:
             yield {"status": message(f"stopped after {len(drawn)} pictures"), "preview": ""}
             return
         except Exception as error:
             yield {"status": problem(error), "preview": ""}
             return
-        done: Values = {"status": message(f"{len(drawn)} pictures, {seeds_of(order)}")}
-        if sweep:
-            path = folder / f"sweep_{order.seeds[0]:05d}.png"
-            save_strip(drawn, seen[0] if seen else None, path)
-            done |= {"strip": str(path), "strip_part": gr.update(visible=True)}
         yield done
 
 

@@ -211,6 +211,13 @@ def test_the_sweep_is_one_strip(handlers, values, tmp_path):
         assert strip.text["lambda"] == "0.0; 0.3; 0.6; 0.8; 1.0; 1.2; 1.5"
 
 
+def test_a_strip_that_cannot_be_written_is_said(handlers, values, tmp_path):
+    (tmp_path / "sweep_00003.png").mkdir()  # in its place, as a full disk would be
+    answer = last(handlers.sweep(values, tmp_path, silent))
+    assert "sweep_00003.png: cannot be written" in answer["status"]
+    assert len(answer["gallery"]) == 1 + len(SWEEP) and "strip" not in answer
+
+
 def test_stop_ends_the_drawing_and_keeps_what_is_there(handlers, values, tmp_path):
     def tell(at, **_) -> None:
         values["stop"].requested = at[0] == 3
