@@ -11,6 +11,7 @@ const boxTool = element.querySelector("[data-tool=box]");
 const hint = element.querySelector(".marker-hint");
 const KEY_STEP = 0.02;
 const HANDLE = 0.02;
+const NEAR = 0.1; // of the brush's width: closer points add nothing to a stroke
 
 let box = null;
 let strokes = [];
@@ -92,8 +93,17 @@ function begin(point) {
 function move(point) {
   if (!current) return;
   if (current.from) current.to = point;
-  else current.points.push(point);
+  else extend(current, point);
   show();
+}
+
+// Its last point follows the pointer and stays once the next one is away from it: a slow hand sends
+// many, and the server takes MAX_POINTS.
+function extend({ points, width }, point) {
+  const [last, before] = [points.at(-1), points.at(-2)];
+  const isNear = before && Math.hypot(last[0] - before[0], last[1] - before[1]) < NEAR * width;
+  if (isNear) points.pop();
+  points.push(point);
 }
 
 function end() {

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from app.marking import Marks, read_marks
 from app.studio import Clock
 from tests.app.conftest import noise_file
 
@@ -106,7 +107,7 @@ def fetched(page, selector: str, tries: int = 5) -> list[np.ndarray]:
     return fetched(page, selector, tries - 1)
 
 
-def drag(page, *points: tuple[float, float]) -> None:
+def drag(page, *points: tuple[float, float], steps: int = 6) -> None:
     """The mouse over the marked picture; shares of its side."""
     page.locator("#marks canvas").scroll_into_view_if_needed()
     area = page.locator("#marks canvas").bounding_box()
@@ -114,7 +115,7 @@ def drag(page, *points: tuple[float, float]) -> None:
     page.mouse.move(*places[0])
     page.mouse.down()
     for place in places[1:]:
-        page.mouse.move(*place, steps=6)
+        page.mouse.move(*place, steps=steps)
     page.mouse.up()
 
 
@@ -196,6 +197,28 @@ def test_upload_paint_draw_and_weigh(visit, disc):
     with Image.open(download.value.path()) as saved:
         assert saved.text["seed"] == "7" and saved.text["lambda"] == "0"
         assert np.array_equal(np.asarray(saved), other[1])
+
+
+def test_slow_brushing_sends_few_points(visit, disc, monkeypatch):
+    """Else minutes of it would be more than MAX_POINTS, and all of it refused."""
+    read: list[Marks] = []
+
+    def reading(text: str) -> Marks:
+        read.append(read_marks(text))
+        return read[-1]
+
+    monkeypatch.setattr("app.handlers.read_marks", reading)
+    page = visit()
+    upload(page, disc)
+    views(page)
+    choose(page, "Where I paint")
+    said(page, "object_message", "nothing is marked")
+    drag(page, (0.3, 0.5), (0.5, 0.5), (0.5, 0.7), steps=100)
+    said(page, "object_message", "")
+    page.wait_for_selector("#views img")
+    (stroke,) = read[-1].strokes
+    assert 0.4 / stroke.width < len(stroke.points) < 60  # of 200 events
+    assert np.abs(np.subtract(stroke.points[-1], (0.5, 0.7))).max() < 0.01, "a pixel or two"
 
 
 def test_a_box_by_mouse_and_strokes_on_top(visit, disc):
