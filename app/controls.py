@@ -1,5 +1,6 @@
 """Controls of the page: pictures and files as they were uploaded, and galleries."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,10 +12,13 @@ from gradio.utils import get_upload_folder
 from app.several import Several, read_several
 
 T = TypeVar("T", gr.Image, gr.File)
+# Every so many seconds Gradio deletes files that nobody has used for so many seconds.
+KEEP_FILES = (600, 3600)
 
 
 def uploaded_path(payload: FileData | ImageData | None) -> str | None:
-    """The uploaded file as it is; refuses any other file of this machine, and addresses.
+    """The uploaded file as it is, which lives on for now; refuses any other file of this machine,
+    and addresses.
 
     Gradio itself checks only payloads that call themselves files.
     """
@@ -23,7 +27,11 @@ def uploaded_path(payload: FileData | ImageData | None) -> str | None:
     folder = Path(get_upload_folder()).resolve()
     path = Path(payload.path or "").resolve()
     if not path.is_relative_to(folder) or not path.is_file():
-        raise gr.Error("this is no uploaded file", print_exception=False)
+        raise gr.Error(
+            "this is no uploaded file, or was deleted after an hour; upload it again",
+            print_exception=False,
+        )
+    os.utime(path)
     return str(path)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from app.controls import as_uploaded, gallery, picture_input, uploaded_several
+from app.controls import KEEP_FILES, as_uploaded, gallery, picture_input, uploaded_several
 from app.handlers import AppHandlers, Stop, Tell, Values, example_pictures
 from app.several import CONTROLS, MAX_SHOWN
 from app.studio import MAX_GUIDANCE, MAX_LAMBDA, MAX_STEPS, Pace
@@ -18,7 +18,6 @@ from elite.speed import RUNGS
 ASSETS = Path(__file__).with_name("assets")
 PAUSE = 0.2  # seconds between two messages of a drawing
 SMALL = 128  # pictures of a side below this are shown with their pixels
-KEEP_FILES = (600, 3600)  # every so many seconds, files older than so many seconds are deleted
 INTRODUCTION = (
     "# ELITE\n"
     "One picture of an object becomes a word, `{word}`; write it into a prompt and the object "

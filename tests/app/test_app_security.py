@@ -1,6 +1,7 @@
 """What a stranger sends to the app: paths, large things, floods; and two people at once."""
 
 import io
+import uuid
 import zlib
 from pathlib import Path
 
@@ -85,12 +86,34 @@ def test_no_file_of_the_machine_is_served(client, path):
     assert client.http.get(f"/proxy={path}").status_code in (400, 403, 404)
 
 
-def test_uploads_keep_to_their_folder(client, pairs):
+def test_uploads_keep_to_their_folder(client, pairs, tmp_path):
     content, folder = (pairs / "pair0.png").read_bytes(), Path(client.files_folder)
-    for name in ("../../../evil.png", "/tmp/evil.png", "..\\..\\evil.png", "a/../../evil.png"):
+    evil = f"{uuid.uuid4().hex}.png"
+    climbing = (f"../../../{evil}", f"..\\..\\{evil}", f"a/../../{evil}")
+    for name in (*climbing, str(tmp_path / evil)):
         answer = client.http.post("/upload", files={"files": (name, content)})
-        where = Path(answer.json()[0]).resolve() if answer.status_code == 200 else folder
-        assert where.is_relative_to(folder)
+        assert answer.status_code == 200
+        where = Path(answer.json()[0]).resolve()
+        assert where.is_relative_to(folder) and where.read_bytes() == content
+    around = (tmp_path, Path.cwd(), *folder.parents)
+    assert [place for place in around if (place / evil).exists()] == []
+
+
+def test_files_in_use_live_on(client, pairs):
+    """Gradio deletes files by the time of their last change, their contents' or another."""
+    used, other = (client.upload(pairs / f"pair{number}.png") for number in (0, 1))
+    paths = [Path(one["path"]) for one in (used, other)]
+    before = [path.stat().st_ctime_ns for path in paths]
+    client.call(client.dependency("picture", "change"), picture=used)
+    now = [path.stat().st_ctime_ns for path in paths]
+    assert now[0] > before[0] and now[1] == before[1]
+
+
+def test_what_was_deleted_is_to_be_uploaded_again(client, draw, pairs):
+    up = client.upload(pairs / "pair0.png")
+    Path(up["path"]).unlink()
+    with pytest.raises(RuntimeError, match=r"no uploaded file, or was deleted .*; upload it again"):
+        client.call(draw, picture=up)
 
 
 def test_errors_name_no_folder(client, draw, tmp_path):
