@@ -34,10 +34,15 @@ class LocalBranch:
             layer: tuple(local_mapper.projection(layer, name)(f) for name in ("to_k", "to_v"))
             for layer in local_mapper.config.attention
         }
+        self._cast: dict[str, tuple[Tensor, ...]] = {}  # the same, as the rows were last
 
     def of(self, layer: str, rows: Tensor, heads: int) -> LocalKeysValues:
-        """K_l f and V_l f of a layer for these rows, on their device, where they stay."""
-        read = self._read[layer] = tuple(x.to(rows) for x in self._read[layer])
+        """K_l f and V_l f of a layer for these rows, on their device, where they stay until rows of
+        another device or type come."""
+        read = self._cast.get(layer, self._read[layer])
+        if (read[0].device, read[0].dtype) != (rows.device, rows.dtype):
+            read = tuple(x.to(rows) for x in self._read[layer])
+        self._cast[layer] = read
         K, V = (split_heads(x, heads).expand(len(rows), -1, -1, -1) for x in read)
         return LocalKeysValues(K, V, rows.new_full((len(rows), 1, 1, 1), self.lambda_))
 

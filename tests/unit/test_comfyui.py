@@ -92,6 +92,22 @@ def test_the_patched_attention_is_ours(patches, parts, mappers, count):
             assert not is_close(theirs, plain)
 
 
+@torch.no_grad()
+def test_casts_leave_what_was_read(patches, parts, mappers):
+    """Half precision between two calls in float32 rounds nothing; one cast of a layer is kept."""
+    branch = patches.LocalBranch(mappers[1], torch.randn(1, 16, 24), 0.8)
+    layer, attn = next(iter(cross_attention_layers(parts["unet"]).items()))
+    rows = torch.zeros(2, 4, 1)
+    first, half, again = (
+        branch.of(layer, rows.to(dtype), attn.heads).K
+        for dtype in (torch.float32, torch.float16, torch.float32)
+    )
+    assert half.dtype == torch.float16 and torch.equal(half, first.half())
+    assert again.dtype == torch.float32 and torch.equal(again, first)
+    cast = [branch.of(layer, rows.half(), attn.heads).K for _ in range(2)]
+    assert cast[0].data_ptr() == cast[1].data_ptr(), "cast once"
+
+
 # --- ComfyUI itself -------------------------------------------------------------------------------
 
 
