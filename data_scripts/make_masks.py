@@ -177,17 +177,34 @@ def sheet_row(pair: Pair, made: bool) -> list[Image.Image]:
     return [name, *(fit_tile(Image.fromarray(picture)) for picture in pictures)]
 
 
-def write_sheets(rows: list[list[Image.Image]], path: Path) -> list[str]:
-    """Writes all rows, the first ones to `path`, the next to its name with _2. Returns the
-    paths."""
-    paths = []
-    for start in range(0, len(rows), SHEET_ROWS):
-        number = start // SHEET_ROWS + 1
-        target = path if number == 1 else path.with_stem(f"{path.stem}_{number}")
-        picture = tile_rows(rows[start : start + SHEET_ROWS], SHEET_COLUMNS)
-        write_atomically(target, picture.save)
-        paths.append(str(target))
-    return paths
+class Sheets:
+    """Contact sheets, each written as soon as it is full.
+
+    Args:
+        path: of the first one; the next has this name with _2.
+
+    Attributes:
+        written: their paths.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.written = path, list[Path]()
+        self._rows: list[list[Image.Image]] = []
+
+    def add(self, row: list[Image.Image]) -> None:
+        self._rows.append(row)
+        if len(self._rows) == SHEET_ROWS:
+            self.finish()
+
+    def finish(self) -> None:
+        """Writes the rows that are on no sheet yet, if there are any."""
+        if not self._rows:
+            return
+        rows, self._rows = self._rows, []
+        number = len(self.written) + 1
+        target = self.path.with_stem(f"{self.path.stem}_{number}") if number > 1 else self.path
+        write_atomically(target, tile_rows(rows, SHEET_COLUMNS).save)
+        self.written.append(target)
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -253,15 +270,21 @@ def main(arguments: list[str] | None = None) -> int:
     boxes = None if args.boxes is None else read_boxes(args.boxes, names)
     find = finder(args.method, args.sam_name_or_path)
     bar = tqdm(pairs.pairs, desc="masks", unit="picture")
-    results = list(make_masks(bar, boxes, args.overwrite, find))
-    failures = [result.failure for result in results if result.failure]
-    made = sum(result.made for result in results)
-    sheets = write_sheets([result.row for result in results if result.row], args.sheet)
+    sheets, made, failures = Sheets(args.sheet), 0, []
+    try:
+        for result in make_masks(bar, boxes, args.overwrite, find):
+            made += result.made
+            if result.failure:
+                failures.append(result.failure)
+            else:
+                sheets.add(result.row)
+    finally:  # of an interrupted run, too
+        sheets.finish()
     for failure in failures:
         complain(failure)
-    if not sheets:
+    if not sheets.written:
         return BAD_INPUT
-    print(f"{args.folder}: {made} masks made; look at {', '.join(sheets)} first")
+    print(f"{args.folder}: {made} masks made; look at {', '.join(map(str, sheets.written))} first")
     return PARTLY_FAILED if failures else OK
 
 

@@ -149,6 +149,25 @@ def test_many_pictures_get_several_sheets(script, photos, tmp_path, monkeypatch,
     assert f"{tmp_path / 'sheet.png'}, {tmp_path / 'sheet_2.png'} first" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("rows", [2, 48])
+def test_an_interrupted_run_leaves_the_sheets_so_far(script, photos, tmp_path, monkeypatch, rows):
+    shutil.copy(photos / "large.png", photos / "third.png")
+    found: list[list[str]] = []
+
+    def find(image, box):
+        found.append([path.name for path in tmp_path.glob("sheet*.png")])
+        if len(found) == 3:
+            raise KeyboardInterrupt
+        return np.eye(SIZE) > 0
+
+    monkeypatch.setattr("elite.masks.find_object", find)
+    monkeypatch.setattr("elite.sheets.SHEET_ROWS", rows)
+    assert script() == 130
+    assert found == [[], [], ["sheet.png"] if rows == 2 else []], "written as soon as it is full"
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.height // TILE == 2
+
+
 BAD_BOXES = [
     ("", "no column name, left, top, right, bottom; expected name,left,top,right,bottom"),
     ("name,left,top,right\n", "no column bottom"),
