@@ -174,6 +174,15 @@ def read_again(path: Path) -> np.ndarray:
         raise Unreadable(str(error)) from None
 
 
+def kept_mask(path: Path, size: tuple[int, int]) -> np.ndarray | None:
+    """A mask of an earlier run; None where it cannot be read or has another size."""
+    try:
+        mask = read_mask(path)
+    except ValueError:
+        return None
+    return mask if mask.shape == size else None
+
+
 class Labeller:
     """Looks for objects and their masks in photos, and writes down what it found.
 
@@ -219,15 +228,16 @@ class Labeller:
     def _masked(
         self, found: Found, path: Path, size: tuple[int, int], image: Callable[[], np.ndarray]
     ) -> Thing:
-        """An object with its mask, which is made where it is not there."""
-        if not path.exists():
+        """An object with its mask, which is made where it is not there, or damaged."""
+        mask = kept_mask(path, size)
+        if mask is None:
             pixels = image()
             try:
                 mask = self.find(pixels, found.box)
             except ValueError:
                 mask = np.zeros(size, dtype=bool)
             write_atomically(path, Image.fromarray(mask).save)
-        box = tight_box(read_mask(path))
+        box = tight_box(mask)
         if box is None:
             return Thing(found, NO_MASK)
         top, bottom, left, right = box

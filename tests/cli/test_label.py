@@ -182,6 +182,16 @@ def test_what_was_found_is_not_looked_for_again(label, pile, detector, tmp_path,
     assert detector.asked == 2 * asked + 1
 
 
+def test_a_damaged_mask_is_made_again(label, pile, tmp_path):
+    assert label() == 3
+    paths = sorted((tmp_path / "shards" / "labels").glob("*.png"))
+    before = [path.read_bytes() for path in paths]
+    paths[0].write_bytes(before[0][: len(before[0]) // 2])
+    Image.new("1", (8, 8), 1).save(paths[1])
+    assert label() == 3
+    assert [path.read_bytes() for path in paths] == before
+
+
 def test_an_interrupted_run_goes_on(label, pile, detector, tmp_path, monkeypatch):
     look, shards = detector.look, tmp_path / "shards"
 
