@@ -168,6 +168,13 @@ def read_text(path: Path | str, remedy: str, most: int = 2**18) -> str:
     raise ValueError(f"{path}: {reason}; {remedy}")
 
 
+def read_rows(path: Path) -> list[str]:
+    """The lines of a file of JSON objects, one a line, without what a kill or a full disk has cut
+    off."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line.endswith("}")]
+
+
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file in hexadecimal digits."""
     with open(path, "rb") as file:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from elite.config import save_config
 from elite.files import (
+    read_rows,
     remove_leftovers,
     try_lock,
     write_atomically,
@@ -97,7 +98,8 @@ class RunFolder:
             return step
         if self.config:
             save_config(self.config, self.folder / "config.yaml")
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
+        lines = read_rows(self.metrics_file) if self.metrics_file.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
         write_text(self.metrics_file, "".join(line + "\n" for line in kept))
         self.board = SummaryWriter(str(self.logging_dir), purge_step=step + 1)
         self._open.callback(self.board.close)
@@ -117,14 +119,6 @@ class RunFolder:
         if isinstance(saved[0], ValueError):
             raise saved[0]  # in every process, so that none waits for another
         return state.restore(saved[0])
-
-    def _lines(self) -> Iterator[str]:
-        if self.metrics_file.exists():
-            yield from (
-                line
-                for line in self.metrics_file.read_text(encoding="utf-8").splitlines()
-                if line.endswith("}")
-            )
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Values that are not finite are left out; counts of what went wrong are added."""

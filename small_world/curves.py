@@ -14,16 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from elite.console import check_least, run, script_parser
-from elite.files import check_writable, write_atomically
+from elite.files import check_writable, read_rows, write_atomically
 
 
 def read_metric(folder: Path, metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values. Raises ValueError where there are none."""
     try:
-        rows = [
-            json.loads(line)
-            for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
+        rows = [json.loads(line) for line in read_rows(folder / "metrics.jsonl")]
     except FileNotFoundError:
         raise ValueError(f"{folder}: has no metrics.jsonl; expected the folder of a run") from None
     known = [(row["step"], row[metric]) for row in rows if metric in row]

@@ -23,6 +23,12 @@ def test_reads_steps_and_values(run_folder):
     assert steps.tolist() == list(range(1, 11)) and values[3] == 0.25
 
 
+def test_a_line_that_was_cut_off_is_passed_over(run_folder):
+    with (run_folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "ms')
+    assert read_metric(run_folder, "mse")[0].tolist() == list(range(1, 11))
+
+
 def test_windows_by_hand():
     means, errors = windows(np.array([1.0, 3.0, 5.0, 5.0]), 2)
     assert means.tolist() == [2.0, 5.0]
