@@ -34,6 +34,7 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
 
     Raises:
         ValueError: the disk is full or the folder cannot be written.
+        OSError: `write` cannot read some other file.
     """
     path = Path(path)
     temporary = _hidden(path, "tmp")
@@ -47,7 +48,7 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
         _flush_one(path.parent)
     except Exception as error:
-        if not _is_disk_error(error):
+        if not _is_disk_error(error, path.parent):
             raise
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise ValueError(
@@ -123,11 +124,21 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _is_disk_error(error: Exception) -> bool:
-    """torch.save and safetensors have errors of their own for a disk that takes no more."""
-    told = ("inline_container", "PytorchStreamWriter", "iostream error")
-    in_torch = isinstance(error, RuntimeError) and any(words in str(error) for words in told)
-    return in_torch or isinstance(error, OSError | SafetensorError)
+def _is_disk_error(error: Exception, folder: Path) -> bool:
+    """Whether a file in the folder cannot be written. Where something else cannot be read, the
+    error names that file, or is of PIL and has no number."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.filename is None or _is_around(str(error.filename), folder)
+    # torch.save, numpy and safetensors have errors of their own for a disk that takes no more.
+    told = ("inline_container", "PytorchStreamWriter", "iostream error", "requested and")
+    is_told = isinstance(error, RuntimeError | OSError) and any(t in str(error) for t in told)
+    return is_told or isinstance(error, SafetensorError)
+
+
+def _is_around(path: str, folder: Path) -> bool:
+    """Whether a path lies in the folder, or is one that the folder lies in."""
+    one, other = Path(path).absolute(), folder.absolute()
+    return one.is_relative_to(other) or other.is_relative_to(one)
 
 
 def check_archive(path: Path | str) -> None:

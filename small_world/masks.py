@@ -20,7 +20,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from elite.console import OK, run, script_parser
+from elite.console import OK, check_least, run, script_parser
+from elite.images import read_image
 from elite.masks import Box, find_object
 from small_world.markdown import table
 from small_world.render import Pose, draw
@@ -57,11 +58,12 @@ def render_critter(case: str, rng: np.random.Generator, size: int) -> tuple[np.n
 def render_photograph(
     objects: list[Path], grounds: list[Path], case: str, rng: np.random.Generator, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A cut-out object on a square part of another picture, half to all of its height."""
-    with Image.open(rng.choice(np.array(grounds))) as opened:
-        side = int(min(opened.size) * rng.uniform(0.5, 1))
-        left, top = (int(rng.integers(length - side + 1)) for length in opened.size)
-        part = opened.convert("RGB").crop((left, top, left + side, top + side))
+    """A cut-out object on a square part of another picture, half to all of its height. Raises
+    ValueError where a file cannot be read."""
+    picture = Image.fromarray(read_image(rng.choice(np.array(grounds))))
+    side = int(min(picture.size) * rng.uniform(0.5, 1))
+    left, top = (int(rng.integers(length - side + 1)) for length in picture.size)
+    part = picture.crop((left, top, left + side, top + side))
     ground = np.asarray(part.resize((size, size), Image.Resampling.LANCZOS))
     image, mask = lay_on(ground, read_thing(rng.choice(np.array(objects))), random_pose(case, rng))
     return image, mask > 0
@@ -116,6 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--objects", type=Path, help="PNGs with transparency; default critters")
     parser.add_argument("--backgrounds", type=Path, help="pictures to lay them on")
     args = parser.parse_args(arguments)
+    check_least(args, count=1, size=32)
     if (args.objects is None) != (args.backgrounds is None):
         raise ValueError("--objects and --backgrounds: expected both or neither")
     render: Render = render_critter

@@ -40,9 +40,14 @@ def name_of(file: Path) -> str:
 
 
 def read_thing(file: Path) -> np.ndarray:
-    """RGBA, uint8 (H, W, 4)."""
-    with Image.open(file) as opened:
-        return np.asarray(opened.convert("RGBA"))
+    """RGBA, uint8 (H, W, 4). Raises ValueError where it cannot be read."""
+    try:
+        with Image.open(file) as opened:
+            return np.asarray(opened.convert("RGBA"))
+    except Exception:  # decoders raise whatever they like
+        raise ValueError(
+            f"{file}: cannot be read; expected a PNG with transparency, fetch or save it again"
+        ) from None
 
 
 def premultiplied(thing: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ from small_world.art import art_rows, composite, make_art_tasks, score_art, seen
 from small_world.attributes import judged
 from small_world.classifier import Judge
 from small_world.score import draw_renders
+from small_world.things import read_thing
 from small_world.world import ATTRIBUTES, SCENES
 
 
@@ -70,6 +71,12 @@ def test_cases_are_drawn_by_seed_and_read_in_another_scene(art):
 def test_a_folder_without_things_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"expected a folder of PNGs .*fetch_art.py"):
         make_art_tasks(tmp_path, 3, seed=0)
+
+
+def test_a_thing_that_cannot_be_read_is_named(art):
+    (art / "thing1.png").write_bytes((art / "thing1.png").read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"thing1\.png: cannot be read; expected a PNG"):
+        read_thing(art / "thing1.png")
 
 
 def test_tasks_of_held_out_things_alone(tmp_path):

@@ -129,6 +129,21 @@ def test_reason_of_the_system_is_told(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("content", [b"no picture", None], ids=["damaged", "missing"])
+def test_a_file_that_cannot_be_read_is_no_full_disk(tmp_path, content):
+    """Though PIL and the system say so by an OSError."""
+    (tmp_path / "in").mkdir()
+    if content:
+        (tmp_path / "in" / "picture.png").write_bytes(content)
+
+    def write(temporary):
+        Image.open(tmp_path / "in" / "picture.png").save(temporary)
+
+    with pytest.raises(OSError, match=r"in.picture\.png"):
+        write_atomically(tmp_path / "out" / "picture.png", write)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_other_mistakes_pass_through_and_leave_nothing(tmp_path):
     def write(temporary):
         temporary.write_text("half")

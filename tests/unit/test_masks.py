@@ -183,6 +183,16 @@ def test_measuring_prints_a_row_per_case(capsys):
     assert float(boxed) > 0.9
 
 
+def test_mistakes_in_measuring_are_named(tmp_path):
+    with pytest.raises(ValueError, match="--count 0: expected 1 or more"):
+        masks.main(["--count", "0"])
+    with pytest.raises(ValueError, match="--size 31: expected 32 or more"):
+        masks.main(["--size", "31"])
+    (tmp_path / "ground.jpg").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"ground\.jpg: not a readable image"):
+        masks.render_photograph([], [tmp_path / "ground.jpg"], "", np.random.default_rng(0), 120)
+
+
 def test_measuring_on_photographs(tmp_path, capsys, monkeypatch):
     objects, grounds = tmp_path / "objects", tmp_path / "grounds"
     for number, folder in enumerate((objects, grounds)):
