@@ -84,8 +84,9 @@ def read_results(folder: Path) -> dict[str, list[str]]:
             continue
         try:
             results[path.stem] = result_lines(json.loads(text))
-        except ValueError as error:
-            raise ValueError(f"{path}: not a file of results ({error}); measure again") from None
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path}: not a file of results ({reason}); measure again") from None
     return results
 
 

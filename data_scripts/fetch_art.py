@@ -11,12 +11,14 @@ the message names.
 """
 
 import argparse
+import gzip
 import io
 import json
 import shutil
 import subprocess
 import sys
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +37,8 @@ from elite.files import check_writable, write_atomically
 MIN_SIDE = 24  # pixels; smaller pictures show nothing
 OPAQUE = (0.05, 0.95)  # share of the picture that a cut-out covers
 NAMES = "unicode-emoji-json@0.9.0"
+# What dpkg-deb, tarfile and gzip raise.
+DAMAGED = (subprocess.CalledProcessError, tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error)
 GROUPS = ("Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects")
 
 
@@ -93,18 +97,27 @@ def download(command: list[str], folder: Path, package: str) -> Path:
 
 
 def members(archive: Path, folders: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of the files of an npm or Debian package below these folders."""
-    if archive.suffix == ".deb":
-        command = ["dpkg-deb", "--fsys-tarfile", archive]
-        stream = io.BytesIO(subprocess.run(command, capture_output=True, check=True).stdout)
-    else:
-        stream = io.BytesIO(archive.read_bytes())
-    with tarfile.open(fileobj=stream, encoding="utf-8") as tar:
-        for member in tar:
-            if member.isfile() and member.name.startswith(folders):
-                file = tar.extractfile(member)
-                assert file is not None  # it is a file
-                yield member.name, file.read()
+    """Names and contents of the files of an npm or Debian package below these folders. Raises
+    ValueError where it is damaged."""
+    try:
+        with tarfile.open(fileobj=io.BytesIO(unwrapped(archive)), encoding="utf-8") as tar:
+            for member in tar:
+                if member.isfile() and member.name.startswith(folders):
+                    file = tar.extractfile(member)
+                    assert file is not None  # it is a file
+                    yield member.name, file.read()
+    except DAMAGED:
+        raise ValueError(
+            f"{archive.name}: damaged; expected an npm or Debian package, fetch it again"
+        ) from None
+
+
+def unwrapped(archive: Path) -> bytes:
+    """The tar of an npm or Debian package."""
+    if archive.suffix != ".deb":
+        return archive.read_bytes()
+    command = ["dpkg-deb", "--fsys-tarfile", archive]
+    return subprocess.run(command, capture_output=True, check=True).stdout
 
 
 def read_picture(content: bytes, side: int, is_whole: bool = False) -> Image.Image | None:

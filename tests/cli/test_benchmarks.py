@@ -246,9 +246,10 @@ def test_table_script(tmp_path):
     assert (
         other == "Other.\n\n<!-- results: told -->\n\n| a |\n|---|\n| 1 |\n\n<!-- end: told -->\n"
     )
-    (results / "steps.json").write_text("{")
-    with pytest.raises(ValueError, match=r"steps\.json: not a file of results"):
-        table.main(arguments)
+    for damaged in ("{", "{}", "[]", '{"tables": [{}]}', '{"tables": [], "machine": []}'):
+        (results / "steps.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"steps\.json: not a file of results"):
+            table.main(arguments)
 
 
 def test_the_pages_show_what_was_measured():

@@ -178,6 +178,15 @@ def test_a_failed_download_leaves_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["damaged.tgz", "cut.tgz", "damaged.deb"])
+def test_a_damaged_package_is_named(npm, name):
+    content = (npm / "archive.tgz").read_bytes()
+    path = npm / name
+    path.write_bytes(content[: len(content) // 2] if name == "cut.tgz" else b"no package")
+    with pytest.raises(ValueError, match=rf"^{name}: damaged; expected an npm or Debian package"):
+        list(fetch_art.members(path, ("package/",)))
+
+
 @pytest.mark.parametrize(
     "image",
     [cut_out((20, 20), edge=2), Image.new("RGBA", (90, 90), "red"), Image.new("RGBA", (90, 90))],
