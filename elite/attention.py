@@ -348,7 +348,7 @@ def uninstall(unet: UNet2DConditionModel) -> None:
 
 
 @torch.no_grad()
-def fuse_lora(unet: UNet2DConditionModel) -> None:
+def add_lora_to_mappers(unet: UNet2DConditionModel) -> None:
     """Adds what the active LoRA adapters of the UNet's to_k and to_v add there to the weights of
     K_g and V_g, so that the adapters may be fused and unloaded."""
     for attn in cross_attention_layers(unet).values():

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import CLIPVisionModel
 
 from elite.files import check_archive, is_file
+from elite.loading import FLOATS
 from elite.mappers import HIDDEN_LAYERS, Mapper
 from elite.wording import first_line
 
@@ -20,7 +21,6 @@ M = TypeVar("M", bound=Mapper)
 MOST_KEYS_SHOWN = 6
 TORCH_FILES = (".pt", ".pth", ".bin")  # endings of what torch.save writes
 WANTED = ["config.json", "*.safetensors"]  # of a mapper on the hub
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST, MOST_LAYERS = 16_384, 1024  # of a mapper that is worth building
 
 
@@ -141,7 +141,7 @@ def _check_values(state: dict[str, Tensor], name: str) -> None:
     kinds = {value.dtype for value in state.values()}
     if (
         len(kinds) > 1
-        or not kinds <= set(DTYPES)
+        or not kinds <= set(FLOATS)
         or any(value.layout != torch.strided for value in state.values())
     ):
         found = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))

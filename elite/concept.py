@@ -13,10 +13,10 @@ from torch import Tensor
 
 from elite.families import FAMILIES, STABLE_DIFFUSION, Family
 from elite.files import is_file, write_atomically
+from elite.loading import FLOATS
 from elite.wording import brief
 
 FORMAT_VERSION = "1"
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST = 65_504  # of float16
 HEADER = {"format": "elite-concept", "version": FORMAT_VERSION}
 
@@ -165,7 +165,7 @@ class Concept:
         """Whether shapes and types are those of a concept, and every value is a number that half
         precision holds too."""
         parts = [self.words, *([] if self.feature_tokens is None else [self.feature_tokens])]
-        if any(part.ndim != 3 or not part.numel() or part.dtype not in DTYPES for part in parts):
+        if any(part.ndim != 3 or not part.numel() or part.dtype not in FLOATS for part in parts):
             return False
         fit = {(len(part), part.shape[2]) for part in parts}
         return len(fit) == 1 and all(bool((part.abs() <= LARGEST).all()) for part in parts)

@@ -53,6 +53,7 @@ SCHEDULERS = {
 SPACED_FROM_0 = ("ddim", "pndm", "lcm", "tcd")  # timesteps; of the others evenly over all
 # By the names of --mixed_precision.
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FLOATS = tuple(DTYPES.values())  # what weights and concepts are stored in
 # Stable Diffusion's noise schedule, for model folders that carry none.
 NOISE_SCHEDULE = {
     "num_train_timesteps": 1000,

@@ -14,7 +14,7 @@ from diffusers.utils import is_peft_available
 from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 
-from elite.attention import fuse_lora, is_installed
+from elite.attention import add_lora_to_mappers, is_installed
 from elite.files import digest_files, is_file
 from elite.wording import brief, first_line
 
@@ -105,7 +105,7 @@ def fuse_loras(
         of = ", ".join(str(lora.path) for lora in loras)
         raise ValueError(f"{of}: cannot be added to the weights ({first_line(error)})") from None
     if is_installed(pipe.unet):
-        fuse_lora(pipe.unet)
+        add_lora_to_mappers(pipe.unet)
     pipe.unload_lora_weights()
     return tuple(str(lora) for lora in loras)
 

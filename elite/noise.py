@@ -15,7 +15,7 @@ POSTERIOR_STREAM, NOISE_STREAM, TIMESTEP_STREAM = 0, 1, 2  # independent draws o
 ROUNDS, WORD = 10, 0xFFFFFFFF
 MULTIPLIERS, KEY_STEPS = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
 
-Words = tuple[Tensor, ...]  # int64 tensors of 32 bits, without sign
+Uint32s = tuple[Tensor, ...]  # int64 tensors of 32 bits, without sign
 
 
 def seeded_noise(seeds: Tensor, shape: tuple[int, ...], stream: int = NOISE_STREAM) -> Tensor:
@@ -40,7 +40,7 @@ def _uniform(word: Tensor) -> Tensor:
     return word.float() * 2**-32 + 2**-33
 
 
-def _words(seeds: Tensor, stream: int, blocks: int) -> Words:
+def _words(seeds: Tensor, stream: int, blocks: int) -> Uint32s:
     """Four words (B, blocks) for each seed and block."""
     place = torch.arange(blocks, device=seeds.device).expand(len(seeds), -1)
     zero = torch.zeros_like(place)
@@ -48,7 +48,7 @@ def _words(seeds: Tensor, stream: int, blocks: int) -> Words:
     return philox((place, zero, zero + stream, zero), key)
 
 
-def philox(counter: Words, key: Words) -> Words:
+def philox(counter: Uint32s, key: Uint32s) -> Uint32s:
     """Philox4x32-10: four words from a counter of four and a key of two, which broadcast."""
     x0, x1, x2, x3 = counter
     k0, k1 = key

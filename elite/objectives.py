@@ -30,7 +30,7 @@ from elite.noise import POSTERIOR_STREAM, seeded_noise, seeded_timesteps
 
 WORD_PENALTY = 0.01  # stage 1, weight of mean |w|
 VALUE_PENALTY = 1e-4  # stage 2, weight of mean |V_l f|
-PREDICTIONS = ("epsilon", "v_prediction")
+TRAINED_PREDICTIONS = ("epsilon", "v_prediction")
 NOISING = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
 INPUT_IDS = ("input_ids", "input_ids_2")  # of a batch, for each text encoder
 
@@ -51,10 +51,10 @@ class DenoisingObjective(nn.Module, ABC):
     def __init__(self, parts: Mapping[str, Any]) -> None:
         super().__init__()
         prediction = parts["scheduler"].config.get("prediction_type", "epsilon")
-        if prediction not in PREDICTIONS:
+        if prediction not in TRAINED_PREDICTIONS:
             raise ValueError(
                 f"the model's scheduler has prediction_type {prediction!r}; training knows "
-                f"{' and '.join(PREDICTIONS)}"
+                f"{' and '.join(TRAINED_PREDICTIONS)}"
             )
         self.vae, self.unet = parts["vae"], parts["unet"]
         self.family, self.text_encoders = family_of(self.unet), nn.ModuleList(text_encoders(parts))

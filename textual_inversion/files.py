@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from elite.checkpoint import TORCH_FILES, load_torch
-from elite.concept import DTYPES, Concept
+from elite.concept import Concept
 from elite.families import STABLE_DIFFUSION, TOKENIZERS
 from elite.files import is_file, write_atomically
+from elite.loading import FLOATS
 from elite.wording import brief, note
 
 # File of each text encoder's embeddings, as diffusers' loaders look for them.
@@ -169,7 +170,7 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _is_vectors(rows: Any) -> bool:
     """(D) or (L, D) of floating-point numbers."""
-    if not isinstance(rows, Tensor) or rows.layout != torch.strided or rows.dtype not in DTYPES:
+    if not isinstance(rows, Tensor) or rows.layout != torch.strided or rows.dtype not in FLOATS:
         return False
     return rows.ndim in (1, 2) and rows.numel() > 0 and bool(rows.isfinite().all())
 
