@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -146,6 +146,8 @@ class EliteObjective(DenoisingObjective):
         ValueError: a mapper does not fit the UNet.
     """
 
+    learns: Literal["global_mapper", "local_mapper"]  # the part that a stage trains
+
     def __init__(
         self,
         parts: Mapping[str, Any],
@@ -162,17 +164,16 @@ class EliteObjective(DenoisingObjective):
 
     @property
     def trained(self) -> GlobalMapper | LocalMapper:
-        return self.global_mapper if self.local_mapper is None else self.local_mapper
+        return getattr(self, self.learns)
 
     def save_pretrained(self, folder: Path) -> None:
         """Writes the trained mapper to a folder of its name, which the pipeline loads."""
-        name = "global_mapper" if self.local_mapper is None else "local_mapper"
-        write_atomically(folder / name, self.trained.save_pretrained)
+        write_atomically(folder / self.learns, self.trained.save_pretrained)
 
     @property
+    @abstractmethod
     def words_injected(self) -> int:
-        """How many words the placeholder becomes: all in stage 1, w0 in stage 2."""
-        return self.global_mapper.num_levels if self.local_mapper is None else 1
+        """How many words the placeholder becomes."""
 
     def tokens(self, captions: list[str]) -> dict[str, Tensor]:
         ids_of_each, index = tokenize_for_each(
@@ -210,6 +211,12 @@ class EliteObjective(DenoisingObjective):
 class GlobalObjective(EliteObjective):
     """Stage 1 (paper eq. 4): learns the global mapper with all its words in the prompt."""
 
+    learns = "global_mapper"
+
+    @property
+    def words_injected(self) -> int:
+        return self.global_mapper.num_levels
+
     def loss(self, batch: Batch, latents: Tensor, noise: Tensor, t: Tensor) -> dict[str, Tensor]:
         """`mean((eps_hat - eps)^2) + 0.01 mean|w|` for given noise and timesteps."""
         layers = self.global_mapper.config.hidden_layers
@@ -231,6 +238,8 @@ class LocalObjective(EliteObjective):
     has none.
     """
 
+    learns = "local_mapper"
+    words_injected = 1  # w0
     local_mapper: LocalMapper
 
     def loss(self, batch: Batch, latents: Tensor, noise: Tensor, t: Tensor) -> dict[str, Tensor]:
