@@ -165,7 +165,7 @@ def pair_preview(
     config: TrainConfig, objective: EliteObjective, parts: Mapping[str, Any], words: Words
 ) -> Callable[[], Image.Image] | None:
     """The previews of a stage, the first validation pairs as the model draws them now: generated |
-    target | views | mask. None where the configuration wants none.
+    views | mask. None where the configuration wants none.
 
     Args:
         words: those the stage trains with, as for a call of `Elite`.
@@ -200,9 +200,8 @@ def pair_preview(
                 width=config.resolution,
                 num_inference_steps=PREVIEW_STEPS,
             ).images[0]
-            target = Image.fromarray(image).resize(generated.size, Image.Resampling.BICUBIC)
             views = [image, cut_out(image, mask), mask]
-            rows.append([generated, target, *map(Image.fromarray, views)])
-        return tile_rows(rows, ["generated", "target", "view", "object view", "mask"])
+            rows.append([generated, *map(Image.fromarray, views)])
+        return tile_rows(rows, ["generated", "view", "object view", "mask"])
 
     return draw
