@@ -386,6 +386,8 @@ def visibility(regions: Tensor, index: Tensor, num_words: int, text_length: int)
     """Which tokens each place of the picture sees: a concept's words only within its region. Where
     they are not seen, a is 0, so that the local branch is confined as well.
 
+    Deviation: the release draws one object, wherever it likes.
+
     Args:
         regions: of each concept, (N, h, w) in [0, 1], at the size of the latents or larger.
         index: position of each concept's first word, (B, N).

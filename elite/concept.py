@@ -76,7 +76,10 @@ class Concept:
 
     def as_one(self) -> "Concept":
         """These objects as pictures of the same one: its words are their mean, and its local branch
-        reads the feature tokens of all, (1, pictures x patches, D)."""
+        reads the feature tokens of all, (1, pictures x patches, D).
+
+        Deviation: the release reads one picture of an object.
+        """
         tokens = self.feature_tokens
         return replace(
             self,
