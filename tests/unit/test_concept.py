@@ -1,7 +1,5 @@
 """A concept and its file."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -180,10 +178,7 @@ def test_other_mappers_are_refused_in_one_line():
 
 def test_concepts_of_several_devices_fit_in_one_batch():
     """The meta device stands for a GPU."""
-    here, there = make_concept(seed=1), make_concept(seed=2)
-    there = replace(
-        there, words=there.words.to("meta"), feature_tokens=there.feature_tokens.to("meta")
-    )
+    here, there = make_concept(seed=1), make_concept(seed=2).to("meta")
     rows = row_per_prompt([here, there], 2, torch.device("meta"))
     assert len(rows) == 2
     assert {part.device.type for part in (rows.words, rows.feature_tokens)} == {"meta"}
