@@ -1,7 +1,7 @@
 """What a pipeline owes to diffusers and the method does not need: the hub, saving, exchanges of
 attention processors, clip_skip, callbacks."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from inspect import signature
 from types import MappingProxyType
@@ -18,7 +18,7 @@ from elite.families import Family
 from elite.loading import side_in_pixels
 from elite.speed import Speed
 from elite.text import read_prompt
-from elite.wording import nearest
+from elite.wording import brief, nearest
 
 
 class DiffusersPipeline(Carded, DiffusionPipeline):
@@ -118,6 +118,36 @@ def check_names(given: Iterable[str], options: Set[str], function: Callable) -> 
     for name in given:
         if name not in known:
             raise ValueError(f"{name}: unknown argument{nearest(name, known)}")
+
+
+def texts_per_prompt(
+    prompt: str | Sequence[str] | None, kwargs: dict, family: Family
+) -> tuple[list[str], int, dict[str, Any]]:
+    """The prompts of a call, none where there are embeddings; their number; and the other
+    arguments, with each text once for each prompt and a number of pictures.
+
+    Raises:
+        ValueError: no prompt, or a text that is none.
+    """
+    prompts, embeds = _texts("prompt", prompt) or [], kwargs.get("prompt_embeds")
+    count = len(prompts if embeds is None else embeds)
+    if not count:
+        raise ValueError("no prompt; pass one, or several")
+    texts = {name: _texts(name, kwargs.get(name), count) for name in family.texts}
+    each = kwargs.get("num_images_per_prompt")
+    return prompts, count, {**kwargs, **texts, "num_images_per_prompt": 1 if each is None else each}
+
+
+def _texts(name: str, given: Any, count: int = 1) -> list[str] | None:
+    """One text `count` times, or those that are given."""
+    if given is None:
+        return None
+    if isinstance(given, str):
+        return [given] * count
+    texts = list(given) if isinstance(given, Iterable) else [given]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{name} is {brief(given)}; expected a text, or several")
+    return texts
 
 
 def text_options(kwargs: dict) -> dict[str, Any]:

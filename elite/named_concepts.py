@@ -83,6 +83,8 @@ def row_per_prompt(
     """
     is_one = isinstance(concept, str) or not isinstance(concept, Sequence)
     several: Sequence[Any] = [concept] if is_one else concept  # type: ignore[assignment]
+    if not several:
+        raise ValueError("an empty list of concepts; pass one, or one per prompt")
     stacked = Concept.stack([_as_concept(one).to(device) for one in several])
     if len(stacked) not in (1, count):
         raise ValueError(

@@ -51,6 +51,7 @@ from elite.compat import (
     callback_may_change_context,
     check_names,
     text_options,
+    texts_per_prompt,
 )
 from elite.concept import Concept
 from elite.deep_features import deep_features_reused
@@ -266,7 +267,7 @@ class Elite(DiffusersPipeline):
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
-        *args: Any,
+        *,
         concept: ConceptLike | Sequence[ConceptLike] | None = None,
         concepts: Concepts | None = None,
         lambda_: Weights | Mapping[str, Weights] = LAMBDA,
@@ -302,65 +303,59 @@ class Elite(DiffusersPipeline):
             speed: "exact", "balanced" or "fast": how much exactness is given up for time.
             guidance_stop, deep_every, deep_first: knobs of `Speed`; None leaves them as the speed
                 has them.
-            args, kwargs: as for StableDiffusionPipeline or StableDiffusionXLPipeline.
+            kwargs: as for StableDiffusionPipeline or StableDiffusionXLPipeline.
 
         Returns:
             What that pipeline returns.
 
         Raises:
             ValueError: placeholder absent, twice or too late; concept of other mappers; wrong
-                counts; unknown names, also in `lambda_` or `regions`; a seed beside other noise.
+                counts; unknown names, also in `lambda_` or `regions`; a seed beside other noise; a
+                concept beside embeddings.
         """
         if "ip_adapter_image" in kwargs:
             raise ValueError("ip_adapter_image: not taken; pass what encode_concept makes of it")
         check_names(kwargs, call_options(super().__call__), self.__call__)
         speed = speed_of(speed, guidance_stop, deep_every, deep_first)
-        local = kwargs.pop("ip_adapter_image_embeds", None) or []
         concepts = concepts_by_name(concept, concepts, placeholder_token)
-        if concepts and prompt is not None:
-            if kwargs.get("prompt_2") is not None:
-                raise ValueError(
-                    "prompt_2: with a concept both text encoders read prompt; leave prompt_2 out"
-                )
-            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts, count, kwargs = texts_per_prompt(prompt, kwargs, self.family)
+        local = local_of_prompts(kwargs.get("ip_adapter_image_embeds") or [], count)
+        if concepts:
+            for name in ("prompt_2", "prompt_embeds", "ip_adapter_image_embeds"):
+                if kwargs.get(name) is not None:
+                    raise ValueError(f"{name}: a concept goes with prompt alone; leave {name} out")
             embeds, local = self._condition(
                 prompts, concepts, lambda_, words, regions or {}, kwargs
             )
-            kwargs |= embeds
-            if isinstance(kwargs.get("negative_prompt"), str):
-                kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(prompts)
-            prompt = None
+            prompts, kwargs = [], kwargs | embeds
         if seed is not None:
-            kwargs["generator"], kwargs["latents"] = self._initial_noise(seed, prompt, kwargs)
+            kwargs["generator"], kwargs["latents"] = self._initial_noise(seed, count, kwargs)
         context: list[Tensor] = []
         if not callback_may_change_context(kwargs):
-            context = self._encode_text(prompt, guidance_scale, kwargs)
-            prompt = None
+            embeds = self._encode_text(prompts, guidance_scale, kwargs)
+            context = contexts_of(embeds)
+            prompts, kwargs = [], kwargs | embeds
         conditioning = _Conditioning(context, local)
+        kwargs |= between_steps(conditioning.kept, kwargs, speed, self.family)
+        kwargs |= {"ip_adapter_image": conditioning, "ip_adapter_image_embeds": None}
         is_whole = speed.deep_every == 1
         with nullcontext() if is_whole else deep_features_reused(self.unet, speed.runs_whole):
             return super().__call__(
-                prompt,
-                *args,
+                prompts or None,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
-                ip_adapter_image=conditioning,
-                **{**kwargs, **between_steps(conditioning.kept, kwargs, speed, self.family)},
+                **kwargs,
             )
 
     def _initial_noise(
-        self, seed: int | Sequence[int], prompt: str | Sequence[str] | None, kwargs: dict
+        self, seed: int | Sequence[int], prompts: int, kwargs: dict
     ) -> tuple[list[torch.Generator], Tensor]:
         """A CPU generator per picture, for samplers that go on drawing from it, and the standard
         normal latents of each."""
         for other in ("generator", "latents"):
             if kwargs.get(other) is not None:
                 raise ValueError(f"seed and {other} are both given; leave one of them out")
-        given = kwargs.get("prompt_embeds")
-        if given is None:
-            given = [prompt] if isinstance(prompt, str) else prompt or ()
-        prompts = len(given)
-        each = kwargs.get("num_images_per_prompt", 1)
+        each = kwargs["num_images_per_prompt"]
         if isinstance(seed, int | np.integer):
             seed = [int(seed) + i for _ in range(prompts) for i in range(each)]
         seeds = np.atleast_1d(np.asarray(seed)).tolist()
@@ -417,7 +412,8 @@ class Elite(DiffusersPipeline):
             raise ValueError("no concept; pass concept or concepts")
         embeds, local = self._condition([prompt], named, lambda_, words, regions or {}, kwargs)
         given = {**kwargs, **embeds, "negative_prompt": negative_prompt}
-        contexts = self._encode_text(None, guidance_scale, given)
+        embeds = self._encode_text([], guidance_scale, given)
+        contexts = contexts_of(embeds)
         if not local:  # stock pipelines want some; this adds nothing
             context = contexts[-1]
             nothing = context.new_zeros(1, 1, context.shape[2])
@@ -426,7 +422,7 @@ class Elite(DiffusersPipeline):
         if len(contexts) > 1:  # the guidance rows read no feature tokens, and see everything
             local = [torch.cat([torch.full_like(x, x.ndim == 4), x]) for x in local]
         return {
-            **{name: given[name] for name in self.family.embeds},
+            **{name: embeds[name] for name in self.family.embeds},
             "ip_adapter_image_embeds": local,
             "guidance_scale": guidance_scale,
         }
@@ -506,15 +502,13 @@ class Elite(DiffusersPipeline):
         return rows
 
     def _encode_text(
-        self, prompt: str | Sequence[str] | None, guidance_scale: float, kwargs: dict
-    ) -> list[Tensor]:
-        """Contexts (prompts, 77, D), of the negative prompts (if guided) and of the prompts.
-
-        In `kwargs` they take the place of the prompts.
-        """
+        self, prompts: list[str], guidance_scale: float, kwargs: dict
+    ) -> dict[str, Any]:
+        """What takes the place of the texts in the arguments of a call: no text, and embeddings
+        (prompts, 77, D), of SDXL pooled ones (prompts, P) too; if not guided, no negative ones."""
         texts, embeds = self.family.texts, self.family.embeds
-        given = {key: kwargs.pop(key, None) for key in (*texts, *embeds)}
-        side = self.resolution
+        given = {key: kwargs.get(key) for key in (*texts, *embeds)}
+        prompt, side = prompts or None, self.resolution
         self.check_inputs(prompt=prompt, height=side, width=side, callback_steps=None, **given)
         check_texts(prompt, *(given[key] for key in texts))
         self._clip_skip = kwargs.get("clip_skip")
@@ -527,9 +521,7 @@ class Elite(DiffusersPipeline):
             **text_options(kwargs),
             **given,
         )
-        kwargs |= dict(zip(embeds, encoded, strict=True))
-        context, negative = kwargs["prompt_embeds"], kwargs["negative_prompt_embeds"]
-        return [context] if negative is None else [negative, context]
+        return {**dict.fromkeys(texts), **dict(zip(embeds, encoded, strict=True))}
 
     def prepare_ip_adapter_image_embeds(
         self,
@@ -644,9 +636,27 @@ def pipeline_of(unet: UNet2DConditionModel) -> type[ElitePipeline] | type[EliteX
 class _Conditioning:
     """What one call shows to the cross-attentions, one row per prompt."""
 
-    context: list[Tensor]  # as `_encode_text` gives it; empty where a callback may change it
+    context: list[Tensor]  # as `contexts_of` gives it; empty where a callback may change it
     local: list[Tensor]  # `local_inputs`, or empty
     kept: dict[str, KeysValues] = field(default_factory=dict)  # of all steps
+
+
+def contexts_of(embeds: Mapping[str, Tensor | None]) -> list[Tensor]:
+    """Contexts (prompts, 77, D), of the negative prompts (if guided) and of the prompts."""
+    both = embeds["negative_prompt_embeds"], embeds["prompt_embeds"]
+    return [context for context in both if context is not None]
+
+
+def local_of_prompts(local: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Local inputs without the guidance rows that `condition` puts in front. Raises ValueError
+    where they are of another number of prompts."""
+    for rows in map(len, local):
+        if rows not in (count, 2 * count):
+            raise ValueError(
+                f"{rows} rows of ip_adapter_image_embeds for {count} prompts; pass what condition "
+                "gives"
+            )
+    return [x[-count:] for x in local]
 
 
 def stack_views(views: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -206,6 +206,33 @@ def test_batch_of_views_encodes_as_single_pictures(pipe, concepts):
     torch.testing.assert_close(together.feature_tokens, expected.feature_tokens)
 
 
+def test_sizes_are_given_by_name(pipe, concept):
+    """In second place some pipelines of diffusers have the height, others prompt_2."""
+    with pytest.raises(TypeError, match="takes from 1 to 2 positional arguments"):
+        pipe("a S", 16, 16, concept=concept, seed=1)
+
+
+@pytest.mark.parametrize("with_concept", [False, True])
+def test_texts_may_be_of_any_kind_of_sequence(pipe, concept, with_concept):
+    options = {"concept": concept} if with_concept else {}
+    expected = draw(pipe, PROMPTS[:2], negative_prompt=["x", "x"], **options)
+    for negative in ("x", ("x", "x")):
+        drawn = draw(pipe, tuple(PROMPTS[:2]), negative_prompt=negative, **options)
+        assert torch.equal(drawn, expected)
+
+
+def test_one_text_is_for_all_embeddings(pipe, concept):
+    embeds = pipe.condition("a S", concept)["prompt_embeds"].repeat(2, 1, 1)
+    drawn = draw(pipe, None, prompt_embeds=embeds, negative_prompt="x")
+    expected = draw(pipe, None, prompt_embeds=embeds, negative_prompt=["x", "x"])
+    assert torch.equal(drawn, expected)
+
+
+def test_none_means_one_picture_per_prompt(pipe, concept):
+    drawn = draw(pipe, concept=concept, num_images_per_prompt=None)
+    assert torch.equal(drawn, draw(pipe, concept=concept))
+
+
 # --- several pictures of one object ---------------------------------------------------------------
 
 
@@ -512,6 +539,16 @@ def test_wrong_prompts_and_counts_are_refused(pipe, concept, concepts):
     assert "word ALL does not exist" in complaint(pipe, "a S", concept=concept, words="ALL")
     assert "concept is 5; expected" in complaint(pipe, "a S", concept=5)
     assert "concepts are [1]; expected" in complaint(pipe, "a S", concepts=[1])
+    assert "an empty list of concepts" in complaint(pipe, "a S", concept=[])
+    for options in ({}, {"concept": concept}, {"seed": None}):
+        for nothing in ([], (), None):
+            assert complaint(pipe, nothing, **options) == "no prompt; pass one, or several"
+    assert "prompt is 5; expected" in complaint(pipe, 5)
+    assert "negative_prompt is [1]; expected" in complaint(pipe, "a S", negative_prompt=[1])
+    given = pipe.condition("a S", concept)
+    for name in ("prompt_embeds", "ip_adapter_image_embeds"):
+        told = complaint(pipe, "a S", concept=concept, **{name: given[name]})
+        assert told == f"{name}: a concept goes with prompt alone; leave {name} out"
 
 
 @pytest.mark.parametrize(

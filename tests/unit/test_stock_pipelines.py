@@ -126,6 +126,21 @@ def test_text_to_image_is_what_elite_draws(model_folder, pipe, concept, options)
     assert relative(drawn, draw(pipe, concept=concept, **options)) < CLOSE
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"guidance_scale": 1.0}, {"regions": {"S": np.array([[True, False]])}}],
+    ids=str,
+)
+def test_elites_own_pipeline_takes_it_too(pipe, concept, options):
+    given = pipe.condition(PROMPT, concept, **options)
+    drawn = draw(pipe, prompt=None, **given, num_images_per_prompt=2)
+    expected = draw(pipe, PROMPT, concept=concept, **options, num_images_per_prompt=2)
+    assert relative(drawn, expected) < CLOSE
+    wrong = {**given, "ip_adapter_image_embeds": [x[:0] for x in given["ip_adapter_image_embeds"]]}
+    with pytest.raises(ValueError, match="0 rows of ip_adapter_image_embeds for 1 prompt"):
+        draw(pipe, prompt=None, **wrong)
+
+
 def test_inpainting_keeps_what_is_outside_the_mask(model_folder, pipe, concept):
     made = stock("inpainting", pipe, model_folder)
     other = pipe.encode_concept(*tiny.picture(1))

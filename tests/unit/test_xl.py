@@ -127,7 +127,7 @@ def test_concept_and_lambda_change_the_picture(xl, xl_concept):
 
 
 def test_prompt_2_is_no_place_for_a_concept(xl, xl_concept):
-    with pytest.raises(ValueError, match="prompt_2: with a concept both text encoders read prompt"):
+    with pytest.raises(ValueError, match="prompt_2: a concept goes with prompt alone"):
         draw(xl, concept=xl_concept, prompt_2="a photo")
     assert torch.isfinite(draw(xl, "a photo", prompt_2="red")).all()
 
