@@ -161,7 +161,7 @@ def callback_may_change_context(kwargs: dict) -> bool:
     return any("prompt_embeds" in name for name in _callback_inputs(kwargs))
 
 
-def between_steps(kept: dict, kwargs: dict, speed: Speed, family: Family) -> dict[str, Any]:
+def callback_arguments(kept: dict, kwargs: dict, speed: Speed, family: Family) -> dict[str, Any]:
     """The arguments of a call with which guidance ends where the speed says so, and `kept` is empty
     before the VAE decodes, which takes more memory than the steps."""
     callback = kwargs.get("callback_on_step_end")

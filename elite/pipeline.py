@@ -46,8 +46,8 @@ from elite.checkpoint import load_mapper
 from elite.compat import (
     CONDITION_OPTIONS,
     DiffusersPipeline,
-    between_steps,
     call_options,
+    callback_arguments,
     callback_may_change_context,
     check_names,
     text_options,
@@ -335,8 +335,10 @@ class Elite(DiffusersPipeline):
             embeds = self._encode_text(prompts, guidance_scale, kwargs)
             context = contexts_of(embeds)
             prompts, kwargs = [], kwargs | embeds
+        # Diffusers hands this on to prepare_ip_adapter_image_embeds, below, which fills `kept` with
+        # K and V of every cross-attention; through the UNet these reach `EliteAttnProcessor`.
         conditioning = _Conditioning(context, local)
-        kwargs |= between_steps(conditioning.kept, kwargs, speed, self.family)
+        kwargs |= callback_arguments(conditioning.kept, kwargs, speed, self.family)
         kwargs |= {"ip_adapter_image": conditioning, "ip_adapter_image_embeds": None}
         is_whole = speed.deep_every == 1
         with nullcontext() if is_whole else deep_features_reused(self.unet, speed.runs_whole):
