@@ -227,9 +227,15 @@ def load_into(pipe: Any, embeddings: Mapping[str, Embeddings]) -> None:
     """Loads embeddings into a stock pipeline of diffusers.
 
     Raises:
-        ValueError: of another width than the text encoder, a token that exists, or for other
-            text encoders than the pipeline's.
+        ValueError: of another width than the text encoder, a token that exists, a word that one
+            text encoder lacks, or for other text encoders than the pipeline's.
     """
+    for encoder, by_word in embeddings.items():
+        if missing := [w for words in embeddings.values() for w in words if w not in by_word]:
+            raise ValueError(
+                f"embedding {missing[0]!r} has no vectors for {encoder}, others have; pass its "
+                "files of both text encoders"
+            )
     for encoder, tokenizer in TOKENIZERS.items():
         module = getattr(pipe, encoder, None)
         if module is None:

@@ -266,6 +266,18 @@ def test_xl_needs_both_files(xl_folder, tmp_path):
         load_into(stock, load_embeddings(save_word(tmp_path)))
 
 
+@pytest.mark.parametrize("lacking", list(EMBEDDING_FILES))
+def test_a_word_that_one_text_encoder_lacks_is_named_before_any_is_loaded(xl_folder, lacking):
+    stock = stock_pipeline(parts := load_stable_diffusion(xl_folder))
+    rows = random_rows(parts)
+    embeddings = {encoder: {WORD: some, "<mug>": some} for encoder, some in rows.items()}
+    del embeddings[lacking]["<mug>"]
+    before = len(stock.tokenizer)
+    with pytest.raises(ValueError, match=f"'<mug>' has no vectors for {lacking}"):
+        load_into(stock, embeddings)
+    assert len(stock.tokenizer) == before
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
