@@ -21,7 +21,8 @@ from elite.settings import InferenceLocalConfig
 def main() -> int:
     config = parse_config(InferenceLocalConfig)
     quiet_libraries()
-    from elite.inference import build_pipeline, draw_objects, drawing_of, read_objects
+    from elite.drawing import draw_folder
+    from elite.inference import build_pipeline, drawing_of, read_objects, report_drawn, what_to_draw
 
     # Stable Diffusion with both mappers; concept files need no image encoder.
     encodes = config.concept_path is None and not config.concept
@@ -39,7 +40,8 @@ def main() -> int:
     # The objects (pairs, or concept files), and how they are drawn: w0 and lambda times f.
     objects = read_objects(config)
     drawing = drawing_of(config, words=0, lambda_=config.llambda)
-    return draw_objects(config, pipe, objects, drawing, output_dir)
+    failures = draw_folder(pipe, objects, output_dir, drawing, **what_to_draw(config, objects))
+    return report_drawn(config, objects, failures, output_dir)
 
 
 def draw_several(config: InferenceLocalConfig, pipe: Any, output_dir: Path) -> int:

@@ -2,7 +2,7 @@
 metadata), concept files or prompts, and one contact sheet of each."""
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from elite.concept import Concept, ConceptFolder
 from elite.data import PairFolder
 from elite.defaults import DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
-from elite.encoding import batches, columns, progress_bar, read_entries, shown
+from elite.encoding import Entry, batches, columns, progress_bar, read_entries, shown
 from elite.files import check_writable, write_atomically
 from elite.images import read_image
 from elite.loading import side_in_pixels
@@ -165,6 +165,16 @@ def is_drawn(path: Path, metadata: Mapping[str, str]) -> bool:
         return False
 
 
+def job_batches(
+    entries: Iterable[Entry], jobs: Mapping[int, Sequence[Job]], size: int
+) -> Iterator[list[tuple[Job, Entry]]]:
+    """The jobs of each object beside its concept, `size` at a time; in a batch all concepts are of
+    as many pictures, since their feature tokens are stacked."""
+    work = ((job, entry) for entry in entries for job in jobs[entry.index])
+    for _, alike in groupby(work, lambda pair: pair[1].concept.num_tokens):
+        yield from batches(alike, size)
+
+
 def draw_folder(
     pipe: Elite,
     folder: PairFolder | ConceptFolder,
@@ -221,9 +231,7 @@ def draw_folder(
 
         entries = read_entries(pool, pipe, folder, list(left), batch_size, failed)
         writing: deque[Future] = deque()
-        work = ((job, entry) for entry in entries for job in left[entry.index])
-        alike = groupby(work, lambda drawn: drawn[1].concept.num_tokens)  # of as many pictures
-        for batch in (batch for _, group in alike for batch in batches(group, batch_size)):
+        for batch in job_batches(entries, left, batch_size):
             concepts = [entry.concept for _, entry in batch]
             its_seeds = [job.seed for job, _ in batch]
             pictures = drawing(pipe, [prompt] * len(batch), concepts, its_seeds)

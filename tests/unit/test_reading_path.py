@@ -1,10 +1,17 @@
 """The walks through the code that docs/how_it_works.md lists are short, and lead where they say."""
 
 import ast
+import inspect
 import re
+import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from elite import attention, data, images, mappers
+from tests.conftest import FAST, run_script
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = REPOSITORY / "docs" / "how_it_works.md"
@@ -57,3 +64,35 @@ def test_what_a_step_names_is_there(heading: str) -> None:
         named = re.findall(r"`(\w+)`", step["says"])
         there = defined_in(REPOSITORY / step["file"])
         assert named and set(named) <= there, f"{step['file']}: {set(named) - there}"
+
+
+def test_a_picture_takes_the_modules_of_the_walk_and_no_others(
+    whole_model, pairs, tmp_path, monkeypatch
+):
+    """Where it is read, viewed, mapped and attended, all callers that are ours are on the page."""
+    taken: set[str] = set()
+
+    def noting(function: Callable) -> Callable:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            for frame, _ in traceback.walk_stack(inspect.currentframe()):
+                path = Path(frame.f_code.co_filename)
+                if path.is_relative_to(REPOSITORY):
+                    taken.add(str(path.relative_to(REPOSITORY)))
+                if frame.f_code.co_name == "main":  # what calls it is no part of the story
+                    break
+            return function(*args, **kwargs)
+
+        return noted
+
+    for place, name in (
+        (data, "read_image"),
+        (images, "patch_mask"),  # of object_views
+        (mappers.GlobalMapper, "forward"),
+        (mappers.LocalMapper, "forward"),
+        (attention, "equation_6"),
+    ):
+        monkeypatch.setattr(place, name, noting(getattr(place, name)))
+    given = ("--pretrained_model_name_or_path", whole_model, "--test_data_dir", pairs)
+    assert run_script("inference_local.py", *given, *FAST, "--output_dir", tmp_path) == 0
+    on_the_page = {step["file"] for step in steps("Reading path: from a picture to the attention")}
+    assert taken - {"tests/unit/test_reading_path.py"} == on_the_page
