@@ -13,9 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from elite.config import parse_config, split_named
+from elite.config import build_config, parse_config, split_named
 from elite.console import quiet_libraries, run
 from elite.settings import InferenceLocalConfig
+
+# Settings that --concept has no use for.
+OF_OTHERS = ("concept_path", "no_mask", "placeholder_token", "selected_data", "test_data_dir")
 
 
 def main() -> int:
@@ -32,27 +35,29 @@ def main() -> int:
             f"{config.pretrained_model_name_or_path}: has no local_mapper/; pass "
             "--local_mapper_path, or use inference_global.py"
         )
-    name = f"{config.suffix}_l{config.llambda}".replace(".", "p")
-    output_dir = Path(config.output_dir) / name
+    weight = f"l{config.llambda}".replace(".", "p")
     if config.concept:
-        return draw_several(config, pipe, output_dir)
+        folder = Path(config.output_dir) / f"{config.suffix}_concepts_{weight}"
+        return draw_several(config, pipe, folder)
 
     # The objects (pairs, or concept files), and how they are drawn: w0 and lambda times f.
     objects = read_objects(config)
     drawing = drawing_of(config, words=0, lambda_=config.llambda)
+    output_dir = Path(config.output_dir) / f"{config.suffix}_{weight}"
     failures = draw_folder(pipe, objects, output_dir, drawing, **what_to_draw(config, objects))
     return report_drawn(config, objects, failures, output_dir)
 
 
 def draw_several(config: InferenceLocalConfig, pipe: Any, output_dir: Path) -> int:
     """Draws the concepts of --concept in one picture. Returns the exit status."""
-    from elite.concept import ConceptFolder
     from elite.drawing import metadata_of_several
     from elite.images import read_mask
-    from elite.inference import draw_grid, drawing_of, model_metadata
+    from elite.inference import draw_grid, drawing_of, model_metadata, read_concept
 
-    if config.concept_path is not None:
-        raise ValueError("--concept and --concept_path are both given; leave one of them out")
+    defaults = build_config(InferenceLocalConfig)
+    for name in OF_OTHERS:
+        if getattr(config, name) != getattr(defaults, name):
+            raise ValueError(f"--concept and --{name} are both given; leave one of them out")
     files = split_named(config.concept, "--concept")
     weights = dict.fromkeys(files, config.llambda)
     for word, value in split_named(config.concept_llambda, "--concept_llambda").items():
@@ -62,7 +67,7 @@ def draw_several(config: InferenceLocalConfig, pipe: Any, output_dir: Path) -> i
     masks = split_named(config.region, "--region")
 
     drawing = drawing_of(config, words=0, lambda_=config.llambda)
-    concepts = {word: ConceptFolder(path).read(0) for word, path in files.items()}
+    concepts = {word: read_concept(word, path) for word, path in files.items()}
     regions = {word: read_mask(path) for word, path in masks.items()}
     draw = partial(drawing.with_concepts, pipe, concepts, weights, regions)
     metadata = {

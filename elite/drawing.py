@@ -316,10 +316,14 @@ def draw_prompt_grid(
 
 
 def write_png(path: Path, picture: Image.Image, metadata: Mapping[str, str]) -> None:
-    """Writes a lossless PNG that says this of itself."""
+    """Writes a lossless PNG that says this of itself.
+
+    A keyword is Latin-1 and has at most 79 bytes: other letters stand in it as their numbers, and
+    what is longer is cut.
+    """
     info = PngImagePlugin.PngInfo()
     for key, value in metadata.items():
-        info.add_text(key, value)
+        info.add_text(key.encode("latin-1", "backslashreplace")[:79], value)
     write_atomically(path, partial(picture.save, pnginfo=info))
 
 

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from elite.concept import ConceptFolder
+from elite.concept import Concept, ConceptFolder
 from elite.console import BAD_INPUT, OK, PARTLY_FAILED, complain
 from elite.data import PairFolder
 from elite.drawing import Drawing, draw_prompt_grid
@@ -219,6 +219,17 @@ def read_objects(config: InferenceConfig) -> PairFolder | ConceptFolder:
             "--no_mask: concept files hold no pictures; leave it out, or give it to encode.py"
         )
     return ConceptFolder(config.concept_path)
+
+
+def read_concept(word: str, path: str) -> Concept:
+    """The concept of --concept: of a file, or of a folder with one. Raises ValueError where it is
+    none, or holds more."""
+    folder = ConceptFolder(path)
+    if len(folder) > 1:
+        raise ValueError(
+            f"--concept {word}={path}: holds {len(folder)} concept files; name one of them"
+        )
+    return folder.read(0)
 
 
 def kind_of(config: InferenceConfig) -> str:

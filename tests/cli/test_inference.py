@@ -64,11 +64,11 @@ def test_files_of_the_local_script(script, tmp_path, pairs, capsys):
         "--num_images",
         "2",
     )
-    assert script(*arguments, "--suffix", "corgi", "--seed", "41") == 0
-    folder = tmp_path / "out" / "corgi_l0p6"
+    assert script(*arguments, "--suffix", "corgi-v1.2", "--seed", "41") == 0
+    folder = tmp_path / "out" / "corgi-v1.2_l0p6"
     stems = [f"{index:05d}_{seed:05d}" for index in (0, 1) for seed in (41, 42)]
     assert files(folder) == {f"{s}.{kind}" for s in stems for kind in ("jpg", "png")} | {"grid.png"}
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["corgi_l0p6"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["corgi-v1.2_l0p6"]
 
     with Image.open(folder / "00001_00042.png") as picture:
         text = dict(picture.text)

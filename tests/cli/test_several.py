@@ -54,7 +54,7 @@ def test_each_flag_changes_the_picture(script, concepts, tmp_path):
     pictures = {}
     for name, flags in runs.items():
         assert script(*common, *flags, "--suffix", name, "--llambda", "1") == 0
-        folder = tmp_path / "out" / f"{name}_l1p0"
+        folder = tmp_path / "out" / f"{name}_concepts_l1p0"
         pictures[name], text = drawn(folder)
         assert (folder / "grid.png").exists()
     for name in ("weight", "region", "negative", "turned"):
@@ -65,7 +65,7 @@ def test_each_flag_changes_the_picture(script, concepts, tmp_path):
 def test_seeds_and_batches(script, concepts, tmp_path):
     flags = ["--template", "S1 and S2", "--concept", *concepts, "--num_images", "3"]
     assert script(*flags, "--batch_size", "2") == 0
-    folder = tmp_path / "out" / "object_l0p8"
+    folder = tmp_path / "out" / "object_concepts_l0p8"
     seeds = [drawn(folder, f"00000_0004{last}")[1]["seed"] for last in (2, 3, 4)]
     assert seeds == ["42", "43", "44"]
 
@@ -79,6 +79,10 @@ def test_seeds_and_batches(script, concepts, tmp_path):
         (("--region", "S3=here"), "no such file"),
         (("--region", "S1=nowhere.png"), "nowhere.png"),
         (("--concept_path", "files"), "--concept and --concept_path are both given"),
+        (("--selected_data", "1"), "--concept and --selected_data are both given"),
+        (("--no_mask",), "--concept and --no_mask are both given"),
+        (("--test_data_dir", "photos"), "--concept and --test_data_dir are both given"),
+        (("--placeholder_token", "S1"), "--concept and --placeholder_token are both given"),
     ],
     ids=lambda x: " ".join(x)[:40] if isinstance(x, tuple) else "",
 )
@@ -87,6 +91,33 @@ def test_mistakes_are_one_line_and_2(script, concepts, tmp_path, capsys, flags, 
     lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert len(lines) == 1 and message in lines[0]
     assert not list(tmp_path.glob("out/*/*.png"))
+
+
+def test_pictures_of_pairs_stay(script, concepts, pairs, tmp_path):
+    assert script("--test_data_dir", pairs) == 0
+    before = {path: path.read_bytes() for path in tmp_path.glob("out/*/*")}
+    assert script("--template", "S1", "--concept", concepts[0]) == 0
+    assert before and all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_a_folder_of_several_files_is_no_concept(script, concepts, tmp_path, capsys):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for name in ("1", "2"):
+        (tmp_path / f"{name}.safetensors").rename(folder / f"{name}.safetensors")
+    assert script("--template", "S1", "--concept", f"S1={folder}") == 2
+    assert f"--concept S1={folder}: holds 2 concept files; name one" in capsys.readouterr().err
+    (folder / "2.safetensors").unlink()
+    assert script("--template", "S1", "--concept", f"S1={folder}") == 0
+
+
+def test_a_word_of_any_letters(script, concepts, tmp_path):
+    """A PNG's keywords have those of Latin-1 alone."""
+    file = concepts[0].partition("=")[2]
+    assert script("--template", "a photo of a кот", "--concept", f"кот={file}") == 0
+    _, text = drawn(tmp_path / "out" / "object_concepts_l0p8")
+    assert text["prompt"] == "a photo of a кот" and text["lambda"] == "кот 0.8"
+    assert len(text["concept \\u043a\\u043e\\u0442"]) == 16
 
 
 def test_twice_the_same_name(script, concepts, capsys):

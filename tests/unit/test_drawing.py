@@ -12,7 +12,7 @@ from elite import ElitePipeline
 from elite import drawing as drawing_module
 from elite.concept import Concept, ConceptFolder
 from elite.data import PairFolder
-from elite.drawing import Drawing, draw_folder
+from elite.drawing import Drawing, draw_folder, write_png
 from elite.encoding import ahead
 from elite.speed import RUNGS, Speed
 from tests import tiny
@@ -275,6 +275,14 @@ def test_damaged_picture_is_drawn_anew(pipe, drawn):
         path.write_bytes(damage(whole))
         assert go_on(pipe, pairs, output_dir) == both("00001_00001"), damage
         assert path.read_bytes() == whole
+
+
+def test_keywords_are_as_png_has_them(tmp_path):
+    """Latin-1, at most 79 bytes; texts may be any."""
+    path = tmp_path / "it.png"
+    write_png(path, Image.new("RGB", (1, 1)), {"concept Ä": "Ä", "ж": "ж", "x" * 90: "long"})
+    with Image.open(path) as picture:
+        assert picture.text == {"concept Ä": "Ä", "\\u0436": "ж", "x" * 79: "long"}
 
 
 def test_png_is_written_last(pipe, drawn, monkeypatch):
