@@ -5,6 +5,7 @@ import numpy as np
 from small_world.world import Body
 
 POINTS = 160
+DIRECTIONS = range(0, 181, 15)  # of a profile, degrees from above
 
 
 def outline(body: Body) -> np.ndarray:
@@ -22,6 +23,7 @@ def outline(body: Body) -> np.ndarray:
         wave = body.sharpness * pointed + (1 - body.sharpness) * rounded
         radius = 1 - body.depth * (1 - wave)
         x, y = x * radius, y * radius
+    y = np.minimum(y, 1 - body.flat)
     x = x * (1 + body.taper * y) * (1 - body.waist * np.exp(-((y / 0.4) ** 2)))
     towards_tip = np.clip(-np.sign(body.tip) * y, 0, 1)
     x = x * (1 - abs(body.tip) * towards_tip)
@@ -50,3 +52,14 @@ def half_width(polygon: np.ndarray, y: float) -> float:
     if not len(near):
         return 0.0
     return float(max(0.0, min(near[:, 0].max(), -near[:, 0].min())))
+
+
+def profile(body: Body) -> list[float]:
+    """How far the outline reaches from the middle of its box in DIRECTIONS, the mean of both sides,
+    since pictures may be mirrored."""
+    polygon = outline(body)
+    reach = [
+        np.linalg.norm(point_at(polygon, degrees)) + np.linalg.norm(point_at(polygon, -degrees))
+        for degrees in DIRECTIONS
+    ]
+    return [round(float(both) / 2, 4) for both in reach]

@@ -7,7 +7,7 @@ in the noun's place.
 import numpy as np
 
 from elite.open_images import PHOTO_TEMPLATES
-from small_world.world import ATTACHED, PARTS, SCENES, Critter
+from small_world.world import ATTACHED, PARTS, SCENES, UNNAMED, Critter
 
 CLASS_WORD = "critter"
 ADJECTIVES = ("colours", "pattern", "body")
@@ -69,7 +69,7 @@ def _noun(critter: Critter, adjectives: tuple | list, parts: tuple | list) -> st
         words.append(critter.colour)
         if critter.second is not None and "pattern" in adjectives:
             words += ["and", critter.second]
-    if "pattern" in adjectives and critter.pattern != "solid":
+    if "pattern" in adjectives and critter.pattern not in ("solid", UNNAMED["pattern"][1]):
         words.append(critter.pattern)
     if "body" in adjectives and critter.body is not None:
         words.append(critter.body)

@@ -18,6 +18,7 @@ from transformers import CLIPVisionModel
 
 from elite.images import CLIP_MEAN, CLIP_STD
 from elite.text import tokenize
+from small_world.bodies import DIRECTIONS
 from small_world.captions import fill
 from small_world.objectives import MAX_WORDS
 from small_world.pretrain import COLOUR_ATTRIBUTES, RECOLOURED, image_features, token_ids
@@ -84,6 +85,7 @@ def draw_records(names: Sequence[str], rounds: int, rng: np.random.Generator) ->
                 "framings": framings,
                 "scenes": scenes,
                 "labels": labels.tolist(),
+                "profile": [0.0] * len(DIRECTIONS),
             }
         )
     return records
@@ -155,6 +157,7 @@ class MixedWorld:
             "concept_ids": concept_ids,
             "index": index,
             "labels": torch.tensor([record["labels"] for record in records]),  # (N, 2, attributes)
+            "profile": torch.tensor([record["profile"] for record in records]),
         }
         return {name: values.to(self.device) for name, values in told.items()}
 
@@ -245,6 +248,7 @@ def image_encoder_batch(world: MixedWorld, count: int) -> dict[str, Tensor]:
         "clip_pixels": seen_by_clip(pictures),
         "objects": F.avg_pool2d(objects.flatten(0, 1), 2).unflatten(0, (-1, 2)),
         "labels": labels,
+        "profile": batch["profile"],
     }
 
 

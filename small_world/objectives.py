@@ -12,6 +12,7 @@ from transformers import CLIPTextModel, CLIPVisionModel
 from elite.files import write_atomically
 from elite.noise import seeded_noise, seeded_timesteps
 from elite.text import encode_text
+from small_world.bodies import DIRECTIONS
 from small_world.world import ATTRIBUTES
 
 OBJECT_WEIGHT = 4.0  # of the base model's loss, beside 1 everywhere: parts are a few latents
@@ -93,14 +94,16 @@ class ViewsObjective(nn.Module):
 
 
 class ImageEncoderObjective(ViewsObjective):
-    """The vision tower: attributes of CLS and the mean of the patches, contrast of CLS, and a patch
-    head that paints the object alone and its mask, so that features keep the outline."""
+    """The vision tower: attributes of CLS and the mean of the patches, and by a head of its own the
+    body's profile, which bodies without a name have, too; contrast of CLS; and a patch head that
+    paints the object alone and its mask, so that features keep the outline."""
 
     def __init__(self, image_encoder: CLIPVisionModel) -> None:
         width = image_encoder.config.hidden_size
         super().__init__(2 * width)
         self.image_encoder = image_encoder
         self.projection = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 64))
+        self.profile = nn.Linear(2 * width, len(DIRECTIONS))
         self.painter = nn.Linear(width, 4 * 4 * 4)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -114,8 +117,11 @@ class ImageEncoderObjective(ViewsObjective):
         painted = self.painter(patches).float()  # (2B, 64, 64)
         wanted = F.unfold(objects, kernel_size=4, stride=4).transpose(1, 2)
         outline = F.mse_loss(painted, wanted)
-        out["loss"] = out["attributes"] + out["contrast"] + 20 * outline
-        return {**out, "outline": outline}
+        reach = batch["profile"].repeat(2, 1)  # (2B, directions); 0 where there is no body
+        error = (self.profile(features).float() - reach).square()[reach > 0]
+        profile = error.sum() / max(1, error.numel())
+        out["loss"] = out["attributes"] + out["contrast"] + 20 * outline + 20 * profile
+        return {**out, "outline": outline, "profile": profile}
 
     def save_pretrained(self, folder: Path) -> None:
         write_atomically(folder / "image_encoder", self.image_encoder.save_pretrained)

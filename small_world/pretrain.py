@@ -38,7 +38,7 @@ from small_world.tokenizer import MAX_LENGTH, build_tokenizer
 from small_world.world import ATTRIBUTES, SCENES, random_critter
 
 REPOSITORY = Path(__file__).parents[1]
-NUM_SAMPLES = 80_000
+NUM_SAMPLES = 100_000
 SAVE_STEPS = 250
 POSITIONS = 65  # of the image encoder: CLS and 8 x 8 patches; latents are 8 x 8
 RECOLOURED = 0.3  # share of the image encoder's pictures
@@ -89,6 +89,7 @@ class Views:
     def __init__(self, folder: Path) -> None:
         self.views, records = load_samples(folder)
         self.labels = torch.tensor([record["labels"] for record in records])
+        self.profiles = torch.tensor([record["profile"] for record in records])
         self.coloured = torch.tensor([name in COLOUR_ATTRIBUTES for name in ATTRIBUTES])
 
     def __len__(self) -> int:
@@ -108,6 +109,7 @@ class Views:
             "clip_pixels": torch.stack([to_clip_pixels(picture) for picture in pictures]),
             "objects": F.avg_pool2d(torch.from_numpy(objects).permute(0, 3, 1, 2).float(), 2),
             "labels": labels,
+            "profile": self.profiles[index],
         }
 
 

@@ -40,7 +40,7 @@ step "$python" -m small_world.judge train --work_dir "$run" --target "${target}_
 # ELITE, with the scripts and the data layout of the real thing.
 step "$python" data_scripts/make_small_world.py --test_datasets "$root/test_datasets"
 if [ ! -d "$run/open_images" ]; then
-    step "$python" data_scripts/make_small_world.py "$run/open_images" --count "$(scaled 20000)"
+    step "$python" data_scripts/make_small_world.py "$run/open_images" --count "$(scaled 40000)"
 fi
 for stage in global local; do
     resume=()

@@ -11,7 +11,7 @@ import numpy as np
 
 from small_world.bodies import half_width, outline, point_at
 from small_world.scenes import draw_scene, shade
-from small_world.world import COLOURS, Critter
+from small_world.world import COLOURS, Body, Critter, Ears, Tail
 
 INK = (45, 40, 50)
 CREAM = (245, 228, 180)
@@ -21,6 +21,7 @@ MOUTH = (120, 25, 45)
 WHEEL = (70, 70, 78)
 LINE = 0.016  # width of the outline, a fraction of the picture
 SHIFT = 4  # bits behind the point of OpenCV's coordinates
+NECK = 0.15  # how far a body reaches into the head on it, at least
 PAINT = "paint"  # the fill of what shows the pattern
 
 Colour = tuple[int, int, int]
@@ -90,8 +91,9 @@ def parts_of(critter: Critter, trim: Colour) -> list[Part]:
         skull, face_y = body, _face_height(body)
         eye_room = half_width(body, face_y)
     else:
-        body = body * (0.85, 0.75) + (0, 0.35)
         skull = _ellipse(0, -0.62, 0.62, 0.52)
+        body = body * (0.85, 0.75)
+        body[:, 1] += min(0.35, skull[:, 1].max() - NECK - body[:, 1].min())
         face_y, eye_room = -0.66, 0.6
     behind = [*_tail(critter, body, trim), *_bottom(critter, body, trim)]
     sides, handle_behind = _sides(critter, body, trim)
@@ -120,6 +122,8 @@ def _top(critter: Critter, skull: np.ndarray, trim: Colour) -> tuple[list[Part],
     x, high = abs(float(x)), float(y)
     crown = point_at(skull, 0)
     kind = critter.top
+    if critter.ears is not None:
+        return _both(_ear(critter.ears, skull), trim), False
     if kind == "cat ears":
         ear = _polygon((x - 0.34, high), (x + 0.2, high + 0.25), (x + 0.22, high - 0.5))
         return _both(ear, trim), False
@@ -145,6 +149,16 @@ def _top(critter: Critter, skull: np.ndarray, trim: Colour) -> tuple[list[Part],
     if kind == "droopy ears":
         return _both(_ellipse(x + 0.3, high + 0.42, 0.2, 0.5, -18), trim), True
     return [], False
+
+
+def _ear(ears: Ears, skull: np.ndarray) -> np.ndarray:
+    """The right one of these ears."""
+    shape = outline(Body(aspect=ears.length / ears.width, tip=ears.tip))
+    shape = shape * max(ears.width, ears.length) - (0, 0.6 * ears.length)
+    angle = np.radians(ears.lean)
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    root = point_at(skull, ears.place)
+    return shape @ turn + (abs(float(root[0])), float(root[1]))
 
 
 def _face(critter: Critter, y: float, room: float) -> list[Part]:
@@ -191,7 +205,8 @@ def _sides(critter: Critter, body: np.ndarray, trim: Colour) -> tuple[list[Part]
         )  # fmt: skip
         return _both(wing, trim), []
     if kind == "fins":
-        fin = _polygon((x - 0.25, y - 0.2), (x + 0.48, y + 0.46), (x - 0.2, y + 0.38))
+        x = max(x, half_width(body, y + 0.4))
+        fin = _polygon((x - 0.4, y - 0.25), (x + 0.5, y + 0.46), (x - 0.3, y + 0.42))
         return _both(fin, trim), []
     if kind == "handle":
         return [Part(_ellipse(-x - 0.04, y + 0.05, 0.36, 0.4), trim, 0.19)], []
@@ -219,6 +234,8 @@ def _wheels(body: np.ndarray) -> list[Part]:
 def _tail(critter: Critter, body: np.ndarray, trim: Colour) -> list[Part]:
     x, y = (float(v) for v in point_at(body, 122))
     kind = critter.tail
+    if critter.tail_numbers is not None:
+        return [Part(_curve(critter.tail_numbers) - (0.15 - x, -y), trim)]
     if kind == "long tail":
         line = _polygon(
             (x - 0.25, y), (x + 0.24, y + 0.06), (x + 0.5, y - 0.12), (x + 0.5, y - 0.5)
@@ -236,6 +253,17 @@ def _tail(critter: Critter, body: np.ndarray, trim: Colour) -> list[Part]:
         )  # fmt: skip
         return [Part(zigzag, trim)]
     return []
+
+
+def _curve(tail: Tail) -> np.ndarray:
+    """The outline of this tail, its root at (0, 0)."""
+    s = np.linspace(0, 1, 16)
+    angles = np.radians(tail.lift + tail.curl * s)
+    across = np.stack([np.sin(angles), np.cos(angles)], axis=1)
+    steps = np.stack([np.cos(angles), -np.sin(angles)], axis=1) * (tail.length + 0.15) / len(s)
+    middle = np.cumsum(steps, axis=0)
+    width = np.interp(s, (0, 0.5, 1), (tail.root, tail.middle, tail.end))[:, None]
+    return np.concatenate([middle + across * width, (middle - across * width)[::-1]])
 
 
 # --- on the picture -------------------------------------------------------------------------------
@@ -278,25 +306,30 @@ def _fill(canvas: np.ndarray, part: Part, frame: _Frame, colour: object, grow: i
         cv2.polylines(canvas, [points], True, colour, 2 * grow, cv2.LINE_AA, SHIFT)
 
 
+def _shows_second(pattern: str, angle: float, units: np.ndarray) -> np.ndarray:
+    """Where a pattern has the second colour, bool (H, W)."""
+    x, y = units[..., 0], units[..., 1]
+    if pattern == "striped":
+        turn = np.radians(angle)
+        return (x * np.cos(turn) + y * np.sin(turn)) / 0.95 % 1 < 0.42
+    if pattern == "dotted":
+        row = np.floor(y / 0.72)
+        column = (x / 0.9 + 0.5 * (row % 2)) % 1 - 0.5
+        return (column * 0.9) ** 2 + (y % 0.72 - 0.36) ** 2 < 0.27**2
+    if pattern == "patched":
+        return (x + 0.6) ** 2 + (y + 0.15) ** 2 < 0.75**2
+    if pattern == "dipped":
+        return y > 0.32 + 0.08 * np.sin(7 * x)
+    if pattern == "checked":
+        return (x % 1 < 0.35) != (y % 1 < 0.35)  # unequal, so that one can tell the main colour
+    return np.zeros_like(x, dtype=bool)
+
+
 def _paint(critter: Critter, units: np.ndarray, main: Colour, second: Colour) -> np.ndarray:
     """Main colour, pattern and light at these unit coordinates (H, W, 2), float (H, W, 3)."""
-    x, y = units[..., 0], units[..., 1]
-    if critter.pattern == "striped":
-        angle = np.radians(critter.angle)
-        there = (x * np.cos(angle) + y * np.sin(angle)) / 0.8 % 1 < 0.42
-    elif critter.pattern == "dotted":
-        row = np.floor(y / 0.6)
-        column = (x / 0.75 + 0.5 * (row % 2)) % 1 - 0.5
-        there = (column * 0.75) ** 2 + (y % 0.6 - 0.3) ** 2 < 0.22**2
-    elif critter.pattern == "patched":
-        there = (x + 0.6) ** 2 + (y + 0.15) ** 2 < 0.75**2
-    elif critter.pattern == "dipped":
-        there = y > 0.32 + 0.08 * np.sin(7 * x)
-    elif critter.pattern == "checked":
-        there = (x % 1 < 0.35) != (y % 1 < 0.35)  # unequal, so that one can tell the main colour
-    else:
-        there = np.zeros_like(x, dtype=bool)
-    light = np.clip(1.0 - 0.16 * y, 0.8, 1.12)[..., None]  # from above
+    kinds = critter.patterns or (critter.pattern,)
+    there = np.logical_xor.reduce([_shows_second(kind, critter.angle, units) for kind in kinds])
+    light = np.clip(1.0 - 0.16 * units[..., 1:], 0.8, 1.12)  # from above
     colours = np.where(there[..., None], np.float32(second), np.float32(main))
     return np.clip(colours * light, 0, 255)
 
@@ -331,7 +364,7 @@ def draw(
     mask = np.zeros((size, size), np.uint8)
     paint = _paint(critter, frame.units(size), main, second)
     for part in parts:
-        _fill(mask, part, frame, 255, line)
+        _fill(mask, part, frame, 255, line if part.lined else 0)
         if part.lined:
             _fill(image, part, frame, INK, line)
         if part.fill == PAINT:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from elite.files import write_text
 from elite.images import to_pixels
+from small_world.bodies import profile
 from small_world.captions import fill, place, random_noun, random_template
 from small_world.render import draw
 from small_world.world import SCENES, labels, random_critter
@@ -108,6 +109,7 @@ def _render_chunk(pool: str, side: int, seed: int, count: int) -> tuple[np.ndarr
                 "caption": fill(shown[0]["template"], noun),
                 "framings": [view["framing"] for view in shown],
                 "labels": [labels(critter, view["scene"]) for view in shown],
+                "profile": profile(critter.numbers),
             }
         )
     return views, records

@@ -4,6 +4,7 @@ A `Critter` is one concept: a kind of each attribute and the continuous numbers 
 of a tuple's end are held out (`HELD_OUT_KINDS`); so are one in six combinations (`is_held_out`) and
 intervals of continuous numbers (`HELD_OUT_INTERVALS`). Everything that renders training data asks
 `random_critter(rng, "trained")`; critters of judge and tests are drawn afresh by their seeds.
+Training alone shows what lies between the kinds, too, without a name (`UNNAMED`).
 """
 
 import zlib
@@ -103,6 +104,7 @@ class Body:
         tip: how far the top (if negative, the bottom) is drawn to a point (-1 to 1).
         notch: depth of the dent in the top's middle.
         lobes, depth, sharpness: lobes around, how deep in between, round (0) to pointed (1).
+        flat: how much of its lower half is cut off straight (0 to 1).
         skew: sideways shift from top to bottom.
     """
 
@@ -115,7 +117,34 @@ class Body:
     lobes: float = 0.0
     depth: float = 0.0
     sharpness: float = 0.0
+    flat: float = 0.0
     skew: float = 0.0
+
+
+@dataclass(frozen=True)
+class Ears:
+    """Ears of no named kind: half `width`, half `length`, `tip` (0 round to 1 pointed), `lean`
+    (degrees to the outside) and `place` on the skull (degrees from its crown)."""
+
+    width: float
+    length: float
+    tip: float
+    lean: float
+    place: float
+
+
+@dataclass(frozen=True)
+class Tail:
+    """A tail of no named kind: half its width at the `root`, in the `middle` and at the `end`, its
+    `length`, the direction in which it leaves (`lift`, degrees above the horizontal) and how far it
+    turns on its way (`curl`, degrees)."""
+
+    root: float
+    middle: float
+    end: float
+    length: float
+    lift: float
+    curl: float
 
 
 # Ranges of the numbers by family; what is not named stays at its default.
@@ -123,12 +152,13 @@ FAMILIES: dict[str, dict[str, tuple[float, float]]] = {
     "round": {"aspect": (0.85, 1.15), "exponent": (1.9, 2.4)},
     "square": {"aspect": (0.85, 1.15), "exponent": (6.0, 10.0)},
     "drop": {"aspect": (1.1, 1.4), "tip": (0.8, 1.0)},
-    "pear": {"aspect": (1.08, 1.35), "taper": (0.42, 0.52), "waist": (0.2, 0.28)},
+    "pear": {"aspect": (1.2, 1.45), "taper": (0.4, 0.5), "waist": (0.26, 0.34)},
     "cloud": {
-        "aspect": (0.72, 0.98),
+        "aspect": (0.58, 0.74),
         "lobes": (5, 7),
         "depth": (0.3, 0.4),
         "sharpness": (0.0, 0.1),
+        "flat": (0.5, 0.6),
     },
     "star": {
         "aspect": (0.94, 1.1),
@@ -142,13 +172,54 @@ FAMILIES: dict[str, dict[str, tuple[float, float]]] = {
     "peanut": {"aspect": (1.25, 1.5), "exponent": (2.4, 3.0), "waist": (0.45, 0.58)},
 }
 SKEW = 0.1
-BLENDED = 0.1  # share of the bodies between two trained families; they have no name
+
+# Between the named kinds, for training alone: the share of each, and what stands for its name. A
+# body lies between two families or a little beyond one, a mixed pattern is two at once.
+UNNAMED = {
+    "body": (0.3, None),
+    "pattern": (0.15, "mixed"),
+    "top": (0.2, "ears"),
+    "tail": (0.25, "tail"),
+}
+BEYOND = 0.15
+# What keeps bodies of no name from those that are held out (a diamond has an exponent of 1, or four
+# middling lobes; a peanut a waist), and every number where it means something.
+LIMITS = {
+    "aspect": (0.55, 1.5),
+    "exponent": (1.5, 10.0),
+    "taper": (0.0, 0.9),
+    "waist": (0.0, 0.36),
+    "tip": (-1.0, 1.0),
+    "notch": (0.0, 0.7),
+    "lobes": (5.0, 7.0),
+    "depth": (0.0, 0.58),
+    "sharpness": (0.0, 1.0),
+    "flat": (0.0, 0.65),
+    "skew": (-SKEW, SKEW),
+}
+# Droopy ears hang, a zigzag tail turns back; these do not.
+EAR_RANGES = {
+    "width": (0.15, 0.34),
+    "length": (0.26, 0.6),
+    "tip": (0.0, 1.0),
+    "lean": (-20.0, 90.0),
+    "place": (20.0, 60.0),
+}
+TAIL_RANGES = {
+    "root": (0.08, 0.2),
+    "middle": (0.08, 0.32),
+    "end": (0.06, 0.4),
+    "length": (0.5, 0.95),
+    "lift": (-30.0, 50.0),
+    "curl": (-70.0, 70.0),
+}
 
 
 @dataclass(frozen=True)
 class Critter:
-    """One concept. `body` is None for a blend of two families, `second` for a solid one, `trim`
-    (the colour of its parts) where no part has it."""
+    """One concept. `body` is None for one of no named family, `second` for a solid one, `trim`
+    (the colour of its parts) where no part has it. `patterns`, `ears` and `tail_numbers` are those
+    of kinds without a name."""
 
     body: str | None
     numbers: Body
@@ -164,6 +235,9 @@ class Critter:
     side: str
     bottom: str
     tail: str
+    patterns: tuple[str, str] | None = None
+    ears: Ears | None = None
+    tail_numbers: Tail | None = None
 
 
 def is_held_out(critter: Critter) -> bool:
@@ -185,10 +259,10 @@ def unseen_kinds(critter: Critter) -> list[str]:
 
 
 def labels(critter: Critter, scene: str | None) -> list[int]:
-    """A number per attribute, in the order of ATTRIBUTES; -1 where there is none to see."""
+    """A number per attribute, in the order of ATTRIBUTES; -1 where there is none to see or name."""
     values = [*(getattr(critter, name) for name in ATTRIBUTES if name != "scene"), scene]
     return [
-        -1 if value is None else kinds.index(value)
+        kinds.index(value) if value in kinds else -1
         for kinds, value in zip(ATTRIBUTES.values(), values, strict=True)
     ]
 
@@ -219,17 +293,14 @@ def _draw(rng: np.random.Generator, pool: str, unseen: str | None) -> Critter:
         return one(tuple(v for v in ATTRIBUTES[name] if v not in ("none", *kept)))
 
     colour, second, trim = (str(c) for c in rng.choice(list(COLOURS), 3, replace=False))
-    body: str | None = kind("body")
-    numbers = _numbers(body, rng, pool)
-    if pool == "trained" and rng.random() < BLENDED:
-        body, numbers = None, _blend(rng, pool)
+    body = kind("body")
     angle = rng.uniform(0, 180)
     low, high = HELD_OUT_INTERVALS["angle"]
     while pool == "trained" and low <= angle % 90 <= high:
         angle = rng.uniform(0, 180)
     critter = Critter(
         body=body,
-        numbers=numbers,
+        numbers=_numbers(body, rng, pool),
         pattern=kind("pattern"),
         angle=float(angle),
         colour=colour,
@@ -249,6 +320,8 @@ def _draw(rng: np.random.Generator, pool: str, unseen: str | None) -> Critter:
         critter = replace(critter, **{name: new})
         if name == "body":
             critter = replace(critter, numbers=_numbers(new, rng, pool))
+    if pool == "trained":
+        critter = _between(critter, rng)
     if critter.pattern == "solid":
         critter = replace(critter, second=None)
     return critter if has_trim(critter) else replace(critter, trim=None)
@@ -265,7 +338,7 @@ def _numbers(family: str, rng: np.random.Generator, pool: str) -> Body:
     ranges = FAMILIES[family]
     low, high = HELD_OUT_INTERVALS["aspect"]
     while True:
-        drawn = {name: float(rng.uniform(*bounds)) for name, bounds in ranges.items()}
+        drawn = _within(ranges, rng)
         if "lobes" in drawn:
             drawn["lobes"] = float(rng.integers(ranges["lobes"][0], ranges["lobes"][1] + 1))
         drawn["skew"] = float(rng.uniform(-SKEW, SKEW))
@@ -273,14 +346,34 @@ def _numbers(family: str, rng: np.random.Generator, pool: str) -> Body:
             return Body(**drawn)
 
 
-def _blend(rng: np.random.Generator, pool: str) -> Body:
-    """Between two trained families. Lobes are those of either, five or more: four of middling depth
-    would be a diamond."""
+def _between(critter: Critter, rng: np.random.Generator) -> Critter:
+    """The critter with a share of its kinds, as UNNAMED has them, between the named ones."""
+    unnamed = {name for name, (share, _) in UNNAMED.items() if rng.random() < share}
+    if "body" in unnamed:
+        critter = replace(critter, body=None, numbers=_blend(rng))
+    if "pattern" in unnamed and critter.pattern != "solid":
+        trained = [kind for kind in PATTERNS if kind not in ("solid", *HELD_OUT_KINDS["pattern"])]
+        first, second = (str(kind) for kind in rng.choice(trained, 2, replace=False))
+        critter = replace(critter, pattern="mixed", patterns=(first, second))
+    if "top" in unnamed and critter.top != "none":
+        critter = replace(critter, top="ears", ears=Ears(**_within(EAR_RANGES, rng)))
+    if "tail" in unnamed and critter.tail != "none":
+        critter = replace(critter, tail="tail", tail_numbers=Tail(**_within(TAIL_RANGES, rng)))
+    return critter
+
+
+def _within(ranges: dict[str, tuple[float, float]], rng: np.random.Generator) -> dict[str, float]:
+    return {name: float(rng.uniform(*bounds)) for name, bounds in ranges.items()}
+
+
+def _blend(rng: np.random.Generator) -> Body:
+    """Between two trained families or a little beyond, every number by a share of its own."""
     trained = [name for name in FAMILIES if name not in HELD_OUT_KINDS["body"]]
-    first, second = (_numbers(str(n), rng, pool) for n in rng.choice(trained, 2, replace=False))
-    share = rng.uniform(0.3, 0.7)
+    names = rng.choice(trained, 2, replace=False)
+    first, second = (vars(_numbers(str(name), rng, "trained")) for name in names)
+    shares = rng.uniform(-BEYOND, 1 + BEYOND, len(first))
     mixed = {
-        name: share * value + (1 - share) * getattr(second, name)
-        for name, value in vars(first).items()
+        name: float(np.clip(share * first[name] + (1 - share) * second[name], *LIMITS[name]))
+        for name, share in zip(first, shares, strict=True)
     }
-    return Body(**{**mixed, "lobes": max(first.lobes, second.lobes, 5.0)})
+    return Body(**{**mixed, "lobes": max(first["lobes"], second["lobes"], LIMITS["lobes"][0])})

@@ -27,7 +27,7 @@ PROMPTS = "prompts: {object: ['a {} on the grass', 'a {} in the snow']}\n"
 def subjects(tmp_path):
     """Two objects of the small world by name (the pictures do not matter to a tiny model)."""
     folder = tiny.save_pairs(tmp_path / "subjects", 2)
-    for number, name in enumerate(("02_green_solid_square", "11_turquoise_red_striped_round")):
+    for number, name in enumerate(("06_yellow_solid_square", "11_turquoise_red_striped_round")):
         for suffix in ("", "_bg"):
             (folder / f"pair{number}{suffix}.png").rename(folder / f"{name}{suffix}.png")
     return folder
@@ -65,7 +65,7 @@ def test_everything_is_drawn_scored_and_reported(evaluate, tmp_path):
     out = tmp_path / "out"
     assert run_script(*evaluate, "--output_dir", out) == 0
     stems = [f"{prompt}_{seed}.png" for prompt in ("00", "01") for seed in ("00042", "00043")]
-    names = ("02_green_solid_square", "11_turquoise_red_striped_round")
+    names = ("06_yellow_solid_square", "11_turquoise_red_striped_round")
     assert list(pictures(out)) == [f"{name}/{stem}" for name in names for stem in stems]
     with open(out / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -106,7 +106,7 @@ def test_a_second_run_draws_what_is_missing(evaluate, tmp_path):
     out = tmp_path / "out"
     assert run_script(*evaluate, "--output_dir", out) == 0
     before, results = pictures(out), (out / "results.json").read_text()
-    kept, lost = (out / "02_green_solid_square" / f"0{i}_00042.png" for i in (0, 1))
+    kept, lost = (out / "06_yellow_solid_square" / f"0{i}_00042.png" for i in (0, 1))
     stamp = kept.stat().st_mtime_ns
     lost.unlink()
     assert run_script(*evaluate, "--output_dir", out, "--batch_size", "3") == 0
@@ -148,9 +148,9 @@ def test_processes_share_the_work(evaluate, tmp_path):
 
 
 def test_an_unreadable_concept_leaves_the_rest(evaluate, subjects, tmp_path, capsys):
-    (subjects / "02_green_solid_square.png").write_bytes(b"no picture")
+    (subjects / "06_yellow_solid_square.png").write_bytes(b"no picture")
     assert run_script(*evaluate, "--output_dir", tmp_path / "out") == 3
-    assert "02_green_solid_square.png: not a readable image" in capsys.readouterr().err
+    assert "06_yellow_solid_square.png: not a readable image" in capsys.readouterr().err
     assert len(pictures(tmp_path / "out")) == 4
     (subjects / "11_turquoise_red_striped_round_bg.png").unlink()
     shutil.rmtree(tmp_path / "out")
@@ -185,8 +185,8 @@ def test_mistakes_are_one_line(evaluate, tmp_path, capsys, options, message):
 
 
 def test_attributes_need_objects_of_the_small_world(evaluate, subjects, tmp_path, capsys):
-    (subjects / "02_green_solid_square.png").rename(subjects / "corgi.png")
-    (subjects / "02_green_solid_square_bg.png").rename(subjects / "corgi_bg.png")
+    (subjects / "06_yellow_solid_square.png").rename(subjects / "corgi.png")
+    (subjects / "06_yellow_solid_square_bg.png").rename(subjects / "corgi_bg.png")
     assert run_script(*evaluate, "--output_dir", tmp_path / "out") == 2
     assert "corgi: no object of the small world" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

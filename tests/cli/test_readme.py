@@ -76,7 +76,7 @@ def check_training_data(root: Path) -> None:
         mask_boxes_path(root), {p.name: (0, 256, 0, 256) for p in root.glob("segs/test/*.png")}
     )
     masks = OpenImagesMasks(root, resolution=32, clip_size=64, latent_size=8)
-    assert (len(boxes), len(masks)) == (15, 16)
+    assert (len(boxes), len(masks)) == (14, 16)
     assert masks.sample(0, np.random.default_rng(0))["object_mask"].any()
-    square = boxes.boxes[list(boxes.image_ids).index(b"02_green_solid_square")] * 256
-    np.testing.assert_allclose(square, (17, 240, 33, 224), atol=0.01)  # x0 x1 y0 y1 of its mask
+    square = boxes.boxes[list(boxes.image_ids).index(b"08_orange_solid_square")] * 256
+    np.testing.assert_allclose(square, (51, 206, 15, 242), atol=0.01)  # x0 x1 y0 y1 of its mask

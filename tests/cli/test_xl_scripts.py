@@ -14,7 +14,7 @@ from tests.conftest import FAST, files, make_pipe, pixels, run_script
 from tests.faults.runs import metrics
 from tests.open_images import make_open_images
 
-SUBJECT = "02_green_solid_square"
+SUBJECT = "06_yellow_solid_square"
 TRAINING = (
     *("--max_train_steps", "2", "--gradient_accumulation_steps", "1"),
     *("--hidden_layers", "4", "8", "--mapper_hidden_size", "32", "--mixed_precision", "no"),

@@ -36,6 +36,7 @@ from elite.files import LEFTOVER
 from elite.run_state import checkpoints
 from elite.shards import INDEX, parse_index
 from small_world import pretrain
+from small_world.bodies import DIRECTIONS
 from small_world.models import WIDTH
 from small_world.samples import SIDE
 from small_world.world import ATTRIBUTES
@@ -198,6 +199,7 @@ def save_samples(folder: Path, count: int) -> None:
     template, noun = "a {} on the grass", "red heart critter"
     record = {"template": template, "noun": noun, "caption": template.format(noun)}
     record |= {"framings": ["scene", "tight"], "labels": [[0] * len(ATTRIBUTES)] * 2}
+    record["profile"] = [0.5] * len(DIRECTIONS)
     (folder / "records.json").write_text(json.dumps([record] * count))
 
 

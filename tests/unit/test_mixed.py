@@ -115,6 +115,8 @@ def test_recoloured_pictures_have_no_colours_to_name(world):
     hidden = [list(ATTRIBUTES).index(name) for name in COLOUR_ATTRIBUTES]
     assert (batch["labels"][0][:, hidden] == -1).all()
     assert (batch["labels"][1:][:, :, hidden] >= 0).any()
+    critters = (batch["labels"] >= 0).sum((1, 2)) > 2
+    assert ((batch["profile"] > 0).all(1) == critters).all(), "things have no profile"
     alone, mask = batch["objects"].split([3, 1], dim=2)
     assert not alone[mask.expand_as(alone) == 0].any(), "the object alone, on black"
 

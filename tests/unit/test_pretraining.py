@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from elite.loading import NOISE_SCHEDULE
 from elite.text import encode_text, tokenize
+from small_world.bodies import DIRECTIONS, profile
 from small_world.captions import describe, fill, place
 from small_world.models import WIDTH, build_image_encoder, build_text_encoder, build_vae
 from small_world.objectives import (
@@ -59,6 +60,7 @@ def folder(tmp_path_factory):
                 "caption": fill(template, describe(critter)),
                 "framings": ["scene", "scene"],
                 "labels": [labels(critter, scene) for scene in scenes],
+                "profile": profile(critter.numbers),
             }
         )
     np.save(folder / "views.npy", views)
@@ -146,6 +148,7 @@ def test_each_patch_paints_its_own_part_of_the_object():
         "clip_pixels": torch.zeros(2, 2, 3, 64, 64),
         "objects": torch.rand(2, 2, 4, 32, 32),
         "labels": torch.full((2, 2, len(ATTRIBUTES)), -1),
+        "profile": torch.zeros(2, len(DIRECTIONS)),
     }
     views = [batch["objects"][row, view] for view in range(2) for row in range(2)]
     patches = torch.stack(
@@ -165,7 +168,7 @@ def test_each_patch_paints_its_own_part_of_the_object():
     assert outline_loss(patches.roll(1, dims=0), batch) > 0.1, "of another view"
 
 
-def test_the_image_encoder_learns_from_labels_views_and_outlines():
+def test_the_image_encoder_learns_from_labels_views_outlines_and_profiles():
     torch.manual_seed(0)
     objective = ImageEncoderObjective(build_image_encoder())
     critters = [random_critter(np.random.default_rng(seed)) for seed in range(3)]
@@ -174,16 +177,21 @@ def test_the_image_encoder_learns_from_labels_views_and_outlines():
         "clip_pixels": one.expand(-1, 2, -1, -1, -1),
         "objects": torch.rand(3, 2, 4, 32, 32),
         "labels": torch.tensor([[labels(c, "moon"), labels(c, None)] for c in critters]),
+        "profile": torch.tensor([profile(c.numbers) for c in critters]),
     }
     out = objective(batch)
     assert out["same"] == 1, "both views are the same picture"
-    total = out["attributes"] + out["contrast"] + 20 * out["outline"]
+    total = out["attributes"] + out["contrast"] + 20 * (out["outline"] + out["profile"])
     torch.testing.assert_close(out["loss"], total)
-    for name in ("attributes", "contrast", "outline"):
+    for name in ("attributes", "contrast", "outline", "profile"):
         objective.zero_grad()
         objective(batch)[name].backward()
         gradient = objective.image_encoder.embeddings.patch_embedding.weight.grad
         assert gradient.abs().sum() > 0, name
+    fewer = {**batch, "profile": batch["profile"] * torch.tensor([[1.0], [0.0], [0.0]])}
+    assert objective(fewer)["profile"] != out["profile"], "things have none"
+    nothing = {**batch, "profile": torch.zeros_like(batch["profile"])}
+    assert objective(nothing)["profile"] == 0
     batch["clip_pixels"] = torch.cat([one, one.roll(1, 0)], dim=1)
     assert objective(batch)["contrast"] > out["contrast"]
 

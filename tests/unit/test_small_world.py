@@ -10,6 +10,7 @@ import pytest
 
 from elite.open_images import PHOTO_TEMPLATES
 from small_world import render
+from small_world.bodies import DIRECTIONS, outline, profile
 from small_world.captions import (
     BARE,
     CLASS_WORD,
@@ -26,14 +27,21 @@ from small_world.world import (
     ATTACHED,
     ATTRIBUTES,
     COLOURS,
+    EAR_RANGES,
     FAMILIES,
     HELD_OUT_INTERVALS,
     HELD_OUT_KINDS,
+    LIMITS,
     PARTS,
     POOLS,
     SCENES,
+    TAIL_RANGES,
+    UNNAMED,
     Body,
     Critter,
+    Ears,
+    Tail,
+    _within,
     has_trim,
     is_held_out,
     labels,
@@ -104,8 +112,10 @@ def test_every_trained_kind_appears_and_no_other(critters):
     for pool in ("trained", "combinations"):
         for name, kinds in ATTRIBUTES.items():
             if name != "scene":
-                seen = {getattr(critter, name) for critter in critters[pool]} - {None}
-                assert seen == set(kinds) - set(HELD_OUT_KINDS.get(name, ())), (pool, name)
+                named = set(kinds) - set(HELD_OUT_KINDS.get(name, ()))
+                between = {UNNAMED[name][1]} if name in UNNAMED and pool == "trained" else set()
+                seen = {getattr(critter, name) for critter in critters[pool]}
+                assert seen - {None} == (named | between) - {None}, (pool, name)
 
 
 def test_new_kinds_come_one_at_a_time_and_all_of_them(critters):
@@ -134,14 +144,89 @@ def test_bodies_of_new_kinds_have_the_numbers_of_their_family(critters):
         assert (critter.numbers.waist > 0.4) == (critter.body == "peanut")
 
 
-def test_blends_never_look_like_a_held_out_body(critters):
+def test_training_shows_its_share_of_what_has_no_name(critters):
+    trained = critters["trained"]
+    for name, (share, word) in UNNAMED.items():
+        there = [c for c in trained if getattr(c, name) not in ("none", "solid")]
+        found = np.mean([getattr(critter, name) == word for critter in there])
+        assert abs(found - share) < 0.05, name  # three deviations of the few that wear a tail: 0.07
+    for critter in trained:
+        assert (critter.patterns is not None) == (critter.pattern == "mixed")
+        assert (critter.ears is not None) == (critter.top == "ears")
+        assert (critter.tail_numbers is not None) == (critter.tail == "tail")
+
+
+def test_only_training_shows_what_has_no_name(critters):
+    for critter in (c for pool in POOLS if pool != "trained" for c in critters[pool]):
+        assert critter.body and critter.patterns is critter.ears is critter.tail_numbers is None
+
+
+def test_bodies_without_a_name_never_look_like_a_held_out_one(critters):
     """A diamond has an exponent of 1 or four middling lobes, a peanut a waist."""
     blends = [critter.numbers for critter in critters["trained"] if critter.body is None]
-    assert 0.05 < len(blends) / 1000 < 0.15
-    assert min(numbers.exponent for numbers in blends) > 1.5
-    assert max(numbers.waist for numbers in blends) < 0.3
-    assert min(numbers.lobes for numbers in blends) >= 5
-    assert all(critter.body for pool in ("combinations", "kinds") for critter in critters[pool])
+    for name, (low, high) in LIMITS.items():
+        found = [getattr(numbers, name) for numbers in blends]
+        assert low <= min(found) < max(found) <= high, name
+    for family in HELD_OUT_KINDS["body"]:
+        ranges = FAMILIES[family]
+        assert any(high < LIMITS[n][0] or low > LIMITS[n][1] for n, (low, high) in ranges.items())
+
+
+def test_parts_without_a_name_never_look_like_a_held_out_one(critters):
+    """Droopy ears hang, a checked body is stripes of two directions at once."""
+    worn = [critter.ears for critter in critters["trained"] if critter.ears]
+    assert len(worn) > 80 and max(ears.lean for ears in worn) <= 90
+    mixed = {critter.patterns for critter in critters["trained"] if critter.patterns}
+    assert len(mixed) == 12 and all(first != second for first, second in mixed)
+    assert not any(kind in pair for pair in mixed for kind in HELD_OUT_KINDS["pattern"])
+
+
+def test_what_lies_between_is_no_copy_of_a_kind(monkeypatch):
+    """Each of its numbers changes what is drawn."""
+    on_magenta(monkeypatch)
+    rng = np.random.default_rng(3)
+
+    def drawn(critter: Critter) -> bytes:
+        return draw(critter, "grass", np.random.default_rng(2), 64, POSE)[0].tobytes()
+
+    for _ in range(5):
+        ears = Ears(**{name: rng.uniform(*bounds) for name, bounds in EAR_RANGES.items()})
+        tail = Tail(**{name: rng.uniform(*bounds) for name, bounds in TAIL_RANGES.items()})
+        worn = replace(PLAIN, top="ears", ears=ears, tail="tail", tail_numbers=tail)
+        for name, (low, high) in EAR_RANGES.items():
+            ends = (drawn(replace(worn, ears=replace(ears, **{name: x}))) for x in (low, high))
+            assert len({*ends}) == 2, name
+        for name, (low, high) in TAIL_RANGES.items():
+            ends = [replace(worn, tail_numbers=replace(tail, **{name: x})) for x in (low, high)]
+            assert drawn(ends[0]) != drawn(ends[1]), name
+    pairs = (("striped", "dipped"), ("striped", "dotted"), ("patched", "dipped"))
+    mixed = [replace(PLAIN, pattern="mixed", patterns=pair) for pair in pairs]
+    assert len({*map(drawn, [PLAIN, replace(PLAIN, pattern="striped"), *mixed])}) == 5
+
+
+# --- silhouettes ----------------------------------------------------------------------------------
+
+
+def test_a_profile_is_how_far_the_outline_reaches():
+    circle = profile(Body())
+    assert len(circle) == len(DIRECTIONS) and np.allclose(circle, 1, atol=0.01)
+    flat = profile(Body(aspect=0.5))
+    assert flat[0] == pytest.approx(0.5, abs=0.01) and max(flat) == pytest.approx(1, abs=0.01)
+    assert flat[-1] == pytest.approx(0.5, abs=0.01) and flat[6] == pytest.approx(1, abs=0.01)
+    pointed, turned = profile(Body(tip=0.9)), profile(Body(tip=-0.9))
+    assert pointed[2] < pointed[-3] and np.allclose(pointed, turned[::-1], atol=0.05)
+    leaning = [profile(Body(aspect=1.3, skew=skew)) for skew in (0.1, -0.1)]
+    assert np.allclose(*leaning, atol=0.03), "mirrored, it is the same"
+
+
+def test_clouds_lie_flat(critters):
+    clouds = [c.numbers for c in critters["any"] if c.body == "cloud"]
+    for numbers in clouds[:50]:
+        polygon = outline(numbers)
+        low = polygon[:, 1].max()
+        below = polygon[polygon[:, 1] > low - 0.01]
+        assert np.ptp(below[:, 0]) > 1.0, "half of its width"
+        assert np.ptp(polygon[:, 1]) < 0.8 * np.ptp(polygon[:, 0])
 
 
 def test_unknown_pool_is_named():
@@ -160,7 +245,7 @@ def test_labels_number_the_kinds(critters):
             assert number == -1 if kind is None else kinds[number] == kind
 
 
-def test_labels_are_minus_one_where_there_is_nothing_to_see():
+def test_labels_are_minus_one_where_there_is_nothing_to_see_or_name():
     def nothing(critter: Critter, scene: str | None) -> set[str]:
         return {n for n, x in zip(ATTRIBUTES, labels(critter, scene), strict=True) if x == -1}
 
@@ -168,6 +253,8 @@ def test_labels_are_minus_one_where_there_is_nothing_to_see():
     assert nothing(PLAIN, None) == {"scene"}
     bare = replace(PLAIN, body=None, pattern="solid", second=None, trim=None)
     assert nothing(bare, "snow") == {"body", "second", "trim"}
+    between = replace(PLAIN, pattern="mixed", patterns=("striped", "dipped"), top="ears")
+    assert nothing(replace(between, tail="tail"), "snow") == {"pattern", "top", "tail"}
 
 
 def test_solid_critters_have_no_second_colour(critters):
@@ -196,7 +283,7 @@ def test_a_description_names_every_part_and_no_other(critters):
     for critter in critters["any"]:
         words, parts = phrases(describe(critter))
         adjectives = [critter.colour, critter.second, critter.pattern, critter.body]
-        assert words == [w for w in adjectives if w not in (None, "solid")]
+        assert words == [w for w in adjectives if w not in (None, "solid", "mixed")]
         shown = [getattr(critter, name) for name in PARTS if getattr(critter, name) != "none"]
         assert [without_trim(phrase, critter) for phrase in parts] == shown
         coloured = [phrase for phrase in parts if critter.trim in phrase.split()]
@@ -213,6 +300,14 @@ def test_descriptions():
     other = replace(other, bottom="four legs", tail="none")
     assert describe(other) == (
         "red critter with a round head, a leaf, one eye, an open mouth and four green legs"
+    )
+
+
+def test_what_has_no_name_is_not_named():
+    numbers = _within(EAR_RANGES, np.random.default_rng(0))
+    between = replace(PLAIN, pattern="mixed", patterns=("striped", "dipped"), tail="tail")
+    assert describe(replace(between, body=None, top="ears", ears=Ears(**numbers))) == (
+        "red and white critter with blue ears, two eyes, a smile, arms, two legs and a tail"
     )
 
 

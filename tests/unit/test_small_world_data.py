@@ -166,7 +166,8 @@ def test_names_of_test_objects_lead_back_to_them():
     names = [name_of(number) for number in range(NUM_OBJECTS)]
     assert names == sorted(set(names))
     assert [critter_of(name) for name in names] == [test_object(n)[0] for n in range(NUM_OBJECTS)]
-    assert names[2] == "02_green_solid_square" and names[11] == "11_turquoise_red_striped_round"
+    assert names[2] == "02_yellow_pink_patched_star"
+    assert names[11] == "11_turquoise_red_striped_round"
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def case(subject: str, template: str) -> Case:
 def test_pictures_are_judged_by_what_their_subject_and_prompt_are():
     """With a judge that finds everything, a solid critter has no second colour to be right in."""
     cases = [
-        case("02_green_solid_square", "a {} on the moon"),
+        case("06_yellow_solid_square", "a {} on the moon"),
         case("11_turquoise_red_striped_round", "a {} at night"),
     ]
     scores = AttributeScores(Judge(widths=(8, 8)), cases)
@@ -181,7 +181,7 @@ def test_pictures_are_judged_by_what_their_subject_and_prompt_are():
     assert found.keys() == ATTRIBUTES.keys()
     assert found["second"][0] is None and found["second"][1] in (0.0, 1.0)
     with pytest.raises(ValueError, match="names no scene of the small world"):
-        AttributeScores(Judge(widths=(8, 8)), [case("02_green_solid_square", "a {} in a teapot")])
+        AttributeScores(Judge(widths=(8, 8)), [case("06_yellow_solid_square", "a {} in a teapot")])
 
 
 def test_other_prompts_are_no_scenes():
