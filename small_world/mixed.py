@@ -82,6 +82,7 @@ def draw_records(names: Sequence[str], rounds: int, rng: np.random.Generator) ->
             {
                 "template": template,
                 "noun": noun,
+                "concept": "S",
                 "framings": framings,
                 "scenes": scenes,
                 "labels": labels.tolist(),
@@ -148,9 +149,8 @@ class MixedWorld:
 
     def _told(self, records: list[dict]) -> dict[str, Tensor]:
         """What the records say, as the objectives read it."""
-        templates = [record["template"] for record in records]
         captions = [fill(record["template"], record["noun"]) for record in records]
-        concepts = [template.format("S") for template in templates]
+        concepts = [record["template"].format(record["concept"]) for record in records]
         concept_ids, index = tokenize(self.tokenizer, concepts, "S", num_words=MAX_WORDS)
         told = {
             "input_ids": token_ids(self.tokenizer, captions),  # (N, 48)

@@ -136,7 +136,7 @@ class Latents:
     ) -> None:
         views, records = load_samples(folder)
         self.input_ids = token_ids(tokenizer, [record["caption"] for record in records])
-        concepts = [record["template"].format("S") for record in records]
+        concepts = [record["template"].format(record["concept"]) for record in records]
         self.concept_ids, self.index = tokenize(tokenizer, concepts, "S", num_words=5)
         if not cache.exists():
             encoded = encode_all(vae, image_encoder, views)

@@ -3,10 +3,12 @@ memory-mapped array.
 
 The first view is framed as ELITE's own datasets will show objects later: whole scenes, tight crops,
 small on black, zoomed in; the second shows the same critter in another scene and pose, or cut out.
+Now and then it lacks a part there, for which the words then ask ("a S with wings").
 """
 
 import json
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,12 +22,13 @@ from tqdm import tqdm
 from elite.files import write_text
 from elite.images import to_pixels
 from small_world.bodies import profile
-from small_world.captions import fill, place, random_noun, random_template
+from small_world.captions import fill, phrase_of, place, random_noun, random_template
 from small_world.render import draw
-from small_world.world import SCENES, labels, random_critter
+from small_world.world import ATTACHED, SCENES, Critter, has_trim, labels, random_critter
 
 FRAMINGS = {"scene": 0.6, "tight": 0.22, "far": 0.1, "zoom": 0.08}
 SECOND_FRAMINGS = {"scene": 0.35, "tight": 0.4, "cutout": 0.25}
+EDITED = 0.2  # share of the trained critters that lack a part in the second view
 SIDE = 64  # stored pictures of the world of 32 px; the VAE and the UNet see them at half of it
 # How captions name framings that are unlike others.
 FRAMING_PHRASES = {"far": ["a far away", "very small"], "zoom": ["zoomed in", "close up"]}
@@ -87,6 +90,20 @@ def framed(
     return picture, framed_template(framing, scene, rng), None
 
 
+def without_a_part(critter: Critter, rng: np.random.Generator) -> tuple[Critter, str]:
+    """The critter without one of the parts that not all have, and how one asks for that."""
+    worn = [name for name in ATTACHED if getattr(critter, name) != "none"]
+    if not worn:
+        return critter, "S"
+    name = str(rng.choice(worn))
+    asked = f"S with {phrase_of(getattr(critter, name))}"
+    fewer = replace(critter, **{name: "none"})
+    numbers = {"top": "ears", "tail": "tail_numbers"}
+    if name in numbers:
+        fewer = replace(fewer, **{numbers[name]: None})
+    return fewer if has_trim(fewer) else replace(fewer, trim=None), asked
+
+
 def _render_chunk(pool: str, side: int, seed: int, count: int) -> tuple[np.ndarray, list[dict]]:
     cv2.setNumThreads(1)
     rng = np.random.default_rng(seed)
@@ -94,11 +111,15 @@ def _render_chunk(pool: str, side: int, seed: int, count: int) -> tuple[np.ndarr
     records = []
     for i in range(count):
         critter = random_critter(rng, pool)
+        other, concept = critter, "S"
+        if pool == "trained" and rng.random() < EDITED:
+            other, concept = without_a_part(critter, rng)
+        both = (critter, other)
         scenes = [str(name) for name in rng.choice(list(SCENES), 2, replace=False)]
         shown: list[dict] = []
-        for scene, framings in zip(scenes, (FRAMINGS, SECOND_FRAMINGS), strict=True):
+        for seen, scene, framings in zip(both, scenes, (FRAMINGS, SECOND_FRAMINGS), strict=True):
             framing = str(rng.choice(list(framings), p=list(framings.values())))
-            view = np.dstack(draw(critter, scene, rng, 2 * side))
+            view = np.dstack(draw(seen, scene, rng, 2 * side))
             views[i, len(shown)], template, visible = framed(view, scene, framing, rng, side)
             shown.append({"framing": framing, "template": template, "scene": visible})
         noun = random_noun(critter, rng)
@@ -106,9 +127,12 @@ def _render_chunk(pool: str, side: int, seed: int, count: int) -> tuple[np.ndarr
             {
                 "template": shown[0]["template"],
                 "noun": noun,
+                "concept": concept,
                 "caption": fill(shown[0]["template"], noun),
                 "framings": [view["framing"] for view in shown],
-                "labels": [labels(critter, view["scene"]) for view in shown],
+                "labels": [
+                    labels(seen, view["scene"]) for seen, view in zip(both, shown, strict=True)
+                ],
                 "profile": profile(critter.numbers),
             }
         )

@@ -197,7 +197,7 @@ def save_samples(folder: Path, count: int) -> None:
     views = rng.integers(0, 256, (count, 2, SIDE, SIDE, 4), dtype=np.uint8)
     np.save(folder / "views.npy", views)
     template, noun = "a {} on the grass", "red heart critter"
-    record = {"template": template, "noun": noun, "caption": template.format(noun)}
+    record = {"template": template, "noun": noun, "concept": "S", "caption": template.format(noun)}
     record |= {"framings": ["scene", "tight"], "labels": [[0] * len(ATTRIBUTES)] * 2}
     record["profile"] = [0.5] * len(DIRECTIONS)
     (folder / "records.json").write_text(json.dumps([record] * count))

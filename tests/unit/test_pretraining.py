@@ -57,6 +57,7 @@ def folder(tmp_path_factory):
             {
                 "template": template,
                 "noun": describe(critter),
+                "concept": "S",
                 "caption": fill(template, describe(critter)),
                 "framings": ["scene", "scene"],
                 "labels": [labels(critter, scene) for scene in scenes],

@@ -15,7 +15,7 @@ from elite.data import PairFolder
 from elite.images import read_image, read_mask
 from elite.open_images import OpenImagesBoxes, OpenImagesMasks
 from small_world import samples
-from small_world.captions import fill
+from small_world.captions import fill, phrase_of
 from small_world.objects import NUM_COMBINATIONS, NUM_OBJECTS, critter_of, name_of, test_object
 from small_world.render import draw
 from small_world.samples import (
@@ -26,12 +26,15 @@ from small_world.samples import (
     load_samples,
     render_samples,
     small_pixels,
+    without_a_part,
 )
 from small_world.things import find_things, is_held_out_thing
 from small_world.world import (
+    ATTACHED,
     ATTRIBUTES,
     HELD_OUT_KINDS,
     SCENES,
+    has_trim,
     is_held_out,
     random_critter,
     unseen_kinds,
@@ -218,11 +221,38 @@ def test_samples_are_two_views_with_what_they_show(rendered):
     for pair, record in zip(views, records, strict=True):
         assert record["caption"] == fill(record["template"], record["noun"])
         first, second = record["labels"]
-        assert first[:scene] == second[:scene], "one critter"
+        differing = [name for name, a, b in zip(ATTRIBUTES, first, second, strict=True) if a != b]
+        lacks = set(differing) - {"scene", "trim"}
+        assert len(lacks) == (record["concept"] != "S"), (
+            "one critter, but for what is asked for"
+        )
         for view, framing, numbers in zip(pair, record["framings"], record["labels"], strict=True):
             assert (numbers[scene] >= 0) == (framing == "scene")
             assert view[..., 3].mean() > 0.01 * 255, "a mask"
         assert first[scene] == -1 or first[scene] != second[scene], "two scenes"
+
+
+def test_the_second_view_lacks_what_the_words_ask_for():
+    rng, asked = np.random.default_rng(0), set()
+    for _ in range(300):
+        critter = random_critter(rng)
+        fewer, concept = without_a_part(critter, rng)
+        worn = [name for name in ATTACHED if getattr(critter, name) != "none"]
+        lost = [name for name in worn if getattr(fewer, name) == "none"]
+        if not worn:
+            assert fewer == critter and concept == "S"
+            continue
+        (name,) = lost
+        assert concept == f"S with {phrase_of(getattr(critter, name))}"
+        assert (fewer.ears is None) == (fewer.top != "ears")
+        assert (fewer.tail_numbers is None) == (fewer.tail != "tail")
+        assert (fewer.trim is None) == (not has_trim(fewer))
+        changed = {name, "trim", "ears", "tail_numbers"}
+        assert {k: v for k, v in vars(fewer).items() if k not in changed} == {
+            k: v for k, v in vars(critter).items() if k not in changed
+        }
+        asked.add(name)
+    assert asked == set(ATTACHED)
 
 
 def test_samples_hold_no_held_out_kind(rendered):
