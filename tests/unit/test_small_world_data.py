@@ -223,9 +223,7 @@ def test_samples_are_two_views_with_what_they_show(rendered):
         first, second = record["labels"]
         differing = [name for name, a, b in zip(ATTRIBUTES, first, second, strict=True) if a != b]
         lacks = set(differing) - {"scene", "trim"}
-        assert len(lacks) == (record["concept"] != "S"), (
-            "one critter, but for what is asked for"
-        )
+        assert len(lacks) == (record["concept"] != "S"), "one critter, but for what is asked for"
         for view, framing, numbers in zip(pair, record["framings"], record["labels"], strict=True):
             assert (numbers[scene] >= 0) == (framing == "scene")
             assert view[..., 3].mean() > 0.01 * 255, "a mask"
