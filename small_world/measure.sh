@@ -25,6 +25,10 @@ first() {
     show first/grid.png docs/small_world_grid.png
     step "$python" docs/make_teaser.py
 }
+probe() {
+    step "$python" -m small_world.probe --output_dir "$run/probe"
+    show probe/probe.md $results/probe.md
+}
 score() {
     if [ ! -e "$run/score.md" ]; then
         step "$python" -m small_world.judge score --report "$run/score.json" --samples 300
@@ -57,7 +61,7 @@ samplers() {
     show samplers/samplers.md $results/samplers.md
 }
 
-[ $# -gt 0 ] || set -- first score reproduce couples ${ART:+art} quality samplers
+[ $# -gt 0 ] || set -- first probe score reproduce couples ${ART:+art} quality samplers
 for part in "$@"; do
     "$part"
 done
