@@ -37,6 +37,7 @@ from small_world.claims import Condition, Interval, Verdicts, fidelity, interval
 from small_world.classifier import Judge, load_judge
 from small_world.markdown import table
 from small_world.methods import Method, Pictures, verdicts
+from small_world.models import weights_digest
 from small_world.report import contact_sheet
 from small_world.samplers import FAR
 from small_world.score import draw_concepts, gallery, load_pipelines, make_cases
@@ -269,7 +270,8 @@ def main(argv: list[str] | None = None) -> int:
         for name, speed in compared_speeds.items()
     }
     names = ("lambda_", "scheduler", "samples", "seed")
-    settings = {"fingerprint": elite.fingerprint, **{x: getattr(args, x) for x in names}, **drawing}
+    weights = weights_digest(args.model)
+    settings = {"weights": weights, **{x: getattr(args, x) for x in names}, **drawing}
     pictures = Pictures(args.output_dir / "drawn", settings, args.batch_size)
     pictures.draw(list(methods.values()))
     drawn = {name: pictures.of(method) for name, method in methods.items()}

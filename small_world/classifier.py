@@ -16,9 +16,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor, nn
 
 from elite.files import write_atomically
-from elite.run_state import checkpoints
-from elite.training import fit, make_accelerator
 from small_world.objectives import ViewsObjective
+from small_world.pretrain import train
 from small_world.samples import load_samples, render_samples, small_pixels
 from small_world.scale import scaled
 from small_world.world import ATTRIBUTES
@@ -29,7 +28,13 @@ JUDGED_FRAMINGS = ("scene", "tight")
 EMBEDDING = 64
 INPUT_SIDE = 32
 PLACED = 48  # channels whose place in the picture counts
-RECIPE = {"samples": 256_000, "batch_size": 64, "learning_rate": 2e-3, "ema_decay": 0.999}
+RECIPE = {
+    "samples": 256_000,
+    "batch_size": 64,
+    "learning_rate": 2e-3,
+    "adam_betas": (0.9, 0.999),
+    "ema_decay": 0.999,
+}
 
 
 class ResidualBlock(nn.Module):
@@ -142,27 +147,11 @@ def disturbed(pixels: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def train_judge(work_dir: Path, target: Path, scale: float) -> None:
-    """Renders critters of all kinds and trains the judge on them, from its last checkpoint where
-    there is one; a share of RECIPE."""
-    folder = work_dir / "judge"
+    """Renders critters of all kinds and trains the judge on them, as `pretrain.train` does; a share
+    of RECIPE."""
     render_samples(work_dir / "judge_samples", scaled(NUM_SAMPLES, scale), "any", SEED)
     objective = JudgeObjective(Judge())
-    fit(
-        objective,
-        JudgeSamples(work_dir / "judge_samples"),
-        make_accelerator("bf16", cpu=not torch.cuda.is_available()),
-        output_dir=folder,
-        max_steps=scaled(RECIPE["samples"] // RECIPE["batch_size"], scale),
-        batch_size=RECIPE["batch_size"],
-        learning_rate=RECIPE["learning_rate"],
-        lr_scheduler="cosine",
-        lr_warmup_steps=100,
-        ema_decay=RECIPE["ema_decay"],
-        save_steps=250,
-        checkpoints_total_limit=1,
-        resume="latest" if checkpoints(folder) else None,
-        config={"part": "judge", **RECIPE},
-    )
+    train("judge", RECIPE, objective, JudgeSamples(work_dir / "judge_samples"), work_dir, scale)
     write_atomically(target, objective.judge.cpu().half().save_pretrained)
 
 

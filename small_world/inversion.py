@@ -15,6 +15,7 @@ from elite.loading import load_stable_diffusion, side_in_pixels
 from elite.run_state import checkpoints
 from elite.training import fit, make_accelerator
 from small_world.captions import CLASS_WORD
+from small_world.models import weights_digest
 from small_world.pretrain import base_pipeline
 from small_world.score import Case, draw_prompts
 from textual_inversion.files import load_embeddings, load_into
@@ -31,14 +32,21 @@ def placeholder(case: Case) -> str:
 def invert(model: Path, case: Case, folder: Path, step_counts: Sequence[int]) -> dict[int, float]:
     """Learns one vector for the case's one picture, from its class word on, as its user would.
 
-    Leaves the embedding after each number of steps in `folder/STEPS`; does nothing where they are.
+    Leaves the embedding after each number of steps in `folder/STEPS`; does nothing where they are,
+    learned with the same weights in the same way.
 
     Returns:
         Seconds of training by number of steps.
     """
+    way = {
+        "weights": weights_digest(*(model / part for part in ("text_encoder", "unet", "vae"))),
+        "learning_rate": LEARNING_RATE,
+        "batch_size": BATCH_SIZE,
+    }
     times = folder / "seconds.json"
-    seconds = json.loads(times.read_text(encoding="utf-8")) if times.exists() else {}
-    if seconds.keys() != {str(steps) for steps in step_counts}:
+    found = json.loads(times.read_text(encoding="utf-8")) if times.exists() else {}
+    seconds = found.pop("seconds", {})
+    if found != way or seconds.keys() != {str(steps) for steps in step_counts}:
         write_atomically(folder / "picture" / "0.png", Image.fromarray(case.source[0]).save)
         seconds, spent = {}, 0.0
         for unfinished in checkpoints(folder):  # its time is not known
@@ -46,7 +54,7 @@ def invert(model: Path, case: Case, folder: Path, step_counts: Sequence[int]) ->
         for steps in step_counts:
             spent += _train(model, case, folder, steps, resume=bool(seconds))
             seconds[str(steps)] = spent
-        write_json(times, seconds)
+        write_json(times, {**way, "seconds": seconds})
     return {int(steps): value for steps, value in seconds.items()}
 
 

@@ -5,13 +5,20 @@
 #   bash small_world/measure.sh score couples    these parts alone
 #   ART=FOLDER bash small_world/measure.sh art    of what data_scripts/fetch_art.py left in FOLDER
 #
-# Everything lands in runs/measured first; what is there already is kept, so remove it for other
-# weights. PYTHON chooses the interpreter.
+# Everything lands in a folder of runs/measured that is named after the weights; what took long and is
+# there already is kept. PYTHON chooses the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python}
-run=runs/measured
+run=runs/measured/$("$python" - <<'PYTHON'
+from pathlib import Path
+
+from small_world.models import weights_digest
+
+print(weights_digest(Path("checkpoints")))
+PYTHON
+)
 results=benchmarks/results
 mkdir -p "$run"
 

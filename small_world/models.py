@@ -2,6 +2,7 @@
 classes."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import (
@@ -12,10 +13,17 @@ from transformers import (
     CLIPVisionModel,
 )
 
+from elite.files import digest_files
 from small_world.samples import SIDE
 from small_world.tokenizer import MAX_LENGTH
 
 WIDTH = 128  # of text and image features
+
+
+def weights_digest(*folders: Path) -> str:
+    """A short name for all weights below these folders, by which to tell what others made."""
+    files = [file for folder in folders for file in sorted(folder.rglob("*.safetensors"))]
+    return digest_files(*files)
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer, width: int = WIDTH) -> CLIPTextModel:

@@ -10,12 +10,14 @@ with the project's own loop and leave metrics, previews and checkpoints in WORK_
 Interrupted parts go on from their last checkpoint.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
@@ -23,14 +25,20 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModel
 
 from elite.console import OK, Stopped, command_again, run, script_parser
-from elite.files import check_writable, write_atomically
+from elite.files import check_writable, digest_files, write_atomically
 from elite.images import to_clip_pixels
 from elite.loading import NOISE_SCHEDULE, make_scheduler, stock_pipeline
 from elite.run_state import checkpoints
 from elite.text import tokenize
 from elite.training import fit, make_accelerator
 from small_world.captions import describe, fill, place
-from small_world.models import build_image_encoder, build_text_encoder, build_unet, build_vae
+from small_world.models import (
+    build_image_encoder,
+    build_text_encoder,
+    build_unet,
+    build_vae,
+    weights_digest,
+)
 from small_world.objectives import BaseModelObjective, ImageEncoderObjective, VAEObjective
 from small_world.samples import load_samples, render_samples, small_pixels
 from small_world.scale import add_scale, scaled
@@ -43,22 +51,21 @@ SAVE_STEPS = 250
 POSITIONS = 65  # of the image encoder: CLS and 8 x 8 patches; latents are 8 x 8
 RECOLOURED = 0.3  # share of the image encoder's pictures
 COLOUR_ATTRIBUTES = ("colour", "second", "trim", "scene")  # what recolouring hides
-# Samples seen, batch and learning rate of each part.
-RECIPES = {
-    "vae": {"samples": 96_000, "batch_size": 32, "learning_rate": 2e-3, "ema_decay": 0.999},
-    "vae_decoder": {
-        "samples": 160_000,
-        "batch_size": 32,
-        "learning_rate": 1e-3,
-        "ema_decay": 0.9995,
-    },
-    "image_encoder": {
-        "samples": 320_000,
-        "batch_size": 64,
-        "learning_rate": 1e-3,
-        "ema_decay": 0.999,
-    },
-    "base": {"samples": 768_000, "batch_size": 64, "learning_rate": 1e-3, "ema_decay": 0.9995},
+# Samples seen, batch, learning rate and the decay of the EMA of each part.
+RECIPES: dict[str, dict[str, Any]] = {
+    part: {
+        "samples": samples,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "adam_betas": (0.9, 0.99),
+        "ema_decay": ema_decay,
+    }
+    for part, samples, batch_size, learning_rate, ema_decay in (
+        ("vae", 96_000, 32, 2e-3, 0.999),
+        ("vae_decoder", 160_000, 32, 1e-3, 0.9995),
+        ("image_encoder", 320_000, 64, 1e-3, 0.999),
+        ("base", 768_000, 64, 1e-3, 0.9995),
+    )
 }
 NUM_PREVIEWS = 8  # descriptions in a preview
 
@@ -123,8 +130,12 @@ def recoloured(views: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 class Latents:
-    """Latents of the first views, image features of the second ones, both computed once, and the
-    captions."""
+    """Latents of the first views, image features of the second ones, and the captions.
+
+    Args:
+        cache: file for what is encoded, read where it is of these samples and models.
+        key: a name for these samples and models.
+    """
 
     def __init__(
         self,
@@ -133,15 +144,16 @@ class Latents:
         vae: AutoencoderKL,
         image_encoder: CLIPVisionModel,
         cache: Path,
+        key: str,
     ) -> None:
         views, records = load_samples(folder)
         self.input_ids = token_ids(tokenizer, [record["caption"] for record in records])
         concepts = [record["template"].format(record["concept"]) for record in records]
         self.concept_ids, self.index = tokenize(tokenizer, concepts, "S", num_words=5)
-        if not cache.exists():
-            encoded = encode_all(vae, image_encoder, views)
+        encoded = torch.load(cache, weights_only=True) if cache.exists() else {}
+        if encoded.get("key") != key:
+            encoded = {"key": key, **encode_all(vae, image_encoder, views)}
             write_atomically(cache, lambda temporary: torch.save(encoded, temporary))
-        encoded = torch.load(cache, weights_only=True)
         self.latents = encoded["latents"] * vae.config.scaling_factor
         self.objects = object_shares(views, side=self.latents.shape[-1])
         self.features = encoded["features"]
@@ -214,14 +226,15 @@ def grid(pictures: list[Image.Image], columns: int, side: int = 128) -> Image.Im
 
 def train(
     part: str,
+    recipe: Mapping[str, Any],
     objective: nn.Module,
     dataset: object,
     work_dir: Path,
     scale: float,
-    preview: Callable | None,
+    preview: Callable | None = None,
 ) -> None:
-    """Fits a part by a share of its recipe; processes of `accelerate launch` share the batch."""
-    recipe = RECIPES[part]
+    """Fits a part by a share of its recipe, from the last checkpoint in WORK_DIR/PART where there
+    is one; processes of `accelerate launch` share the batch."""
     folder = work_dir / part
     accelerator = make_accelerator("bf16", cpu=not torch.cuda.is_available())
     fit(
@@ -234,7 +247,7 @@ def train(
         learning_rate=recipe["learning_rate"],
         lr_scheduler="cosine",
         lr_warmup_steps=100,
-        adam_betas=(0.9, 0.99),
+        adam_betas=recipe["adam_betas"],
         ema_decay=recipe["ema_decay"],
         attention_positions=POSITIONS,
         save_steps=SAVE_STEPS,
@@ -246,15 +259,16 @@ def train(
     )
 
 
-def train_vae(work_dir: Path, tokenizer: CLIPTokenizer, scale: float) -> None:
+def train_vae(work_dir: Path, scale: float) -> None:
     dataset = VAEPictures(work_dir / "samples")
     objective = VAEObjective(build_vae())
     fit_vae("vae", objective, dataset, work_dir, scale)
-    set_scaling_factor(objective.vae, dataset.first(512))
-    write_atomically(work_dir / "vae" / "vae", objective.vae.save_pretrained)
+    if PartialState().is_main_process:
+        set_scaling_factor(objective.vae, dataset.first(512))
+        write_atomically(work_dir / "vae" / "vae", objective.vae.save_pretrained)
 
 
-def train_vae_decoder(work_dir: Path, tokenizer: CLIPTokenizer, scale: float) -> None:
+def train_vae_decoder(work_dir: Path, scale: float) -> None:
     dataset = VAEPictures(work_dir / "samples")
     vae = AutoencoderKL.from_pretrained(work_dir / "vae" / "vae")
     objective = VAEObjective(vae, decoder_only=True)
@@ -264,19 +278,18 @@ def train_vae_decoder(work_dir: Path, tokenizer: CLIPTokenizer, scale: float) ->
 def fit_vae(
     part: str, objective: VAEObjective, dataset: VAEPictures, work_dir: Path, scale: float
 ) -> None:
-    pixels = dataset.first(16)
-
     def preview() -> Image.Image:
+        pixels = dataset.first(16).to(objective.vae.device)
         decoded = objective.vae.decode(objective.vae.encode(pixels).latent_dist.mean).sample
         return grid([to_image(x) for x in torch.cat([pixels, decoded])], columns=16)
 
-    train(part, objective, dataset, work_dir, scale, preview)
+    train(part, RECIPES[part], objective, dataset, work_dir, scale, preview)
 
 
 @torch.no_grad()
 def set_scaling_factor(vae: AutoencoderKL, pixels: Tensor) -> None:
     """Gives the VAE the scaling factor by which its latents have unit deviation."""
-    deviation = vae.encode(pixels).latent_dist.mean.std()
+    deviation = vae.encode(pixels.to(vae.device)).latent_dist.mean.std()
     vae.register_to_config(scaling_factor=round(1 / float(deviation), 5))
 
 
@@ -286,18 +299,20 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(values.permute(1, 2, 0).cpu().numpy())
 
 
-def train_image_encoder(work_dir: Path, tokenizer: CLIPTokenizer, scale: float) -> None:
+def train_image_encoder(work_dir: Path, scale: float) -> None:
     objective = ImageEncoderObjective(build_image_encoder())
     dataset = Views(work_dir / "samples")
-    train("image_encoder", objective, dataset, work_dir, scale, preview=None)
+    train("image_encoder", RECIPES["image_encoder"], objective, dataset, work_dir, scale)
 
 
-def train_base(work_dir: Path, tokenizer: CLIPTokenizer, scale: float) -> None:
+def train_base(work_dir: Path, scale: float) -> None:
+    tokenizer = build_tokenizer()
     vae = AutoencoderKL.from_pretrained(work_dir / "vae" / "vae").eval()
     folder = work_dir / "image_encoder" / "image_encoder"
     image_encoder = CLIPVisionModel.from_pretrained(folder).eval()
-    cache = work_dir / "base" / "encoded.pt"
-    dataset = Latents(work_dir / "samples", tokenizer, vae, image_encoder, cache)
+    samples, cache = work_dir / "samples", work_dir / "base" / "encoded.pt"
+    key = digest_files(samples / "records.json") + weights_digest(work_dir / "vae" / "vae", folder)
+    dataset = Latents(samples, tokenizer, vae, image_encoder, cache, key)
     objective = BaseModelObjective(
         build_text_encoder(tokenizer),
         build_unet(),
@@ -307,7 +322,7 @@ def train_base(work_dir: Path, tokenizer: CLIPTokenizer, scale: float) -> None:
 
     def preview() -> Image.Image:
         pipe = base_pipeline(vae, objective.text_encoder, tokenizer, objective.unet)
-        pipe.set_progress_bar_config(disable=True)
+        pipe.to(objective.unet.device).set_progress_bar_config(disable=True)
         generators = [torch.Generator().manual_seed(i) for i in range(16)]
         prompts = [prompt for prompt in preview_prompts() for _ in range(2)]
         return grid(
@@ -315,7 +330,7 @@ def train_base(work_dir: Path, tokenizer: CLIPTokenizer, scale: float) -> None:
             8,
         )
 
-    train("base", objective, dataset, work_dir, scale, preview)
+    train("base", RECIPES["base"], objective, dataset, work_dir, scale, preview)
 
 
 def preview_prompts() -> list[str]:
@@ -387,7 +402,7 @@ def main() -> int:
         assemble(args.work_dir, args.target)
     else:
         try:
-            trainers[args.part](args.work_dir, build_tokenizer(), args.scale)
+            trainers[args.part](args.work_dir, args.scale)
         except Stopped:
             print("resume with:", command_again())
             raise

@@ -2,8 +2,8 @@
 
     python -m small_world.samplers
 
-Runs evaluate.py on the objects of test_datasets/ for every sampler and number of steps (runs that
-are there already are kept) and writes WORK_DIR/samplers.md. A sampler draws as well where each of
+Runs evaluate.py, which keeps what it has drawn, on the objects of test_datasets/ for every sampler
+and number of steps, and writes WORK_DIR/samplers.md. A sampler draws as well where each of
 its means lies within the 95 % interval of LMS 100, or above it, and none of its pictures is far
 from the one that LMS 100 draws from the same noise: intervals over a dozen objects alone are wide.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from elite.console import run, script_parser
+from elite.console import check_least, run, script_parser
 from elite.files import check_writable, write_text
 from elite.images import read_image
 from small_world.markdown import table
@@ -50,19 +50,20 @@ class Sampler:
 
 
 def evaluated(name: str, steps: int, args: argparse.Namespace) -> Sampler:
-    """Scores of this sampler, from evaluate.py or from an earlier run of it."""
+    """Scores of this sampler, by evaluate.py."""
     folder = args.work_dir / f"{name}_{steps}"
-    if not (folder / "results.json").exists():
-        flags = {
-            "scheduler": name,
-            "num_inference_steps": steps,
-            "num_images": args.num_images,
-            "batch_size": args.batch_size,
-            "llambda": args.llambda,
-            "output_dir": folder,
-        }
-        words = [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
-        subprocess.run([sys.executable, str(REPOSITORY / "evaluate.py"), *words], check=True)
+    flags = {
+        "scheduler": name,
+        "num_inference_steps": steps,
+        "num_images": args.num_images,
+        "batch_size": args.batch_size,
+        "llambda": args.llambda,
+        "output_dir": folder,
+    }
+    words = [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
+    ended = subprocess.run([sys.executable, str(REPOSITORY / "evaluate.py"), *words])
+    if ended.returncode:
+        raise ValueError(f"{name}, {steps} steps: evaluate.py ended with status {ended.returncode}")
     scores = json.loads((folder / "results.json").read_text(encoding="utf-8"))["scores"]
     differences = picture_differences(folder, args.work_dir / "_".join(map(str, REFERENCE)))
     return Sampler(name, steps, scores, differences)
@@ -108,6 +109,7 @@ def main() -> int:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--llambda", type=float, default=0.8)
     args = parser.parse_args()
+    check_least(args, num_images=1, batch_size=1)
     check_writable(args.work_dir)
     reference = evaluated(*REFERENCE, args)
     candidates = [evaluated(*candidate, args) for candidate in CANDIDATES]

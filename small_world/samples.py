@@ -143,13 +143,21 @@ def render_samples(
     folder: Path, count: int, pool: str, seed: int = 0, workers: int = 2, side: int = SIDE
 ) -> None:
     """Writes `views.npy` (count, 2, side, side, 4: RGB and mask) and `records.json` of critters of
-    the pool; does nothing where they exist."""
+    the pool; does nothing where they exist.
+
+    Raises:
+        ValueError: there are more or fewer, or of another side.
+    """
+    shape = (count, 2, side, side, 4)
     if (folder / "records.json").exists():
+        if (found := load_samples(folder)[0].shape) != shape:
+            raise ValueError(
+                f"{folder}: {found[0]} samples of {found[2]} px; expected {count} of {side} px; "
+                "remove the folder, or choose another one"
+            )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    views = np.lib.format.open_memmap(
-        folder / "views.npy", mode="w+", dtype=np.uint8, shape=(count, 2, side, side, 4)
-    )
+    views = np.lib.format.open_memmap(folder / "views.npy", mode="w+", dtype=np.uint8, shape=shape)
     records: list[dict] = []
     sizes = [min(CHUNK, count - start) for start in range(0, count, CHUNK)]
     seeds = range(seed * 1_000_000, seed * 1_000_000 + len(sizes))

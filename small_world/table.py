@@ -10,6 +10,7 @@ from small_world.claims import judge_claims
 from small_world.classifier import Judge
 from small_world.inversion import draw_inverted, invert_all
 from small_world.methods import Method, Pictures, verdicts
+from small_world.models import weights_digest
 from small_world.report import claims_table, contact_sheet, plot_curve, score_table, summary
 from small_world.score import (
     draw_concepts,
@@ -61,7 +62,7 @@ class Table:
         self.new_kinds = with_edits(make_cases(samples, "new kinds", seed))
         self.inverted = self.cases[:inversions]
         self.settings = {
-            "fingerprint": self.elite.fingerprint,
+            "weights": weights_digest(model),
             "samples": samples,
             "seed": seed,
             "prompts": "scene and edit",
@@ -113,8 +114,8 @@ class Table:
         self.pictures.draw(self.methods)
 
     def _encoding_seconds(self) -> float:
-        """Mean seconds from picture and mask to concept, the first one not counted."""
-        sources = [case.source for case in self.cases[: TIMED + 1]]
+        """Mean seconds from picture and mask to concept, after one that warms up."""
+        sources = [case.source for case in self.cases[:TIMED]]
         self.elite.encode_concept(*sources[0])
         started = time.monotonic()
         for image, mask in sources:

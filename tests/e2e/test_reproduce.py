@@ -1,10 +1,12 @@
 """The table of the paper's claims at a reduced size, on the shipped small world."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from small_world import reproduce
 from small_world.methods import Pictures
@@ -78,6 +80,20 @@ def test_other_settings_draw_anew(folder, monkeypatch):
     reproduce.main(arguments)
     lost.write_bytes(content)
     assert drawn == ["w0"]
+
+
+def test_words_of_another_model_are_learned_anew(folder, tmp_path):
+    """Those that are there would be drawn and judged as this model's."""
+    copy, model = tmp_path / "reproduce", tmp_path / "model"
+    shutil.copytree(folder, copy)
+    shutil.copytree(reproduce.CHECKPOINTS / "small_world", model)
+    weights = model / "text_encoder" / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: 0.9 * value for name, value in tensors.items()}, weights, {"format": "pt"})
+    learned = sorted((copy / "inversion").glob("*/*/learned_embeds.safetensors"))
+    before = [path.read_bytes() for path in learned]
+    reproduce.main([*SMALL, "--output_dir", str(copy), "--model", str(model)])
+    assert all(path.read_bytes() != old for path, old in zip(learned, before, strict=True))
 
 
 def test_every_lambda_draws_another_picture(folder):

@@ -37,7 +37,15 @@ from small_world.score import (
     wilson,
     with_edits,
 )
-from small_world.world import ATTACHED, ATTRIBUTES, HELD_OUT_KINDS, PARTS, is_held_out, unseen_kinds
+from small_world.world import (
+    ATTACHED,
+    ATTRIBUTES,
+    HELD_OUT_KINDS,
+    PARTS,
+    is_held_out,
+    random_critter,
+    unseen_kinds,
+)
 from tests import tiny
 from tests.tiny import save_mappers, save_model_folder
 
@@ -378,9 +386,25 @@ def test_score_of_a_tiny_model_has_every_row(tiny_model):
         "ELITE, new kinds, lambda 0.8",
     ]
     for name, row in scores.items():
-        assert row["pattern"]["total"] == row["identity"]["total"] == 2
+        assert row["identity"]["total"] == 2
+        assert row["pattern"]["total"] == 2 or "trained" in name  # where some have no name
         assert row["new kind"]["total"] == (2 if "new kinds" in name else 0)
     assert json.loads(json.dumps(scores)) == scores
+
+
+def test_a_gallery_is_rendered_once_for_the_rows_of_its_cases(monkeypatch):
+    calls = []
+    monkeypatch.setattr(score, "gallery", lambda *args: calls.append(0) or gallery(*args))
+    cases = make_cases(1, "held out", 0)
+    score_rows(tiny_judge(), [Row(name, cases, draw_renders) for name in "AB"], batch_size=1)
+    assert len(calls) == 1
+
+
+def test_cases_do_not_begin_as_training_renders_do():
+    """NumPy takes the seeds 7 and (7, 0, 0) for the same."""
+    for kind, pool in KINDS.items():
+        first = random_critter(np.random.default_rng(score.FRESH), pool)
+        assert make_cases(1, kind, 0)[0].critter != first
 
 
 def test_pictures_do_not_depend_on_the_batch(tiny_model):

@@ -313,7 +313,8 @@ def test_samples_of_the_base_model(folder, tmp_path, monkeypatch):
     tokenizer = build_tokenizer()
     vae, image_encoder = build_vae().eval(), build_image_encoder().eval()
     vae.register_to_config(scaling_factor=2.0)
-    dataset = Latents(folder, tokenizer, vae, image_encoder, tmp_path / "encoded.pt")
+    made_of = (folder, tokenizer, vae, image_encoder, tmp_path / "encoded.pt")
+    dataset = Latents(*made_of, key="first")
     records = json.loads((folder / "records.json").read_text())
     assert len(dataset) == 6
     sample = dataset.sample(1, np.random.default_rng(0))
@@ -324,8 +325,15 @@ def test_samples_of_the_base_model(folder, tmp_path, monkeypatch):
     assert concept.startswith("a ") and concept.endswith(place(scene))
     expected = torch.load(tmp_path / "encoded.pt", weights_only=True)["latents"][1]
     torch.testing.assert_close(sample["latents"], 2 * expected)
-    monkeypatch.setattr("small_world.pretrain.encode_all", lambda *_: pytest.fail("again"))
-    Latents(folder, tokenizer, vae, image_encoder, tmp_path / "encoded.pt")
+    calls = []
+    monkeypatch.setattr(
+        "small_world.pretrain.encode_all", lambda *models: calls.append(0) or encode_all(*models)
+    )
+    Latents(*made_of, key="first")
+    assert not calls
+    Latents(*made_of, key="of other models")
+    Latents(*made_of, key="of other models")
+    assert len(calls) == 1
 
 
 def test_previews_describe_held_out_critters():

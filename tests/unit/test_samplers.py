@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -67,9 +68,25 @@ def test_table_names_each_and_the_choice_is_the_good_one():
     assert "eyes" not in text and text.startswith("| sampler | steps | body |")
 
 
-def test_what_is_there_is_not_run_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(samplers.subprocess, "run", lambda *_, **__: pytest.fail("ran again"))
-    (tmp_path / "dpm++_20").mkdir()
-    (tmp_path / "dpm++_20" / "results.json").write_text(json.dumps({"scores": REFERENCE.scores}))
-    found = evaluated("dpm++", 20, argparse.Namespace(work_dir=tmp_path))
+def test_scores_of_an_earlier_run_are_not_taken_for_those_of_this_one(tmp_path, monkeypatch):
+    """They may be of other weights or another lambda; evaluate.py knows which pictures to keep."""
+    folder = tmp_path / "dpm++_20"
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps({"scores": {}}))
+
+    def evaluate(words):
+        assert words[words.index("--llambda") + 1] == "0.6"
+        (folder / "results.json").write_text(json.dumps({"scores": REFERENCE.scores}))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(samplers.subprocess, "run", evaluate)
+    args = argparse.Namespace(work_dir=tmp_path, num_images=1, batch_size=1, llambda=0.6)
+    found = evaluated("dpm++", 20, args)
     assert found.scores == REFERENCE.scores and found.steps == 20
+
+
+def test_a_run_that_fails_is_told_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(samplers.subprocess, "run", lambda *_: SimpleNamespace(returncode=2))
+    args = argparse.Namespace(work_dir=tmp_path, num_images=1, batch_size=1, llambda=0.8)
+    with pytest.raises(ValueError, match=r"unipc, 8 steps: evaluate\.py ended with status 2"):
+        evaluated("unipc", 8, args)
