@@ -29,7 +29,7 @@ show() { while [ $# -gt 0 ]; do step cp "$run/$1" "$2"; shift 2; done; }
 
 first() {
     step "$python" inference_local.py --output_dir "$run/first"
-    show first/grid.png docs/small_world_grid.png
+    show first/object_l0p8/grid.png docs/small_world_grid.png
     step "$python" docs/make_teaser.py
 }
 probe() {
