@@ -32,7 +32,7 @@ RECIPE = {
     "samples": 256_000,
     "batch_size": 64,
     "learning_rate": 2e-3,
-    "adam_betas": (0.9, 0.999),
+    "adam_betas": [0.9, 0.999],
     "ema_decay": 0.999,
 }
 

@@ -57,7 +57,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "samples": samples,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
-        "adam_betas": (0.9, 0.99),
+        "adam_betas": [0.9, 0.99],
         "ema_decay": ema_decay,
     }
     for part, samples, batch_size, learning_rate, ema_decay in (
@@ -247,7 +247,7 @@ def train(
         learning_rate=recipe["learning_rate"],
         lr_scheduler="cosine",
         lr_warmup_steps=100,
-        adam_betas=recipe["adam_betas"],
+        adam_betas=tuple(recipe["adam_betas"]),
         ema_decay=recipe["ema_decay"],
         attention_positions=POSITIONS,
         save_steps=SAVE_STEPS,

@@ -120,7 +120,7 @@ def test_a_second_run_draws_what_is_missing(evaluate, tmp_path):
 def test_another_image_encoder_draws_anew(evaluate, model_folder, tmp_path):
     """Concepts depend on it, and no fingerprint of the mappers tells."""
     out = tmp_path / "out"
-    picture = out / "02_green_solid_square" / "00_00042.png"
+    picture = out / "06_yellow_solid_square" / "00_00042.png"
     encoder = ("--image_encoder_name_or_path", model_folder / "image_encoder")
     stamps = []
     for options in ((), encoder, encoder):
@@ -160,7 +160,7 @@ def test_an_unreadable_concept_leaves_the_rest(evaluate, subjects, tmp_path, cap
 def test_a_concept_that_broke_since_is_not_scored_by_its_old_pictures(evaluate, subjects, tmp_path):
     out = tmp_path / "out"
     assert run_script(*evaluate, "--output_dir", out) == 0
-    (subjects / "02_green_solid_square_bg.png").write_bytes(b"no picture")
+    (subjects / "06_yellow_solid_square_bg.png").write_bytes(b"no picture")
     assert run_script(*evaluate, "--output_dir", out, "--llambda", "0.1") == 3
     assert scored(out) == {"11_turquoise_red_striped_round"}
     assert json.loads((out / "results.json").read_text())["subjects"] == 1

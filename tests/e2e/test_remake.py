@@ -67,9 +67,9 @@ def test_every_command_of_a_scaled_remake_is_small_and_writes_into_its_folder(re
     assert flag(score, "samples") == "1"
     objects, pictures = (c for c in commands if c[0] == "data_scripts/make_small_world.py")
     assert flag(objects, "test_datasets") == str(tmp_path / "made/test_datasets")
-    assert flag(pictures, "count") == "40"
+    assert flag(pictures, "count") == "80"
     stages = [c for c in commands if c[1] == "accelerate.commands.launch"]
-    assert [flag(stage, "max_train_steps") for stage in stages] == ["6", "5"]
+    assert [flag(stage, "max_train_steps") for stage in stages] == ["12", "5"]
     written = ("work_dir", "target", "output_dir", "report", "model", "judge", "train_data_dir")
     for command in commands:
         for name in written:
@@ -82,7 +82,7 @@ def test_a_whole_remake_is_what_the_recipes_say(remake):
     assert status == 0
     text = "\n".join(shlex.join(command) for command in commands)
     assert f"--test_datasets {REPOSITORY}/test_datasets" in text
-    assert "--scale 0" not in text and "--max_train_steps 3000" in text
+    assert "--scale 0" not in text and "--max_train_steps 6000" in text
     assert f"assemble --work_dir {REPOSITORY}/runs/small_world" in text
     assert f"--target {REPOSITORY}/checkpoints/small_world" in text
 

@@ -1,6 +1,7 @@
 """Datasets on miniature Open Images folders, and the pair folder."""
 
 import csv
+import errno
 import pickle
 import time
 
@@ -457,7 +458,7 @@ def test_interrupted_writing_leaves_the_old_index(tmp_path, monkeypatch):
 
     def full_disk(file, *_, **__):
         file.write_bytes(b"half")
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(np, "save", full_disk)
     with pytest.raises(ValueError, match=r"test_bbox_dict\.npy: cannot be written \(No space"):
