@@ -37,7 +37,7 @@ from small_world.claims import Condition, Interval, Verdicts, fidelity, interval
 from small_world.classifier import Judge, load_judge
 from small_world.markdown import table
 from small_world.methods import Method, Pictures, verdicts
-from small_world.models import weights_digest
+from small_world.models import digest_weight_files
 from small_world.report import contact_sheet
 from small_world.samplers import FAR
 from small_world.score import draw_concepts, gallery, load_pipelines, make_cases
@@ -270,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, speed in compared_speeds.items()
     }
     names = ("lambda_", "scheduler", "samples", "seed")
-    weights = weights_digest(args.model)
+    weights = digest_weight_files(args.model)
     settings = {"weights": weights, **{x: getattr(args, x) for x in names}, **drawing}
     pictures = Pictures(args.output_dir / "drawn", settings, args.batch_size)
     pictures.draw(list(methods.values()))

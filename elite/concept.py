@@ -2,7 +2,7 @@
 its file."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,30 +48,23 @@ class Concept:
 
     def __getitem__(self, row: int) -> "Concept":
         """One of several objects."""
-        tokens = self.feature_tokens
-        rows = slice(row, row + 1)
-        return replace(
-            self,
-            words=self.words[rows],
-            feature_tokens=None if tokens is None else tokens[rows],
-        )
+        return self._changed(lambda part: part[row : row + 1])
 
     def to(self, device: torch.device | str) -> "Concept":
         """The same on a device."""
-        tokens = self.feature_tokens
-        return replace(
-            self,
-            words=self.words.to(device),
-            feature_tokens=None if tokens is None else tokens.to(device),
-        )
+        return self._changed(lambda part: part.to(device))
 
     def expand(self, count: int) -> "Concept":
         """One object, `count` times."""
+        return self._changed(lambda part: part.expand(count, -1, -1))
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> "Concept":
+        """The same change made to words and feature tokens."""
         tokens = self.feature_tokens
         return replace(
             self,
-            words=self.words.expand(count, -1, -1),
-            feature_tokens=None if tokens is None else tokens.expand(count, -1, -1),
+            words=change(self.words),
+            feature_tokens=None if tokens is None else change(tokens),
         )
 
     def as_one(self) -> "Concept":

@@ -15,7 +15,7 @@ from elite.loading import load_stable_diffusion, side_in_pixels
 from elite.run_state import checkpoints
 from elite.training import fit, make_accelerator
 from small_world.captions import CLASS_WORD
-from small_world.models import weights_digest
+from small_world.models import digest_weight_files
 from small_world.pretrain import base_pipeline
 from small_world.score import Case, draw_prompts
 from textual_inversion.files import load_embeddings, load_into
@@ -39,7 +39,7 @@ def invert(model: Path, case: Case, folder: Path, step_counts: Sequence[int]) ->
         Seconds of training by number of steps.
     """
     way = {
-        "weights": weights_digest(*(model / part for part in ("text_encoder", "unet", "vae"))),
+        "weights": digest_weight_files(*(model / part for part in ("text_encoder", "unet", "vae"))),
         "learning_rate": LEARNING_RATE,
         "batch_size": BATCH_SIZE,
     }

@@ -14,9 +14,9 @@ python=${PYTHON:-python}
 run=runs/measured/$("$python" - <<'PYTHON'
 from pathlib import Path
 
-from small_world.models import weights_digest
+from small_world.models import digest_weight_files
 
-print(weights_digest(Path("checkpoints")))
+print(digest_weight_files(Path("checkpoints")))
 PYTHON
 )
 results=benchmarks/results

@@ -20,7 +20,7 @@ from small_world.tokenizer import MAX_LENGTH
 WIDTH = 128  # of text and image features
 
 
-def weights_digest(*folders: Path) -> str:
+def digest_weight_files(*folders: Path) -> str:
     """A short name for all weights below these folders, by which to tell what others made."""
     files = [file for folder in folders for file in sorted(folder.rglob("*.safetensors"))]
     return digest_files(*files)

@@ -37,7 +37,7 @@ from small_world.models import (
     build_text_encoder,
     build_unet,
     build_vae,
-    weights_digest,
+    digest_weight_files,
 )
 from small_world.objectives import BaseModelObjective, ImageEncoderObjective, VAEObjective
 from small_world.samples import load_samples, render_samples, small_pixels
@@ -311,7 +311,9 @@ def train_base(work_dir: Path, scale: float) -> None:
     folder = work_dir / "image_encoder" / "image_encoder"
     image_encoder = CLIPVisionModel.from_pretrained(folder).eval()
     samples, cache = work_dir / "samples", work_dir / "base" / "encoded.pt"
-    key = digest_files(samples / "records.json") + weights_digest(work_dir / "vae" / "vae", folder)
+    key = digest_files(samples / "records.json") + digest_weight_files(
+        work_dir / "vae" / "vae", folder
+    )
     dataset = Latents(samples, tokenizer, vae, image_encoder, cache, key)
     objective = BaseModelObjective(
         build_text_encoder(tokenizer),

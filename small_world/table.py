@@ -10,7 +10,7 @@ from small_world.claims import judge_claims
 from small_world.classifier import Judge
 from small_world.inversion import draw_inverted, invert_all
 from small_world.methods import Method, Pictures, verdicts
-from small_world.models import weights_digest
+from small_world.models import digest_weight_files
 from small_world.report import claims_table, contact_sheet, plot_curve, score_table, summary
 from small_world.score import (
     draw_concepts,
@@ -62,7 +62,7 @@ class Table:
         self.new_kinds = with_edits(make_cases(samples, "new kinds", seed))
         self.inverted = self.cases[:inversions]
         self.settings = {
-            "weights": weights_digest(model),
+            "weights": digest_weight_files(model),
             "samples": samples,
             "seed": seed,
             "prompts": "scene and edit",
