@@ -27,8 +27,9 @@ from elite.console import run
 from elite.data import PairFolder
 from elite.drawing import Drawing, draw_folder
 from elite.inference import pick_device
+from small_world.paths import MODEL
 
-MODEL, PAIRS = REPOSITORY / "checkpoints" / "small_world", REPOSITORY / "test_datasets"
+PAIRS = REPOSITORY / "test_datasets"
 PAIRS_DRAWN = {"tiny": 4, "full": 16}
 STEPS = {"tiny": 4, "full": 20}
 LAUNCH = {1: "configs/cpu.json", 2: "configs/cpu_2.json"}

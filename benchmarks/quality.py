@@ -24,7 +24,6 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 
-from benchmarks.harness import REPOSITORY
 from benchmarks.ladder import counted_flops
 from benchmarks.models import TEXT_LENGTH, UNET
 from elite.console import OK, check_least, run, script_parser
@@ -38,6 +37,7 @@ from small_world.classifier import Judge, load_judge
 from small_world.markdown import table
 from small_world.methods import Method, Pictures, verdicts
 from small_world.models import digest_weight_files
+from small_world.paths import JUDGE, MODEL
 from small_world.report import contact_sheet
 from small_world.samplers import FAR
 from small_world.score import draw_concepts, gallery, load_pipelines, make_cases
@@ -235,9 +235,8 @@ def summary(one: Compared) -> dict:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = script_parser(__doc__)
-    checkpoints = REPOSITORY / "checkpoints"
-    parser.add_argument("--model", type=Path, default=checkpoints / "small_world")
-    parser.add_argument("--judge", type=Path, default=checkpoints / "small_world_judge")
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--judge", type=Path, default=JUDGE)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quality"))
     parser.add_argument("--samples", type=int, default=300, help="pictures a speed (default 300)")
     parser.add_argument("--guidance_stop", type=float, nargs="+", default=[], help="more of them")

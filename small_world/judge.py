@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING
 
 from elite.console import OK, check_least, quiet_libraries, run, script_parser
 from elite.files import check_writable
+from small_world.paths import JUDGE, MODEL
 from small_world.scale import add_scale, scaled
 
 if TYPE_CHECKING:
     from PIL import Image
 
-CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 JUDGED = 2000  # renders of each kind that tell how good the judge is
 
 
@@ -114,10 +114,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     train_parser.add_argument("--work_dir", type=Path, default=Path("runs/small_world"))
     train_parser.add_argument(
-        "--target",
-        type=Path,
-        default=CHECKPOINTS / "small_world_judge",
-        help="where the fp16 weights go",
+        "--target", type=Path, default=JUDGE, help="where the fp16 weights go"
     )
     add_scale(train_parser)
     train_parser.set_defaults(act=train)
@@ -150,7 +147,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def _add_drawing(parser: argparse.ArgumentParser, samples: int) -> None:
-    parser.add_argument("--model", type=Path, default=CHECKPOINTS / "small_world")
+    parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--samples", type=int, default=samples, help="pictures a row")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guidance_scale", type=float, default=5.0)
@@ -158,9 +155,7 @@ def _add_drawing(parser: argparse.ArgumentParser, samples: int) -> None:
     parser.add_argument("--batch_size", type=int, default=25)
     parser.add_argument("--global_mapper_path", help="None: global_mapper/ in the model folder")
     parser.add_argument("--local_mapper_path", help="None: local_mapper/ in the model folder")
-    parser.add_argument(
-        "--judge", type=Path, default=CHECKPOINTS / "small_world_judge", help="folder of the judge"
-    )
+    parser.add_argument("--judge", type=Path, default=JUDGE, help="folder of the judge")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -40,12 +40,12 @@ from small_world.models import (
     digest_weight_files,
 )
 from small_world.objectives import BaseModelObjective, ImageEncoderObjective, VAEObjective
+from small_world.paths import MODEL
 from small_world.samples import load_samples, render_samples, small_pixels
 from small_world.scale import add_scale, scaled
 from small_world.tokenizer import MAX_LENGTH, build_tokenizer
 from small_world.world import ATTRIBUTES, SCENES, random_critter
 
-REPOSITORY = Path(__file__).parents[1]
 NUM_SAMPLES = 100_000
 SAVE_STEPS = 250
 POSITIONS = 65  # of the image encoder: CLS and 8 x 8 patches; latents are 8 x 8
@@ -393,7 +393,7 @@ def main() -> int:
     }
     parser.add_argument("part", choices=["samples", *trainers, "assemble"])
     parser.add_argument("--work_dir", type=Path, default=Path("runs/small_world"))
-    parser.add_argument("--target", type=Path, default=REPOSITORY / "checkpoints" / "small_world")
+    parser.add_argument("--target", type=Path, default=MODEL)
     add_scale(parser)
     args = parser.parse_args()
     check_writable(args.target if args.part == "assemble" else args.work_dir)

@@ -24,7 +24,8 @@ from elite.images import to_clip_pixels
 from elite.loading import load_parts
 from small_world.attributes import right_ones
 from small_world.markdown import percent, table
-from small_world.pretrain import REPOSITORY, image_features
+from small_world.paths import MODEL
+from small_world.pretrain import image_features
 from small_world.samples import small_pixels, whole_view
 from small_world.score import make_cases, share
 from small_world.world import ATTRIBUTES
@@ -85,7 +86,7 @@ def psnr(vae: AutoencoderKL, pixels: Tensor) -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = script_parser(__doc__)
-    parser.add_argument("--model", type=Path, default=REPOSITORY / "checkpoints" / "small_world")
+    parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/probe"))
     parser.add_argument("--fitted", type=int, default=8000, help="renders the probe is fitted to")
     parser.add_argument("--samples", type=int, default=1000, help="held-out renders")

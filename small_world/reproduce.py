@@ -14,14 +14,13 @@ from pathlib import Path
 
 from elite.console import OK, check_least, quiet_libraries, run, script_parser
 from elite.files import check_writable
-
-CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
+from small_world.paths import JUDGE, MODEL
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
-    parser.add_argument("--model", type=Path, default=CHECKPOINTS / "small_world")
-    parser.add_argument("--judge", type=Path, default=CHECKPOINTS / "small_world_judge")
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--judge", type=Path, default=JUDGE)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/reproduce"))
     parser.add_argument("--samples", type=int, default=500, help="pictures a method")
     parser.add_argument(

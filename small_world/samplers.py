@@ -22,8 +22,8 @@ from elite.console import check_least, run, script_parser
 from elite.files import check_writable, write_text
 from elite.images import read_image
 from small_world.markdown import table
+from small_world.paths import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[1]
 REFERENCE = ("lms", 100)
 CANDIDATES = [(name, steps) for steps in (8, 10, 15, 20, 25) for name in ("dpm++", "unipc")]
 
