@@ -45,11 +45,12 @@ def main() -> int:
         batch_size=config.batch_size,
         metadata={"scheduler": config.scheduler, **model_metadata(config)},
     )
-    failures = dict(gather_object(list(failures.items())))
-    mine, cases = (
-        [case for case in some if case.subject.name not in failures] for some in (mine, cases)
-    )  # of the others, older pictures may be there
-    rows = gather_object(score_cases(mine, output_dir, metrics))
+    # Of what could not be read, older pictures may be there.
+    drawn = [case for case in mine if case.subject.name not in failures]
+    rows, unmeasured = score_cases(drawn, output_dir, metrics)
+    failures = dict(gather_object(list((failures | unmeasured).items())))
+    rows = [row for row in gather_object(rows) if row["subject"] not in failures]
+    cases = [case for case in cases if case.subject.name not in failures]
     if not PartialState().is_main_process:
         return OK  # the main process speaks for all
     for failure in failures.values():

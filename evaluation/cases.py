@@ -184,17 +184,25 @@ def draw_cases(
 
 def score_cases(
     cases: Sequence[Case], output_dir: Path, metrics: Sequence[Metric], batch_size: int = 16
-) -> list[dict]:
-    """One row per picture: subject, prompt, seed, and the metrics' columns."""
+) -> tuple[list[dict], dict[str, str]]:
+    """One row per picture: subject, prompt, seed, and the metrics' columns. And why, by the names
+    of subjects whose references or drawn pictures could not be read; these have no rows."""
     rows: list[dict] = []
+    failures: dict[str, str] = {}
     disable = not PartialState().is_main_process
     with tqdm(total=len(cases), desc="score", unit="picture", disable=disable) as progress:
-        for _, its_cases in groupby(cases, of_subject):
-            for batch in batches(its_cases, batch_size):
-                pictures = [Image.fromarray(read_image(output_dir / case.path)) for case in batch]
-                rows += score_batch(pictures, batch, metrics)
-                progress.update(len(batch))
-    return rows
+        for subject, its_cases in groupby(cases, of_subject):
+            of_it: list[dict] = []
+            try:
+                for batch in batches(its_cases, batch_size):
+                    paths = [output_dir / case.path for case in batch]
+                    pictures = [Image.fromarray(read_image(path)) for path in paths]
+                    of_it += score_batch(pictures, batch, metrics)
+                    progress.update(len(batch))
+                rows += of_it
+            except ValueError as error:
+                failures[subject.name] = str(error)
+    return rows, failures
 
 
 def score_batch(

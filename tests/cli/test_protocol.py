@@ -50,13 +50,13 @@ def evaluate(whole_model, dreambench, tmp_path):
     """Runs evaluate.py with tiny models; returns results.json."""
     clip, dino = tiny.save_clip_folder(tmp_path / "clip"), tiny.save_vit_folder(tmp_path / "dino")
 
-    def run(name, *options):
+    def run(name, *options, status=0):
         assert run_script(
             "evaluate.py", "--pretrained_model_name_or_path", whole_model,
             *("--test_data_dir", dreambench, "--prompts", tmp_path / "prompts_and_classes.txt"),
             *("--clip_name_or_path", clip, "--dino_name_or_path", dino, "--device", "cpu"),
             *("--num_inference_steps", "2", "--output_dir", tmp_path / name, *options),
-        ) == 0  # fmt: skip
+        ) == status  # fmt: skip
         return json.loads((tmp_path / name / "results.json").read_text())
 
     return run
@@ -103,6 +103,15 @@ def test_a_run_says_with_what_it_was_measured_and_what_is_possible(
 
     plain = evaluate("plain", "--metrics", "clip", "dino", "--num_images", "2")
     assert plain["scores"] == results["scores"] and "protocol" not in plain
+
+
+def test_a_subject_with_a_broken_reference_leaves_the_rest(evaluate, dreambench, tmp_path, capsys):
+    (dreambench / "backpack/02.png").write_bytes(b"no picture")
+    results = evaluate("out", "--protocol", "dreambench", "--num_images", "2", status=3)
+    assert "02.png: not a readable image" in capsys.readouterr().err
+    assert results["subjects"] == 1 and set(results["references"]) == {"dog2"}
+    with open(tmp_path / "out/results.csv", newline="", encoding="utf-8") as file:
+        assert {row["subject"] for row in csv.DictReader(file)} == {"dog2"}
 
 
 @pytest.fixture

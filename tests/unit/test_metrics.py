@@ -108,9 +108,9 @@ def test_references_are_read_once_for_all_metrics(subject, tmp_path, monkeypatch
         plain("red").save(tmp_path / case.path)
     shared = references(cropped=False)
     metrics = [ClipScores(ByColour(), shared), DinoScores(ByColour(), shared)]
-    assert [row["subject"] for row in score_cases(made, tmp_path, metrics)] == [
-        case.subject.name for case in made
-    ]
+    rows, failures = score_cases(made, tmp_path, metrics)
+    assert [row["subject"] for row in rows] == [case.subject.name for case in made]
+    assert not failures
     assert read == 2 * list(subject.reference_paths)
 
 
