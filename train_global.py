@@ -59,7 +59,7 @@ def main() -> int:
         config.validation_steps,
         own_rates=own_rates,
     )
-    publish(config, mapper)
+    publish(config, objective)
     return OK
 
 

@@ -51,7 +51,7 @@ def main() -> int:
 
     preview = pair_preview(config, objective, parts, words=0)
     fit_as_configured(config, objective, dataset, parts, preview, config.validation_steps)
-    publish(config, mapper)
+    publish(config, objective)
     return OK
 
 

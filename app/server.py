@@ -149,7 +149,7 @@ def serve(
         queue_size: requests that may wait; more are refused with a message.
 
     Raises:
-        ValueError: others could reach the app without a password, or the port is taken.
+        ValueError: others could reach the app without a password, or nothing can listen there.
     """
     warning = check_exposure(host, share, auth)
     if warning:
@@ -174,6 +174,9 @@ def serve(
             enable_monitoring=False,
             **launch,
         )
-    except OSError as error:
-        raise ValueError(f"--port {port}: {error}; choose another port") from None
+    except OSError:
+        raise ValueError(
+            f"--port {port}: cannot listen there at {host}, since another program does, or the "
+            "address is not this machine's; choose another one"
+        ) from None
     return address

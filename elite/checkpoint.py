@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPVisionModel
 
 from elite.files import check_archive, is_file
-from elite.loading import FLOATS
+from elite.loading import FLOATS, may_be_on_hub
 from elite.mappers import HIDDEN_LAYERS, Mapper
 from elite.wording import first_line
 
@@ -38,8 +38,13 @@ def load_mapper(
     """
     if Path(path).suffix.lower() in TORCH_FILES:
         return mapper_from_state_dict(cls, load_official(path), unet, image_encoder, name=str(path))
+    folder = Path(path)
+    if not folder.exists() and not may_be_on_hub(path):
+        raise ValueError(
+            f"{path}: no such folder; expected the {cls.__name__} that training writes "
+            "(config.json with safetensors), or a .pt file of the release"
+        )
     try:
-        folder = Path(path)
         if not folder.exists():  # a name on the hub
             folder = Path(snapshot_download(str(path), allow_patterns=WANTED))
         _check_config(cls.load_config(folder))

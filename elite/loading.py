@@ -1,6 +1,7 @@
 """Stable Diffusion's parts from a folder, the hub or a single file, and samplers by name."""
 
 import os.path
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -257,6 +258,8 @@ def load_part(
     **options: Any,
 ) -> Any:
     """One part; models in float32 whatever they are stored in."""
+    if not Path(source).exists() and not may_be_on_hub(source):
+        raise ValueError(f"{source}: no such folder; {remedy}")
     if subfolder:
         options["subfolder"] = subfolder
     try:
@@ -273,6 +276,11 @@ def load_part(
             f"{source}: no {subfolder or 'tokenizer'}; expected vocab.json and merges.txt in it"
         )
     return part.float().eval() if isinstance(part, torch.nn.Module) else part
+
+
+def may_be_on_hub(source: str | Path) -> bool:
+    """Whether it has the form of a hub name, NAME or OWNER/NAME."""
+    return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(source)))
 
 
 def load_whole(cls: type, source: str | Path, remedy: str) -> Any:

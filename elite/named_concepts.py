@@ -106,5 +106,6 @@ def pick_words(words: Tensor, which: Words) -> Tensor:
     if which == "all":
         return words
     if not isinstance(which, Integral) or not 0 <= which < words.shape[1]:
-        raise ValueError(f"word {which} does not exist; choose 0 to {words.shape[1] - 1} or 'all'")
+        last = words.shape[1] - 1
+        raise ValueError(f"word {which} does not exist; choose 0 to {last}, or all words")
     return words[:, which : which + 1]

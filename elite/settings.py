@@ -600,7 +600,10 @@ class AppConfig(LocalMapperConfig, ConceptConfig, DrawingModelConfig):
         "127.0.0.1", "Address to listen at; any but this machine's own needs a password."
     )
     port: int | None = setting(
-        None, "Port to listen at; None means the first free one from 7860 on.", at_least=1
+        None,
+        "Port to listen at; None means the first free one from 7860 on.",
+        at_least=1,
+        at_most=65_535,
     )
     share: bool = setting(
         False, "Open a public link through Gradio's servers as well; needs a password."

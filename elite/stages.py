@@ -76,11 +76,14 @@ def training_side(config: FitConfig, parts: Mapping[str, Any]) -> int:
     return side_for_training(config.resolution, parts["unet"].config, parts["vae"])
 
 
-def publish(config: TrainConfig, mapper: Mapper) -> None:
-    """Uploads the trained mapper, if the configuration says so."""
-    if config.push_to_hub and not config.dry_run and PartialState().is_main_process:
+def publish(config: TrainConfig, objective: EliteObjective) -> None:
+    """Says where the trained mapper is, and uploads it if the configuration says so."""
+    if config.dry_run or not PartialState().is_main_process:
+        return
+    print(f"the trained mapper is in {Path(config.output_dir, objective.learns)}")
+    if config.push_to_hub:
         repository = config.hub_model_id or Path(config.output_dir).name
-        mapper.push_to_hub(repository, token=config.hub_token)
+        objective.trained.push_to_hub(repository, token=config.hub_token)
 
 
 def fit_as_configured(

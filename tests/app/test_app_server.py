@@ -1,7 +1,9 @@
 """Who may reach the app, and how much they may send."""
 
 import os
+import socket
 
+import gradio as gr
 import pytest
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -16,6 +18,7 @@ from app.server import (
     is_loopback,
     private_files,
     read_auth,
+    serve,
 )
 from tests.conftest import run_script
 
@@ -54,6 +57,7 @@ def test_passwords_come_from_the_flag_or_the_environment(monkeypatch):
         (("--host", "0.0.0.0"), "--host 0.0.0.0: others could reach the app"),
         (("--auth", "me"), "--auth: got 'me', expected USER:PASSWORD"),
         (("--port", "0"), "--port: got 0, expected at least 1"),
+        (("--port", "70000"), "--port: got 70000, expected at most 65535"),
         (("--test_data_dir", "nowhere"), "nowhere: no such folder"),
     ],
 )
@@ -62,6 +66,15 @@ def test_the_script_says_what_is_wrong(monkeypatch, capsys, flags, said):
     assert run_script("app_gradio.py", "--device", "cpu", *flags) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+def test_a_port_that_is_taken_is_one_line():
+    with socket.socket() as taken, gr.Blocks() as page:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"^--port {port}: cannot listen there .* another"):
+            serve(page, port=port, prevent_thread_lock=True, quiet=True)
 
 
 def test_files_lie_in_a_folder_of_their_own(monkeypatch):

@@ -8,7 +8,9 @@ from tests.open_images import make_open_images
 
 
 @pytest.mark.parametrize(("flags", "kv_step"), [((), 1e-3), (("--kv_learning_rate", "1e-5"), 1e-5)])
-def test_k_and_v_learn_at_their_own_rate(flags, kv_step, model_folder, mapper_folder, tmp_path):
+def test_k_and_v_learn_at_their_own_rate(
+    flags, kv_step, model_folder, mapper_folder, tmp_path, capsys
+):
     """The first step of AdamW moves a weight by the learning rate."""
     start = mapper_folder / "global_mapper"
     status = run_script(
@@ -19,6 +21,8 @@ def test_k_and_v_learn_at_their_own_rate(flags, kv_step, model_folder, mapper_fo
         *("--learning_rate", "1e-3", "--adam_weight_decay", "0", *flags),
     )
     assert status == 0
+    said = f"the trained mapper is in {tmp_path / 'global_mapper'}\n"
+    assert capsys.readouterr().out.endswith(said)
     file = "diffusion_pytorch_model.safetensors"
     before, after = load_file(start / file), load_file(tmp_path / "global_mapper" / file)
     for name, weights in before.items():

@@ -121,6 +121,13 @@ def test_string_paths_work(parts, release_folder, mapper_folder):
     load_mapper(LocalMapper, str(mapper_folder / "local_mapper"), *models)
 
 
+def test_a_missing_folder_is_no_name_on_the_hub(tmp_path, parts):
+    models = parts["unet"], parts["image_encoder"]
+    for path in (tmp_path / "global_mapper", "runs/global/global_mapper", "./mapper"):
+        with pytest.raises(ValueError, match="no such folder; expected the GlobalMapper that"):
+            load_mapper(GlobalMapper, path, *models)
+
+
 def test_folder_keeps_its_own_levels(tmp_path, parts):
     """A release file says nothing of its levels; our folder does."""
     models = parts["unet"], parts["image_encoder"]

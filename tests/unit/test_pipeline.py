@@ -420,7 +420,7 @@ def test_pick_words():
     assert pick_words(words, "all") is words
     for wrong in (3, -1):
         with pytest.raises(
-            ValueError, match=f"word {wrong} does not exist; choose 0 to 2 or 'all'"
+            ValueError, match=f"word {wrong} does not exist; choose 0 to 2, or all words"
         ):
             pick_words(words, wrong)
 
