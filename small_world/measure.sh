@@ -43,7 +43,8 @@ score() {
     show score.md $results/score.md
 }
 reproduce() {
-    step "$python" -m small_world.reproduce --output_dir "$run/reproduce" --samples 300
+    step "$python" -m small_world.reproduce --output_dir "$run/reproduce" --samples 300 \
+        --inversions 12
     show reproduce/results.md $results/reproduce.md \
         reproduce/curve.png docs/claims_curve.png reproduce/grid.png docs/claims_grid.png
 }
