@@ -8,9 +8,11 @@ computed once for all steps of a generation. So no state hides in the UNet and t
 disturb each other.
 
 Shapes: B rows of the batch, with guidance the unconditional ones first; R, the last of them, with a
-local branch; N concepts; h heads of width c; q queries; 77 tokens with Stable Diffusion.
+local branch; N concepts; h heads of width c; q queries; 77 tokens with Stable Diffusion, with
+regions as many for each reading of the prompt.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -370,37 +372,45 @@ def local_inputs(
 
     Args:
         f: feature tokens (B, patches, D), after the mask.
-        index: placeholder positions (B,).
+        index: placeholder positions, (B,) or (B, P) where it stands several times.
         lambda_: weight of the local branch, one number or (B,).
         text_length: tokens of the context (77).
 
     Returns:
         [f, one-hot of the placeholder (B, 1, text_length), lambda (B, 1, 1)].
     """
-    placeholder = F.one_hot(index, text_length)[:, None].to(f)  # (B, 1, 77)
+    one_hots = F.one_hot(index.reshape(len(index), -1), text_length)  # (B, P, 77)
+    placeholder = one_hots.sum(dim=1, keepdim=True).to(f)  # (B, 1, 77)
     weights = torch.as_tensor(lambda_, dtype=f.dtype, device=f.device).expand(len(f))
     return [f, placeholder, weights[:, None, None]]
 
 
-def visibility(regions: Tensor, index: Tensor, num_words: int, text_length: int) -> Tensor:
-    """Which tokens each place of the picture sees: a concept's words only within its region. Where
-    they are not seen, a is 0, so that the local branch is confined as well.
+def visibility(
+    regions: Mapping[int, Tensor], index: Tensor, num_words: int, text_length: int
+) -> Tensor:
+    """Which tokens of a prompt's readings (see `named_concepts`) each place of the picture sees: a
+    region that of its own, all other places the first one, but no word that has a region. Where
+    words are not seen, a is 0, so that the local branch is confined as well.
 
     Deviation: the release draws one object, wherever it likes.
 
     Args:
-        regions: of each concept, (N, h, w) in [0, 1], at the size of the latents or larger.
-        index: position of each concept's first word, (B, N).
+        regions: by concept, (h, w) in [0, 1], at the size of the latents or larger.
+        index: position of each concept's first word in a reading, (B, N).
         num_words: of each concept.
+        text_length: of a reading.
 
     Returns:
-        (B, text_length, h, w) in [0, 1].
+        (B, (1 + regions) text_length, h, w) in [0, 1].
     """
-    visible = regions.new_ones(len(index), text_length, *regions.shape[1:])
+    shares = torch.stack(list(regions.values()))
+    outside = (1 - shares.sum(dim=0, keepdim=True)).clamp(min=0)
+    readings = torch.cat([outside, shares]).repeat_interleave(text_length, dim=0)
+    visible = readings.repeat(len(index), 1, 1, 1)
     rows = torch.arange(len(index))
-    for n, region in enumerate(regions):
+    for n in regions:
         for word in range(num_words):
-            visible[rows, index[:, n] + word] = region
+            visible[rows, index[:, n] + word] = 0
     return visible
 
 

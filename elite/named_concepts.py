@@ -1,7 +1,13 @@
 """What the placeholders of a prompt stand for: which concepts, which of their words, with what
-weight, and where."""
+weight, and where.
 
-from collections.abc import Mapping, Sequence
+A prompt with regions is read several times: once for where no region is, with all words as they
+are, and once for each region, in which the words of all concepts that have regions are its own. For
+what follows a word in a text carries that word along, so that "a S1 next to a S2", read once, tells
+every place of S1.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
@@ -53,17 +59,15 @@ def weights_by_name(
 
 def latent_regions(
     regions: Mapping[str, ImageLike], names: Sequence[str], height: int, width: int
-) -> Tensor | None:
-    """The share of each latent that lies in a concept's region, (N, height, width); 1 where a
-    concept has none."""
+) -> dict[int, Tensor]:
+    """The share of each latent that lies in a region, (height, width), by the place of its concept
+    among the names."""
     unknown = set(regions) - set(names)
     if unknown:
         raise ValueError(
             f"region of {', '.join(sorted(unknown))}: no such concept; there are {', '.join(names)}"
         )
-    if not regions:
-        return None
-    shares = torch.ones(len(names), height, width)
+    shares = {}
     for name, region in regions.items():
         mask = as_mask(region, f"region of {name}")
         if not mask.any():
@@ -71,6 +75,26 @@ def latent_regions(
         pixels = torch.from_numpy(mask.astype(np.float32))[None, None]
         shares[names.index(name)] = F.adaptive_avg_pool2d(pixels, (height, width))[0, 0]
     return shares
+
+
+def words_of_readings(words: Tensor, regions: Collection[int]) -> list[Tensor]:
+    """The words (B, N, L, D) that each reading of the prompt has in place of the N concepts."""
+    readings = [words]
+    for n in regions:
+        own = words.clone()
+        own[:, list(regions)] = words[:, [n]]
+        readings.append(own)
+    return readings
+
+
+def places_in_readings(index: Tensor, n: int, regions: Collection[int], text_length: int) -> Tensor:
+    """Where all readings, one after the other, have words of concept n: (B, places), of its
+    positions (B, N) in one."""
+    places = [index[:, [n]]]
+    for reading, owner in enumerate(regions, start=1):
+        stands_for = list(regions) if owner == n else [] if n in regions else [n]
+        places.append(index[:, stands_for] + reading * text_length)
+    return torch.cat(places, dim=1)
 
 
 def row_per_prompt(

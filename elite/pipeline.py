@@ -76,8 +76,10 @@ from elite.named_concepts import (
     concepts_by_name,
     latent_regions,
     pick_words,
+    places_in_readings,
     row_per_prompt,
     weights_by_name,
+    words_of_readings,
 )
 from elite.speed import Speed, speed_of
 from elite.text import check_texts, injected, word_positions
@@ -320,6 +322,8 @@ class Elite(DiffusersPipeline):
         concepts = concepts_by_name(concept, concepts, placeholder_token)
         prompts, count, kwargs = texts_per_prompt(prompt, kwargs, self.family)
         local = local_of_prompts(kwargs.get("ip_adapter_image_embeds") or [], count)
+        if regions and not concepts:
+            raise ValueError("regions are given, but no concept; pass concept or concepts")
         if concepts:
             for name in ("prompt_2", "prompt_embeds", "ip_adapter_image_embeds"):
                 if kwargs.get(name) is not None:
@@ -331,9 +335,10 @@ class Elite(DiffusersPipeline):
         if seed is not None:
             kwargs["generator"], kwargs["latents"] = self._initial_noise(seed, count, kwargs)
         context: list[Tensor] = []
-        if not callback_may_change_context(kwargs):
-            embeds = self._encode_text(prompts, guidance_scale, kwargs)
-            context = contexts_of(embeds)
+        may_change = callback_may_change_context(kwargs)
+        if regions or not may_change:
+            embeds = self._encode_text(prompts, guidance_scale, kwargs, 1 + len(regions or {}))
+            context = [] if may_change else contexts_of(embeds)
             prompts, kwargs = [], kwargs | embeds
         # Diffusers hands this on to prepare_ip_adapter_image_embeds, below, which fills `kept` with
         # K and V of every cross-attention; through the UNet these reach `EliteAttnProcessor`.
@@ -414,7 +419,7 @@ class Elite(DiffusersPipeline):
             raise ValueError("no concept; pass concept or concepts")
         embeds, local = self._condition([prompt], named, lambda_, words, regions or {}, kwargs)
         given = {**kwargs, **embeds, "negative_prompt": negative_prompt}
-        embeds = self._encode_text([], guidance_scale, given)
+        embeds = self._encode_text([], guidance_scale, given, 1 + len(regions or {}))
         contexts = contexts_of(embeds)
         if not local:  # stock pipelines want some; this adds nothing
             context = contexts[-1]
@@ -449,7 +454,7 @@ class Elite(DiffusersPipeline):
         shares = latent_regions(regions, names, *(s // pixels_per_latent(self.vae) for s in sides))
         rows = [self._rows(concepts[name], count) for name in names]
 
-        # The words into the prompt.
+        # The words into the prompt, or with regions into each of its readings.
         chosen = torch.stack([pick_words(row.words, words) for row in rows], dim=1)
         num_words = chosen.shape[2]  # of (B, N, L, D)
         encoders = text_encoders(self.components)
@@ -457,21 +462,25 @@ class Elite(DiffusersPipeline):
             tokenizers(self.components), prompts, names, num_words
         )
         index = index.to(device)
-        with ExitStack() as injections:
-            of_each = zip(encoders, split_words(chosen, encoders), ids_of_each, strict=True)
-            for encoder, part, input_ids in of_each:
-                injections.enter_context(injected(encoder, part, index, input_ids.to(device)))
-            # These ids are read, whatever the text; `tokenize` has checked their number.
-            encoded = self.encode_prompt(
-                prompt=[""] * count,
-                device=device,
-                num_images_per_prompt=1,
-                do_classifier_free_guidance=False,
-                **text_options(kwargs),
-            )
-        named = zip(self.family.embeds, encoded, strict=True)
-        embeds = {name: x for name, x in named if x is not None}
-        length = embeds["prompt_embeds"].shape[1]
+        readings = []
+        for each in words_of_readings(chosen, shares):
+            with ExitStack() as injections:
+                of_each = zip(encoders, split_words(each, encoders), ids_of_each, strict=True)
+                for encoder, part, input_ids in of_each:
+                    injections.enter_context(injected(encoder, part, index, input_ids.to(device)))
+                # These ids are read, whatever the text; `tokenize` has checked their number.
+                encoded = self.encode_prompt(
+                    prompt=[""] * count,
+                    device=device,
+                    num_images_per_prompt=1,
+                    do_classifier_free_guidance=False,
+                    **text_options(kwargs),
+                )
+            named = zip(self.family.embeds, encoded, strict=True)
+            readings.append({name: x for name, x in named if x is not None})
+        length = readings[0]["prompt_embeds"].shape[1]
+        context = torch.cat([reading["prompt_embeds"] for reading in readings], dim=1)
+        embeds = {**readings[0], "prompt_embeds": context}
 
         # Beside it the feature tokens of each concept, its placeholder and its lambda.
         index = word_positions(index, num_words)  # (B, N)
@@ -485,9 +494,10 @@ class Elite(DiffusersPipeline):
                     f"{weight.numel()} lambdas for {count} prompts; pass one, or one per prompt"
                 )
             f = row.feature_tokens.to(device, self.unet.dtype)
-            local += local_inputs(f, index[:, n], weight.to(device), length)
-        if shares is not None:
-            shares = shares.to(device, self.unet.dtype)
+            places = places_in_readings(index, n, shares, length)
+            local += local_inputs(f, places, weight.to(device), context.shape[1])
+        if shares:
+            shares = {n: share.to(device, self.unet.dtype) for n, share in shares.items()}
             local.append(visibility(shares, index, num_words, length))
         return embeds, local
 
@@ -504,12 +514,22 @@ class Elite(DiffusersPipeline):
         return rows
 
     def _encode_text(
-        self, prompts: list[str], guidance_scale: float, kwargs: dict
+        self, prompts: list[str], guidance_scale: float, kwargs: dict, readings: int = 1
     ) -> dict[str, Any]:
         """What takes the place of the texts in the arguments of a call: no text, and embeddings
-        (prompts, 77, D), of SDXL pooled ones (prompts, P) too; if not guided, no negative ones."""
+        (prompts, 77, D), of SDXL pooled ones (prompts, P) too; if not guided, no negative ones.
+
+        Args:
+            readings: how many of each prompt the `prompt_embeds` are; the negative one is repeated
+                for each.
+        """
         texts, embeds = self.family.texts, self.family.embeds
         given = {key: kwargs.get(key) for key in (*texts, *embeds)}
+        guided = guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
+        if not guided:
+            given |= {key: None for key in embeds if key.startswith("negative")}
+        if (whole := given["prompt_embeds"]) is not None:
+            given["prompt_embeds"] = whole[:, : whole.shape[1] // readings]
         prompt, side = prompts or None, self.resolution
         self.check_inputs(prompt=prompt, height=side, width=side, callback_steps=None, **given)
         check_texts(prompt, *(given[key] for key in texts))
@@ -518,12 +538,16 @@ class Elite(DiffusersPipeline):
             prompt=prompt,
             device=self._execution_device,
             num_images_per_prompt=1,
-            do_classifier_free_guidance=guidance_scale > 1
-            and self.unet.config.time_cond_proj_dim is None,
+            do_classifier_free_guidance=guided,
             **text_options(kwargs),
             **given,
         )
-        return {**dict.fromkeys(texts), **dict(zip(embeds, encoded, strict=True))}
+        named = dict(zip(embeds, encoded, strict=True))
+        if whole is not None:
+            named["prompt_embeds"] = whole.to(named["prompt_embeds"])
+        if (negative := named["negative_prompt_embeds"]) is not None:
+            named["negative_prompt_embeds"] = negative.repeat(1, readings, 1)
+        return {**dict.fromkeys(texts), **named}
 
     def prepare_ip_adapter_image_embeds(
         self,

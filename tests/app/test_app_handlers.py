@@ -320,14 +320,14 @@ def test_two_objects_in_one_picture(handlers, couple, tmp_path):
     first = drawn()
     assert first.text["lambda"] == "S 0.8, S2 0.6" and first.tobytes() == drawn().tobytes()
     apart = drawn(where="right left")
-    assert (apart.text["region S"], apart.text["region S2"]) == ("right", "left")
+    assert (apart.text["region of S"], apart.text["region of S2"]) == ("right", "left")
     assert drawn(lambda_=0.7).text["lambda"] == "S 0.7, S2 0.6"
     pictures = [first, apart, drawn(where="left right"), drawn(lambda_=0.7), drawn(second_lambda=0)]
     assert len({picture.tobytes() for picture in pictures}) == len(pictures)
     alone = {"second_file": None, "prompts": "a S"}
     plain = drawn(**alone, where="left right")
     assert plain.tobytes() == drawn(**alone).tobytes()
-    assert plain.text["lambda"] == "0.8" and "region S" not in plain.text
+    assert plain.text["lambda"] == "0.8" and "region of S" not in plain.text
 
 
 def test_the_sweep_keeps_the_second_as_it_is(handlers, couple, tmp_path):

@@ -147,13 +147,13 @@ def test_pictures_of_two_objects_say_both(studio, concepts, tmp_path):
         "lambda": "S 1.2, S2 0.6",
         "concept S": concepts[0].digest,
         "concept S2": concepts[1].digest,
-        "region S": "left",
-        "region S2": "right",
+        "region of S": "left",
+        "region of S2": "right",
     }.items() <= drawn[1].metadata.items()
     save_strip(drawn, None, tmp_path / "strip.png")
     with Image.open(tmp_path / "strip.png") as sheet:
         assert sheet.text["lambda"] == "S 0, S2 0.6; S 1.2, S2 0.6"
-        assert sheet.text["region S2"] == "right" and sheet.width == 2 * 160
+        assert sheet.text["region of S2"] == "right" and sheet.width == 2 * 160
     assert not any(
         "concept" in key or "region" in key for key in draw(studio, concepts[0])[0].metadata
     )

@@ -8,7 +8,8 @@ import torch
 
 from elite.attention import COLUMNS, EliteAttnProcessor, local_inputs, visibility
 from elite.concept import Concept
-from elite.text import inject_words, tokenize, word_positions
+from elite.named_concepts import places_in_readings, words_of_readings
+from elite.text import encode_text, inject_words, tokenize, word_positions
 from tests import tiny
 from tests.tiny import draw
 from tests.unit.test_attention import PATCHES, TEXT, B, C, D, attn, normal, projections
@@ -29,8 +30,8 @@ f = [normal(B, PATCHES, D, seed=seed) for seed in (22, 23)]
 INDEX = torch.tensor([[3, 6], [5, 2]])  # of two concepts in two rows
 
 
-def attended(attn, projections, local) -> torch.Tensor:
-    return EliteAttnProcessor(*projections)(attn, hidden_states, (text, local))
+def attended(attn, projections, local, context=text, states=hidden_states) -> torch.Tensor:
+    return EliteAttnProcessor(*projections)(attn, states, (context, local))
 
 
 def local_of(which: int, lambda_: float) -> list[torch.Tensor]:
@@ -51,60 +52,86 @@ def test_each_concept_adds_its_own_branch(attn, projections):
     assert first.abs().max() > 1e-2 and (first - second).abs().max() > 1e-2
 
 
-def regions_left_and_all() -> torch.Tensor:
-    """The first concept in the left half of 8 x 8, the second everywhere."""
-    regions = torch.ones(2, 8, 8, dtype=torch.float64)
-    regions[0, :, 4:] = 0
-    return regions
+def left_half(side: int) -> torch.Tensor:
+    """1 there, of the size of the latents."""
+    region = torch.zeros(side, side, dtype=torch.float64)
+    region[:, : side // 2] = 1
+    return region
 
 
-def test_region_confines_words_and_branch(attn, projections):
-    """Outside it neither the feature tokens nor the word itself matter."""
-    local = [*local_of(0, 0.8), visibility(regions_left_and_all()[:1], INDEX[:, :1], 1, TEXT)]
-    out = attended(attn, projections, local)
-    other_word = text.clone()
-    other_word[torch.arange(B), INDEX[:, 0]] += 5
-    processor = EliteAttnProcessor(*projections)
-    for other in (
-        attended(attn, projections, [local[0].flip(2), *local[1:]]),
-        processor(attn, hidden_states, (other_word, local)),
+def in_regions(regions: dict[int, torch.Tensor]) -> list[torch.Tensor]:
+    """The local inputs of both concepts, some of which have regions."""
+    local: list[torch.Tensor] = []
+    for n, lambda_ in enumerate((0.8, 0.5)):
+        places = places_in_readings(INDEX, n, regions, TEXT)
+        local += local_inputs(f[n], places, lambda_, (1 + len(regions)) * TEXT)
+    return [*local, visibility(regions, INDEX, 1, TEXT)]
+
+
+def test_a_region_reads_the_prompt_for_itself(attn, projections):
+    """Left stands the first concept alone: what the first reading says, and its word in it, matter
+    on the right only, and the other way round."""
+    local, context = in_regions({0: left_half(8)}), torch.cat([text, text.flip(1)], dim=1)
+    out = attended(attn, projections, local, context)
+
+    def changed(columns: slice, local=local, context=context) -> float:
+        other = attended(attn, projections, local, context)
+        return float((other - out).abs().unflatten(1, (4, 4))[:, :, columns].max())
+
+    left, right = slice(0, 2), slice(2, 4)
+    of_first, of_own, word = context.clone(), context.clone(), context.clone()
+    of_first[:, :TEXT] += 1
+    of_own[:, TEXT:] += 1
+    word[torch.arange(B), INDEX[:, 0]] += 5  # of the first concept, in the first reading
+    for where, elsewhere, given in (
+        (right, left, {"context": of_first}),
+        (left, right, {"context": of_own}),
+        (left, right, {"local": [local[0].flip(2), *local[1:]]}),
     ):
-        difference = (other - out).abs().unflatten(1, (4, 4))
-        assert difference[:, :, 2:].max() == 0 and difference[:, :, :2].max() > 1e-3
-    everywhere = attended(attn, projections, local[:-1]) - out
-    assert everywhere.unflatten(1, (4, 4))[:, :, 2:].abs().max() > 1e-3
+        assert changed(where, **given) > 1e-3 and changed(elsewhere, **given) < 1e-12
+    assert max(changed(left, context=word), changed(right, context=word)) < 1e-12
 
 
-def test_region_of_everything_changes_nothing(attn, projections):
-    visible = visibility(torch.ones(2, 8, 8, dtype=torch.float64), INDEX, 1, TEXT)
-    local = local_of(0, 0.8) + local_of(1, 0.5)
+def test_a_region_of_everything_reads_as_without(attn, projections):
+    """Where its reading says the same."""
+    local = in_regions({1: torch.ones(8, 8, dtype=torch.float64)})
     torch.testing.assert_close(
-        attended(attn, projections, [*local, visible]),
-        attended(attn, projections, local),
+        attended(attn, projections, local, torch.cat([text.flip(0), text], dim=1)),
+        attended(attn, projections, local_of(0, 0.8) + local_of(1, 0.5)),
         **EXACT,
     )
 
 
 def test_rows_without_local_inputs_see_everything(attn, projections):
-    """The guidance rows come first."""
-    visible = visibility(regions_left_and_all(), INDEX, 1, TEXT)
-    local = [x[1:] for x in [*local_of(0, 0.8), *local_of(1, 0.5), visible]]
-    out = attended(attn, projections, local)
+    """The guidance rows come first, with the same text for each reading."""
+    local = [x[1:] for x in in_regions({0: left_half(8), 1: 1 - left_half(8)})]
+    out = attended(attn, projections, local, text.repeat(1, 3, 1))
     torch.testing.assert_close(out[:1], attended(attn, projections, [])[:1], **EXACT)
 
 
 @pytest.mark.parametrize(("side", "queries"), [(8, 64), (8, 16), (7, 16), (5, 4)])
 def test_visibility_at_the_sizes_of_the_unet(attn, projections, side, queries):
     """Sides are halved and rounded up; a half seen place is seen half as much."""
-    region = torch.zeros(1, side, side, dtype=torch.float64)
-    region[:, : side // 2] = 1
-    local = [*local_of(0, 0.8), visibility(region, INDEX[:, :1], 1, TEXT)]
-    states = normal(B, queries, C, seed=30)
-    out = EliteAttnProcessor(*projections)(attn, states, (text, local))
+    local, states = in_regions({0: left_half(side)}), normal(B, queries, C, seed=30)
+    out = attended(attn, projections, local, text.repeat(1, 2, 1), states)
     assert out.shape == (B, queries, C) and out.isfinite().all()
 
 
 # --- in the prompt --------------------------------------------------------------------------------
+
+
+def test_readings_have_the_words_of_their_regions():
+    """Of three concepts the first and the last have regions."""
+    words = torch.arange(6.0).reshape(2, 3, 1, 1)
+    readings = words_of_readings(words, (0, 2))
+    assert [reading.flatten(1).tolist() for reading in readings] == [
+        [[0, 1, 2], [3, 4, 5]],
+        [[0, 1, 0], [3, 4, 3]],
+        [[2, 1, 2], [5, 4, 5]],
+    ]
+    index = torch.tensor([[2, 5, 7], [4, 3, 8]])
+    places = [places_in_readings(index, n, (0, 2), 10)[0].tolist() for n in range(3)]
+    assert places == [[2, 12, 17], [5, 15, 25], [7, 22, 27]]
 
 
 @pytest.mark.parametrize("num_words", [1, 3])
@@ -214,11 +241,22 @@ def test_a_batch_gives_what_single_calls_give(pipe, concept, other):
 
 def test_regions_change_the_picture(pipe, concept, other):
     both = {"S1": concept, "S2": other}
-    everywhere = {name: np.ones((4, 4), dtype=bool) for name in both}
     drawn = draw(pipe, PROMPT, concepts=both)
-    same = draw(pipe, PROMPT, concepts=both, regions=everywhere)
+    same = draw(pipe, PROMPT, concepts=both, regions={"S2": np.ones((4, 4), dtype=bool)})
     torch.testing.assert_close(same, drawn, **CLOSE)
     assert (draw(pipe, PROMPT, concepts=both, regions=halves()) - drawn).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
+def test_regions_with_embeddings_of_a_negative_prompt(pipe, concept, other, guidance_scale):
+    options = {"concepts": {"S1": concept, "S2": other}, "regions": halves()}
+    options["guidance_scale"] = guidance_scale
+    embeds = encode_text(pipe.text_encoder, tokenize(pipe.tokenizer, ["red"], [])[0])
+    torch.testing.assert_close(
+        draw(pipe, PROMPT, **options, negative_prompt_embeds=embeds.detach()),
+        draw(pipe, PROMPT, **options, negative_prompt="red"),
+        **CLOSE,
+    )
 
 
 def test_regions_confine_words_without_feature_tokens_too(pipe, concept, other):
@@ -250,6 +288,8 @@ def test_wrong_concepts(pipe, concept):
         draw(pipe, "a S", concept=concept, concepts={"S": concept})
     with pytest.raises(ValueError, match="'a S1' has no placeholder 'S2'"):
         draw(pipe, "a S1", concepts={"S1": concept, "S2": concept})
+    with pytest.raises(ValueError, match="regions are given, but no concept; pass concept or"):
+        draw(pipe, PROMPT, regions=halves())
     names = [f"S{n}" for n in range(COLUMNS + 1)]
     with pytest.raises(ValueError, match="9 concepts in one prompt; at most 8 are possible"):
         draw(pipe, " ".join(names), concepts=dict.fromkeys(names, concept))

@@ -174,9 +174,11 @@ def test_sampling_written_out(pipe, concept, speed):
     ids, index = tokenize(pipe.tokenizer, ["a S, far away"], "S")
     condition = encode_text(encoder, ids, concept.words[:, :1], index)
     nothing = encode_text(encoder, tokenize(pipe.tokenizer, [""], [])[0])
-    local = local_inputs(concept.feature_tokens, index, 0.7, tiny.TEXT_LENGTH)
+    condition, nothing = (x.repeat(1, 2, 1) for x in (condition, nothing))  # and in the region
+    places, length = torch.stack([index, index + tiny.TEXT_LENGTH], dim=1), tiny.TEXT_LENGTH
+    local = local_inputs(concept.feature_tokens, places, 0.7, 2 * length)
     shares = latent_regions({"S": LEFT}, ["S"], 16, 16)
-    local.append(visibility(shares, index[:, None], 1, tiny.TEXT_LENGTH))
+    local.append(visibility(shares, index[:, None], 1, length))
     scheduler.set_timesteps(STEPS)
     latents = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(7))
     deep: dict[str, Tensor | None] = {}
