@@ -98,9 +98,10 @@ def test_concept_and_lambda_change_the_picture(model_folder, pipe, concept, task
 
 # Not inpainting: diffusers draws its noise in another order there for a batch.
 @pytest.mark.parametrize("task", ["text-to-image", "image-to-image", "controlnet"])
-def test_several_pictures_of_a_prompt_equal_single_ones(model_folder, pipe, concept, task):
+@pytest.mark.parametrize("regions", [{}, {"S": np.array([[True, False]])}], ids=["", "region"])
+def test_several_pictures_of_a_prompt_equal_single_ones(model_folder, pipe, concept, task, regions):
     made = stock(task, pipe, model_folder)
-    given = pipe.condition(PROMPT, concept)
+    given = pipe.condition(PROMPT, concept, regions=regions)
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
     both = draw_stock(task, made, num_images_per_prompt=2, **{**given, "generator": generators})
     for row, seed in enumerate((1, 2)):

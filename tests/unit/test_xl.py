@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -23,6 +24,7 @@ from elite.loading import load_parts, make_scheduler, stock_pipeline
 from tests import tiny
 from tests.conftest import make_pipe
 from tests.tiny import draw, relative
+from tests.unit.test_keys_values import EACH_STEP
 from tests.unit.test_other_models import BATCH, VIT_L_14, make_objective
 from tests.unit.test_stock_pipelines import controlnet, inpainted, start
 
@@ -124,6 +126,16 @@ def test_concept_and_lambda_change_the_picture(xl, xl_concept):
         assert relative(draw(xl, concept=changed), expected) > 1e-3
     both = draw(xl, [PROMPT] * 2, concept=[xl_concept, other], seed=[7, 7])
     assert relative(both[:1], expected) < CLOSE
+
+
+def test_each_region_reads_the_prompt_for_itself(xl, xl_concept):
+    """A region of everything is as none, whatever the callback; two are something else."""
+    expected = draw(xl, concept=xl_concept)
+    whole = {"S": np.ones((4, 4), dtype=bool)}
+    assert relative(draw(xl, concept=xl_concept, regions=whole), expected) < CLOSE
+    assert relative(draw(xl, concept=xl_concept, regions=whole, **EACH_STEP), expected) < CLOSE
+    left = {"S": np.array([[True, False]])}
+    assert relative(draw(xl, concept=xl_concept, regions=left), expected) > 1e-3
 
 
 def test_prompt_2_is_no_place_for_a_concept(xl, xl_concept):
