@@ -9,7 +9,8 @@ from PIL import Image
 
 from small_world.classifier import load_judge
 from small_world.couples import NAMES, OUTCOMES, colours_seen, halves, make_couples, markdown
-from small_world.judge import CHECKPOINTS, main
+from small_world.judge import main
+from small_world.paths import JUDGE
 from small_world.score import draw_renders
 
 
@@ -28,7 +29,7 @@ def test_halves():
 
 @pytest.fixture(scope="module")
 def judge():
-    return load_judge(CHECKPOINTS / "small_world_judge")
+    return load_judge(JUDGE)
 
 
 def test_outcomes_of_renders(judge):
@@ -57,7 +58,7 @@ def test_regions_keep_colours_apart(tmp_path, capsys):
     without, within = counts["without regions"], counts["with regions"]
     assert sum(without.values()) == sum(within.values()) == 32
     assert within["own"] > without["own"]
-    assert within["other's"] < without["other's"]
+    assert within["other's"] <= 3 < without["other's"]  # 23 % of 120 with one reading for all
     assert (tmp_path / "couples.md").read_text() in capsys.readouterr().out
     with Image.open(tmp_path / "grid.png") as sheet:
         assert np.asarray(sheet).std() > 10

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from small_world import reproduce
 from small_world.methods import Pictures
+from small_world.paths import MODEL
 from small_world.table import LAMBDAS, NEW_KINDS, Table
 
 SMALL = ["--samples", "3", "--inversions", "2", "--inversion_steps", "1", "3"]
@@ -86,7 +87,7 @@ def test_words_of_another_model_are_learned_anew(folder, tmp_path):
     """Those that are there would be drawn and judged as this model's."""
     copy, model = tmp_path / "reproduce", tmp_path / "model"
     shutil.copytree(folder, copy)
-    shutil.copytree(reproduce.CHECKPOINTS / "small_world", model)
+    shutil.copytree(MODEL, model)
     weights = model / "text_encoder" / "model.safetensors"
     tensors = load_file(weights)
     save_file({name: 0.9 * value for name, value in tensors.items()}, weights, {"format": "pt"})
