@@ -132,7 +132,7 @@ def metadata_of_several(
     concepts: Mapping[str, Concept], weights: Mapping[str, float], regions: Mapping[str, str]
 ) -> dict[str, str]:
     """What a PNG says of several concepts in it, besides `Drawing.metadata`; regions by their
-    names. (Pictures of a `region S`, without "of", had their prompts read once for all regions.)"""
+    names."""
     metadata = {f"concept {word}": concept.digest for word, concept in concepts.items()}
     metadata |= {f"region of {word}": region for word, region in regions.items()}
     lambdas = ", ".join(f"{word} {weight:g}" for word, weight in weights.items())
