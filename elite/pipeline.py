@@ -406,7 +406,7 @@ class Elite(DiffusersPipeline):
         Returns:
             {prompt_embeds (1, 77, D), negative_prompt_embeds (1, 77, D) or None without guidance,
             for SDXL the pooled ones of both (1, P) too, ip_adapter_image_embeds (list),
-            guidance_scale}.
+            guidance_scale}; with regions 77 for each reading of the prompt.
 
         Raises:
             ValueError: as for a call of this pipeline, or no concept.
@@ -443,8 +443,8 @@ class Elite(DiffusersPipeline):
         regions: Mapping[str, ImageLike],
         kwargs: dict,
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """`prompt_embeds` (B, 77, D), for SDXL `pooled_prompt_embeds` (B, P) too, and the local
-        inputs of these prompts."""
+        """`prompt_embeds` (B, 77, D), with regions 77 for each reading of the prompts, for SDXL
+        `pooled_prompt_embeds` (B, P) too, and the local inputs of these prompts."""
         check_texts(prompts)
         names, device, count = list(concepts), self._execution_device, len(prompts)
         if len(names) > COLUMNS:
