@@ -1,7 +1,6 @@
 """Stable Diffusion's parts from a folder, the hub or a single file, and samplers by name."""
 
 import os.path
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,8 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.schedulers import KarrasDiffusionSchedulers
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from transformers import (
     CLIPTextModel,
@@ -280,7 +281,11 @@ def load_part(
 
 def may_be_on_hub(source: str | Path) -> bool:
     """Whether it has the form of a hub name, NAME or OWNER/NAME."""
-    return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(source)))
+    try:
+        validate_repo_id(str(source))
+    except HFValidationError:
+        return False
+    return True
 
 
 def load_whole(cls: type, source: str | Path, remedy: str) -> Any:
