@@ -284,7 +284,7 @@ def main(arguments: list[str] | None = None) -> int:
         complain(failure)
     if not sheets.written:
         return BAD_INPUT
-    print(f"{args.folder}: {made} masks made; look at {', '.join(map(str, sheets.written))} first")
+    print(f"{args.folder}: masks made: {made}; look at {', '.join(map(str, sheets.written))} first")
     return PARTLY_FAILED if failures else OK
 
 

@@ -31,6 +31,11 @@ class DiffusersPipeline(Carded, DiffusionPipeline):
     # What metadata says of a change of its weights: {"lora": ..., "weights": ...}.
     changed_weights: Mapping[str, str] = MappingProxyType({})
 
+    @property
+    def resolution(self) -> int:
+        """Side in pixels of the pictures the model draws by default."""
+        return side_in_pixels(self.unet, self.vae)
+
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
         """Fetches a pipeline from the hub for `from_pretrained` and returns its folder.
@@ -51,8 +56,8 @@ class DiffusersPipeline(Carded, DiffusionPipeline):
     def card(self) -> str:
         """The model card that is saved with it."""
         base = str(self.unet.config.get("_name_or_path") or "")
-        side = side_in_pixels(self.unet, self.vae)
-        return pipeline_card(base, self.local_mapper is not None, side, type(self).__name__)
+        has_local = self.local_mapper is not None
+        return pipeline_card(base, has_local, self.resolution, type(self).__name__)
 
     @contextmanager
     def _plain_unet(self) -> Iterator[None]:

@@ -1,13 +1,13 @@
 """ElitePipeline and EliteXLPipeline: Stable Diffusion and SDXL with ELITE's mappers plugged in;
 encode a concept once, draw it many times.
 
-In reading order: construct, encode, call, condition, all of it for both; at the end the two. In
-what they differ is in `families.py`, what diffusers alone asks for in `compat.py`.
+In reading order: construct, encode, call, all of it for both; at the end the two. How a prompt
+becomes what the UNet reads is in `conditioning.py`, in what the two differ in `families.py`, what
+diffusers alone asks for in `compat.py`.
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -32,41 +32,29 @@ from transformers import (
 )
 
 from elite.attention import (
-    COLUMNS,
     AttentionNorm,
-    KeysValues,
     install,
-    is_installed,
-    keys_values,
-    local_inputs,
     uninstall,
-    visibility,
 )
 from elite.checkpoint import load_mapper
 from elite.compat import (
-    CONDITION_OPTIONS,
-    DiffusersPipeline,
     call_options,
     callback_arguments,
     callback_may_change_context,
     check_names,
-    text_options,
     texts_per_prompt,
 )
 from elite.concept import Concept
+from elite.conditioning import Conditioning, PromptConditioning, contexts_of, local_of_prompts
 from elite.deep_features import deep_features_reused
 from elite.defaults import DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
 from elite.families import (
     SDXL,
     STABLE_DIFFUSION,
     family_of,
-    split_words,
-    text_encoders,
-    tokenize_for_each,
-    tokenizers,
 )
 from elite.images import ImageLike, as_image, as_mask, doubt, fit_mask, object_views
-from elite.loading import inside, load_parts, pixels_per_latent, side_in_pixels
+from elite.loading import inside, load_parts, pixels_per_latent
 from elite.mappers import GlobalMapper, LocalMapper, fingerprint_of, words_and_tokens
 from elite.named_concepts import (
     ConceptLike,
@@ -74,19 +62,12 @@ from elite.named_concepts import (
     Weights,
     Words,
     concepts_by_name,
-    latent_regions,
-    pick_words,
-    places_in_readings,
-    row_per_prompt,
-    weights_by_name,
-    words_of_readings,
 )
 from elite.speed import Speed, speed_of
-from elite.text import check_texts, injected, word_positions
 from elite.wording import brief, note
 
 
-class Elite(DiffusersPipeline):
+class Elite(PromptConditioning):
     """Text-to-image with one-picture concepts (ELITE, arXiv 2302.13848): what the pipelines of both
     families are.
 
@@ -187,11 +168,6 @@ class Elite(DiffusersPipeline):
         """Side of the CLIP patch grid."""
         config = self.image_encoder.config
         return config.image_size // config.patch_size
-
-    @property
-    def resolution(self) -> int:
-        """Side in pixels of the pictures the model draws by default."""
-        return side_in_pixels(self.unet, self.vae)
 
     # --- encode -----------------------------------------------------------------------------------
 
@@ -337,12 +313,12 @@ class Elite(DiffusersPipeline):
         context: list[Tensor] = []
         may_change = callback_may_change_context(kwargs)
         if regions or not may_change:
-            embeds = self._encode_text(prompts, guidance_scale, kwargs, 1 + len(regions or {}))
+            embeds = self._encode_text(prompts, guidance_scale, kwargs, regions or {})
             context = [] if may_change else contexts_of(embeds)
             prompts, kwargs = [], kwargs | embeds
         # Diffusers hands this on to prepare_ip_adapter_image_embeds, below, which fills `kept` with
         # K and V of every cross-attention; through the UNet these reach `EliteAttnProcessor`.
-        conditioning = _Conditioning(context, local)
+        conditioning = Conditioning(context, local)
         kwargs |= callback_arguments(conditioning.kept, kwargs, speed, self.family)
         kwargs |= {"ip_adapter_image": conditioning, "ip_adapter_image_embeds": None}
         is_whole = speed.deep_every == 1
@@ -375,205 +351,6 @@ class Elite(DiffusersPipeline):
         height, width = (kwargs.get(side) or self.resolution for side in ("height", "width"))
         generators = make_generators(seeds)
         return generators, initial_noise(self, generators, height, width)
-
-    # --- condition --------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def condition(
-        self,
-        prompt: str,
-        concept: ConceptLike | None = None,
-        concepts: Mapping[str, ConceptLike] | None = None,
-        lambda_: float | Mapping[str, float] = LAMBDA,
-        words: Words = 0,
-        placeholder_token: str = PLACEHOLDER,
-        regions: Mapping[str, ImageLike] | None = None,
-        negative_prompt: str | None = None,
-        guidance_scale: float = GUIDANCE_SCALE,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """A prompt with concepts for the call of a stock pipeline of diffusers that shares this
-        UNet: image-to-image, inpainting, ControlNet and others that take IP-Adapter embeddings.
-
-        Args:
-            prompt: one, with the placeholders; stock pipelines repeat its local inputs for the
-                batch.
-            concept, concepts, lambda_, words, placeholder_token, regions, guidance_scale: as for a
-                call of this pipeline.
-            kwargs: `clip_skip` and `cross_attention_kwargs`, if the stock pipeline gets them too;
-                `height` and `width`, if regions are given for other than the usual size.
-
-        Returns:
-            {prompt_embeds (1, 77, D), negative_prompt_embeds (1, 77, D) or None without guidance,
-            for SDXL the pooled ones of both (1, P) too, ip_adapter_image_embeds (list),
-            guidance_scale}; with regions 77 for each reading of the prompt.
-
-        Raises:
-            ValueError: as for a call of this pipeline, or no concept.
-        """
-        if not isinstance(prompt, str):
-            raise ValueError(f"expected one prompt, not {prompt!r}; call once per prompt")
-        check_names(kwargs, CONDITION_OPTIONS, self.condition)
-        named = concepts_by_name(concept, concepts, placeholder_token)
-        if not named:
-            raise ValueError("no concept; pass concept or concepts")
-        embeds, local = self._condition([prompt], named, lambda_, words, regions or {}, kwargs)
-        given = {**kwargs, **embeds, "negative_prompt": negative_prompt}
-        embeds = self._encode_text([], guidance_scale, given, 1 + len(regions or {}))
-        contexts = contexts_of(embeds)
-        if not local:  # stock pipelines want some; this adds nothing
-            context = contexts[-1]
-            nothing = context.new_zeros(1, 1, context.shape[2])
-            index = torch.zeros(1, dtype=torch.int64, device=context.device)
-            local = local_inputs(nothing, index, 0.0, context.shape[1])
-        if len(contexts) > 1:  # the guidance rows read no feature tokens, and see everything
-            local = [torch.cat([torch.full_like(x, x.ndim == 4), x]) for x in local]
-        return {
-            **{name: embeds[name] for name in self.family.embeds},
-            "ip_adapter_image_embeds": local,
-            "guidance_scale": guidance_scale,
-        }
-
-    def _condition(
-        self,
-        prompts: list[str],
-        concepts: Concepts,
-        lambda_: Weights | Mapping[str, Weights],
-        words: Words,
-        regions: Mapping[str, ImageLike],
-        kwargs: dict,
-    ) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """`prompt_embeds` (B, 77, D), with regions 77 for each reading of the prompts, for SDXL
-        `pooled_prompt_embeds` (B, P) too, and the local inputs of these prompts."""
-        check_texts(prompts)
-        names, device, count = list(concepts), self._execution_device, len(prompts)
-        if len(names) > COLUMNS:
-            raise ValueError(f"{len(names)} concepts in one prompt; at most {COLUMNS} are possible")
-        weights = weights_by_name(lambda_, names)
-        sides = (kwargs.get(side) or self.resolution for side in ("height", "width"))
-        shares = latent_regions(regions, names, *(s // pixels_per_latent(self.vae) for s in sides))
-        rows = [self._rows(concepts[name], count) for name in names]
-
-        # The words into the prompt, or with regions into each of its readings.
-        chosen = torch.stack([pick_words(row.words, words) for row in rows], dim=1)
-        num_words = chosen.shape[2]  # of (B, N, L, D)
-        encoders = text_encoders(self.components)
-        ids_of_each, index = tokenize_for_each(
-            tokenizers(self.components), prompts, names, num_words
-        )
-        index = index.to(device)
-        readings = []
-        for each in words_of_readings(chosen, shares):
-            with ExitStack() as injections:
-                of_each = zip(encoders, split_words(each, encoders), ids_of_each, strict=True)
-                for encoder, part, input_ids in of_each:
-                    injections.enter_context(injected(encoder, part, index, input_ids.to(device)))
-                # These ids are read, whatever the text; `tokenize` has checked their number.
-                encoded = self.encode_prompt(
-                    prompt=[""] * count,
-                    device=device,
-                    num_images_per_prompt=1,
-                    do_classifier_free_guidance=False,
-                    **text_options(kwargs),
-                )
-            named = zip(self.family.embeds, encoded, strict=True)
-            readings.append({name: x for name, x in named if x is not None})
-        length = readings[0]["prompt_embeds"].shape[1]
-        context = torch.cat([reading["prompt_embeds"] for reading in readings], dim=1)
-        embeds = {**readings[0], "prompt_embeds": context}
-
-        # Beside it the feature tokens of each concept, its placeholder and its lambda.
-        index = word_positions(index, num_words)  # (B, N)
-        local: list[Tensor] = []
-        for n, (name, row) in enumerate(zip(names, rows, strict=True)):
-            if row.feature_tokens is None:
-                continue
-            weight = torch.as_tensor(weights[name], dtype=torch.float32)
-            if weight.numel() not in (1, count):
-                raise ValueError(
-                    f"{weight.numel()} lambdas for {count} prompts; pass one, or one per prompt"
-                )
-            f = row.feature_tokens.to(device, self.unet.dtype)
-            places = places_in_readings(index, n, shares, length)
-            local += local_inputs(f, places, weight.to(device), context.shape[1])
-        if shares:
-            shares = {n: share.to(device, self.unet.dtype) for n, share in shares.items()}
-            local.append(visibility(shares, index, num_words, length))
-        return embeds, local
-
-    def _rows(self, concept: ConceptLike | Sequence[ConceptLike], count: int) -> Concept:
-        """One concept's rows for these prompts, seen to be of this pipeline."""
-        rows = row_per_prompt(concept, count, self._execution_device)
-        rows.check_mappers(self.fingerprint, self.family)
-        width = self.unet.config.cross_attention_dim
-        if rows.words.shape[2] != width:
-            raise ValueError(
-                f"concept has words {rows.words.shape[2]} wide, this model {width}; encode it "
-                "again with this pipeline"
-            )
-        return rows
-
-    def _encode_text(
-        self, prompts: list[str], guidance_scale: float, kwargs: dict, readings: int = 1
-    ) -> dict[str, Any]:
-        """What takes the place of the texts in the arguments of a call: no text, and embeddings
-        (prompts, 77, D), of SDXL pooled ones (prompts, P) too; if not guided, no negative ones.
-
-        Args:
-            readings: how many of each prompt the `prompt_embeds` are; the negative one is repeated
-                for each.
-        """
-        texts, embeds = self.family.texts, self.family.embeds
-        given = {key: kwargs.get(key) for key in (*texts, *embeds)}
-        guided = guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
-        if not guided:
-            given |= {key: None for key in embeds if key.startswith("negative")}
-        if (whole := given["prompt_embeds"]) is not None:
-            given["prompt_embeds"] = whole[:, : whole.shape[1] // readings]
-        prompt, side = prompts or None, self.resolution
-        self.check_inputs(prompt=prompt, height=side, width=side, callback_steps=None, **given)
-        check_texts(prompt, *(given[key] for key in texts))
-        self._clip_skip = kwargs.get("clip_skip")
-        encoded = self.encode_prompt(
-            prompt=prompt,
-            device=self._execution_device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=guided,
-            **text_options(kwargs),
-            **given,
-        )
-        named = dict(zip(embeds, encoded, strict=True))
-        if whole is not None:
-            named["prompt_embeds"] = whole.to(named["prompt_embeds"])
-        if (negative := named["negative_prompt_embeds"]) is not None:
-            named["negative_prompt_embeds"] = negative.repeat(1, readings, 1)
-        return {**dict.fromkeys(texts), **named}
-
-    def prepare_ip_adapter_image_embeds(
-        self,
-        ip_adapter_image: "_Conditioning",
-        ip_adapter_image_embeds: None,
-        device: torch.device,
-        num_images_per_prompt: int,
-        do_classifier_free_guidance: bool,
-    ) -> dict[str, KeysValues] | list[Tensor]:
-        """K and V of every cross-attention for all steps; the local inputs alone where a callback
-        may change the context.
-
-        `num_images_per_prompt` is the whole batch (prompts x pictures), as the stock pipelines pass
-        it. The guidance rows come first and have no local inputs.
-        """
-
-        def repeated(x: Tensor) -> Tensor:
-            return x.repeat_interleave(num_images_per_prompt // len(x), dim=0).to(device)
-
-        local = [repeated(x) for x in ip_adapter_image.local]
-        if not ip_adapter_image.context or not is_installed(self.unet):
-            return local
-        context = torch.cat([repeated(x) for x in ip_adapter_image.context])
-        lora_scale = (self.cross_attention_kwargs or {}).get("scale", 1.0)
-        ip_adapter_image.kept.update(keys_values(self.unet, context, local, lora_scale))
-        return ip_adapter_image.kept
 
 
 class ElitePipeline(Elite, StableDiffusionPipeline):
@@ -656,33 +433,6 @@ class EliteXLPipeline(Elite, StableDiffusionXLPipeline):
 def pipeline_of(unet: UNet2DConditionModel) -> type[ElitePipeline] | type[EliteXLPipeline]:
     """The pipeline for the family of a UNet."""
     return EliteXLPipeline if family_of(unet) is SDXL else ElitePipeline
-
-
-@dataclass(frozen=True)
-class _Conditioning:
-    """What one call shows to the cross-attentions, one row per prompt."""
-
-    context: list[Tensor]  # as `contexts_of` gives it; empty where a callback may change it
-    local: list[Tensor]  # `local_inputs`, or empty
-    kept: dict[str, KeysValues] = field(default_factory=dict)  # of all steps
-
-
-def contexts_of(embeds: Mapping[str, Tensor | None]) -> list[Tensor]:
-    """Contexts (prompts, 77, D), of the negative prompts (if guided) and of the prompts."""
-    both = embeds["negative_prompt_embeds"], embeds["prompt_embeds"]
-    return [context for context in both if context is not None]
-
-
-def local_of_prompts(local: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Local inputs without the guidance rows that `condition` puts in front. Raises ValueError
-    where they are of another number of prompts."""
-    for rows in map(len, local):
-        if rows not in (count, 2 * count):
-            raise ValueError(
-                f"{rows} rows of ip_adapter_image_embeds for {count} prompts; pass what condition "
-                "gives"
-            )
-    return [x[-count:] for x in local]
 
 
 def stack_views(views: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

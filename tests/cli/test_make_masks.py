@@ -77,7 +77,7 @@ def test_masks_are_what_the_other_scripts_read(script, photos, tmp_path, capsys)
     for index in range(2):
         _, mask = pairs.read(index)
         assert overlap(mask, save_render(tmp_path / "true.png")) > 0.95
-    assert f"2 masks made; look at {tmp_path / 'sheet.png'} first" in capsys.readouterr().out
+    assert f"masks made: 2; look at {tmp_path / 'sheet.png'} first" in capsys.readouterr().out
 
 
 def test_sheet_shows_picture_outline_and_object(script, photos, tmp_path):
@@ -98,11 +98,11 @@ def test_box_mends_one_mask_and_keeps_the_others(script, photos, boxes, tmp_path
     Image.new("L", (SIZE, SIZE), 255).save(photos / "large_bg.png")
     assert script("--boxes", boxes) == 0
     assert read_mask(photos / "corner_bg.png").all(), "kept without --overwrite"
-    assert "0 masks made" in capsys.readouterr().out
+    assert "masks made: 0" in capsys.readouterr().out
     assert script("--boxes", boxes, "--overwrite") == 0
     assert overlap(read_mask(photos / "corner_bg.png"), true) > 0.88  # of 20 px, edges count
     assert read_mask(photos / "large_bg.png").all(), "no box, so kept"
-    assert "1 masks made" in capsys.readouterr().out
+    assert "masks made: 1" in capsys.readouterr().out
 
 
 def test_overwrite_makes_all_anew(script, photos):

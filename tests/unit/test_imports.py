@@ -28,6 +28,7 @@ LAYERS = (
     ),
     ("attention", "checkpoint", "concept", "config", "data", "masks", "open_images"),
     ("compat", "detector", "hardware", "lora", "named_concepts", "run_folder", "sam", "shards"),
+    ("conditioning",),
     ("latents", "objectives", "pipeline", "training"),
     ("encoding", "modular", "previews"),
     ("drawing", "gallery"),
