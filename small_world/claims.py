@@ -15,16 +15,20 @@ Interval = tuple[float, float, float]  # mean, low, high of 95 %
 Verdicts = Mapping[str, np.ndarray]  # attribute to 1, 0 or -1 per case
 
 
+def share_right(verdicts: Verdicts, names: Sequence[str]) -> np.ndarray:
+    """Share of these attributes that is right, per case: they are no independent ones."""
+    found = np.stack([verdicts[name] for name in names])
+    return (found == 1).sum(0) / (found >= 0).sum(0)
+
+
 def fidelity(verdicts: Verdicts) -> np.ndarray:
     """Share of the critter's own attributes that is right, per case."""
-    found = np.stack([verdicts[name] for name in FIDELITY])
-    return (found == 1).sum(0) / (found >= 0).sum(0)
+    return share_right(verdicts, FIDELITY)
 
 
 def editability(verdicts: Verdicts) -> np.ndarray:
     """Share of what the prompt asks for that is there, its scene and its edit, per case."""
-    found = np.stack([verdicts[name] for name in ("scene", "edit")])
-    return (found == 1).sum(0) / (found >= 0).sum(0)
+    return share_right(verdicts, ("scene", "edit"))
 
 
 def interval(values: np.ndarray, lowest: float = 0.0) -> Interval:

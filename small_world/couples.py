@@ -19,10 +19,11 @@ from elite.encoding import batches
 from elite.pipeline import ElitePipeline
 from elite.sheets import SHEET_ROWS, tile_rows
 from small_world.attributes import verdicts
+from small_world.claims import interval
 from small_world.classifier import Judge
 from small_world.markdown import percent, table
 from small_world.pretrain import to_image
-from small_world.score import Case, make_cases, wilson
+from small_world.score import Case, make_cases
 from small_world.world import SCENES
 
 NAMES = ("S1", "S2")
@@ -96,9 +97,9 @@ def colours_seen(judge: Judge, pixels: Tensor, couples: Sequence[Couple]) -> Ten
 
 def score_couples(
     judge: Judge, pipe: ElitePipeline, couples: Sequence[Couple], batch_size: int, **options
-) -> tuple[dict[str, dict[str, int]], dict[str, Tensor]]:
-    """How many halves show whose colour, and the pictures, without and with regions."""
-    counts, pictures = {}, {}
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What `colours_seen` sees, and the pictures, without and with regions."""
+    outcomes, pictures = {}, {}
     with tqdm(total=2 * len(couples), desc="couples", unit="picture") as progress:
         for name, in_regions in (("without regions", False), ("with regions", True)):
             drawn, seen = [], []
@@ -106,18 +107,25 @@ def score_couples(
                 drawn.append(draw_couples(pipe, batch, in_regions, **options))
                 seen.append(colours_seen(judge, drawn[-1], batch))
                 progress.update(len(batch))
-            outcomes = torch.cat(seen).flatten().bincount(minlength=len(OUTCOMES))
-            counts[name] = dict(zip(OUTCOMES, outcomes.tolist(), strict=True))
+            outcomes[name] = torch.cat(seen)
             pictures[name] = torch.cat(drawn)
-    return counts, pictures
+    return outcomes, pictures
 
 
-def markdown(counts: dict[str, dict[str, int]]) -> str:
-    """Shares of the halves in per cent, with 95 % intervals (Wilson)."""
+def halves_of(outcomes: dict[str, Tensor]) -> dict[str, dict[str, int]]:
+    """How many halves have which outcome."""
+    return {
+        name: {outcome: int((seen == i).sum()) for i, outcome in enumerate(OUTCOMES)}
+        for name, seen in outcomes.items()
+    }
+
+
+def markdown(outcomes: dict[str, Tensor]) -> str:
+    """Shares of the halves in per cent, with 95 % intervals from a bootstrap over couples."""
     rows = []
-    for name, by_outcome in counts.items():
-        found, total = [by_outcome[x] for x in OUTCOMES], sum(by_outcome.values())
-        rows.append([name, *(percent(count / total, *wilson(count, total)) for count in found)])
+    for name, seen in outcomes.items():
+        shares = ((seen == i).double().mean(1).numpy() for i in range(len(OUTCOMES)))
+        rows.append([name, *(percent(*interval(share)) for share in shares)])
     head = ["main colour of a half, % (95 % interval)", "own", "other's (confusion)", "third"]
     return table(head, rows) + "\n"
 

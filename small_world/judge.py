@@ -63,7 +63,7 @@ def score(args: argparse.Namespace) -> None:
 
 def couples(args: argparse.Namespace) -> None:
     from small_world.classifier import load_judge
-    from small_world.couples import make_couples, markdown, score_couples, sheet
+    from small_world.couples import halves_of, make_couples, markdown, score_couples, sheet
     from small_world.score import load_pipelines
 
     _, elite = load_pipelines(args.model, args.global_mapper_path, args.local_mapper_path)
@@ -72,12 +72,12 @@ def couples(args: argparse.Namespace) -> None:
     options = {name: getattr(args, name) for name in ("guidance_scale", "num_inference_steps")}
     pairs = make_couples(args.samples, args.seed)
     judge = load_judge(args.judge).to(elite.device)
-    counts, pictures = score_couples(
+    outcomes, pictures = score_couples(
         judge, elite, pairs, args.batch_size, lambda_=args.llambda, **options
     )
     about = {"model": str(args.model), "scheduler": "dpm++", "samples": args.samples}
-    about |= {"seed": args.seed, "lambda": args.llambda, **options, "halves": counts}
-    _report(args.output_dir / "couples", about, markdown(counts), sheet(pairs, pictures))
+    about |= {"seed": args.seed, "lambda": args.llambda, **options, "halves": halves_of(outcomes)}
+    _report(args.output_dir / "couples", about, markdown(outcomes), sheet(pairs, pictures))
 
 
 def art(args: argparse.Namespace) -> None:

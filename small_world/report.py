@@ -8,7 +8,7 @@ from PIL import Image
 
 from elite.files import write_atomically
 from elite.sheets import tile_rows
-from small_world.claims import Claim, Verdicts, editability, fidelity, interval
+from small_world.claims import Claim, Verdicts, editability, fidelity, interval, share_right
 from small_world.markdown import percent, table
 from small_world.score import Case
 from small_world.world import PARTS
@@ -28,7 +28,7 @@ def score_table(rows: Mapping[str, Verdicts], costs: Mapping[str, str]) -> str:
 
 def _columns(found: Verdicts) -> dict[str, np.ndarray]:
     """The values that count of each column."""
-    by_name = {**found, "parts": np.concatenate([found[name] for name in PARTS])}
+    by_name = {**found, "parts": share_right(found, PARTS)}
     values = {name: by_name[name][by_name[name] >= 0] for name in SHOWN}
     return {**values, "fidelity": fidelity(found), "editability": editability(found)}
 

@@ -24,7 +24,15 @@ from elite.images import to_pixels
 from small_world.bodies import profile
 from small_world.captions import fill, phrase_of, place, random_noun, random_template
 from small_world.render import draw
-from small_world.world import ATTACHED, SCENES, Critter, has_trim, labels, random_critter
+from small_world.world import (
+    ATTACHED,
+    SCENES,
+    Critter,
+    has_trim,
+    is_held_out,
+    labels,
+    random_critter,
+)
 
 FRAMINGS = {"scene": 0.6, "tight": 0.22, "far": 0.1, "zoom": 0.08}
 SECOND_FRAMINGS = {"scene": 0.35, "tight": 0.4, "cutout": 0.25}
@@ -91,8 +99,10 @@ def framed(
 
 
 def without_a_part(critter: Critter, rng: np.random.Generator) -> tuple[Critter, str]:
-    """The critter without one of the parts that not all have, and how one asks for that."""
+    """The critter without one of the parts that not all have, and how one asks for that; as it is,
+    where without it it would be a held-out combination."""
     worn = [name for name in ATTACHED if getattr(critter, name) != "none"]
+    worn = [name for name in worn if not is_held_out(replace(critter, **{name: "none"}))]
     if not worn:
         return critter, "S"
     name = str(rng.choice(worn))

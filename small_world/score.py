@@ -25,6 +25,7 @@ from elite.loading import load_parts, make_scheduler
 from elite.pipeline import ElitePipeline
 from small_world.attributes import judged, right_ones
 from small_world.captions import CLASS_WORD, describe, phrase_of, place, with_article
+from small_world.claims import interval, share_right
 from small_world.classifier import Judge
 from small_world.markdown import percent, table
 from small_world.pretrain import base_pipeline
@@ -360,10 +361,10 @@ def same_critter(directions: Tensor, known: Tensor) -> Tensor:
 
 
 def columns(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The columns of a table: attributes, all parts together, identity, new kind. Values that count
-    are 0 or 1."""
-    parts = torch.cat([found[name] for name in PARTS])
-    by_name = {**found, "parts": parts}
+    """The columns of a table: attributes, all parts of a case together, identity, new kind. Values
+    that count are 0 or 1, of the parts shares."""
+    parts = share_right({name: found[name].numpy() for name in PARTS}, PARTS)
+    by_name = {**found, "parts": torch.from_numpy(parts)}
     return {name: by_name[name][by_name[name] >= 0] for name in COLUMNS}
 
 
@@ -389,11 +390,15 @@ def score_row(
 
 
 def share(values: Tensor) -> dict:
-    """How many of these 0 and 1 are 1, with the interval."""
-    right, total = int(values.sum()), len(values)
+    """The mean with its interval: Wilson's of 0 and 1, a bootstrap's of shares, one per case."""
+    right, total = values.sum().item(), len(values)
+    if values.is_floating_point():
+        _, *limits = interval(values.numpy())
+    else:
+        limits = list(wilson(right, total))
     return {
         "accuracy": right / total if total else None,
-        "interval": list(wilson(right, total)),
+        "interval": limits,
         "right": right,
         "total": total,
     }

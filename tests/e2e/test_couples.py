@@ -1,6 +1,7 @@
 """Two concepts in one picture of the small world: whose colour is where."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -8,7 +9,15 @@ import torch
 from PIL import Image
 
 from small_world.classifier import load_judge
-from small_world.couples import NAMES, OUTCOMES, colours_seen, halves, make_couples, markdown
+from small_world.couples import (
+    NAMES,
+    OUTCOMES,
+    colours_seen,
+    halves,
+    halves_of,
+    make_couples,
+    markdown,
+)
 from small_world.judge import main
 from small_world.paths import JUDGE
 from small_world.score import draw_renders
@@ -47,8 +56,18 @@ def test_outcomes_of_renders(judge):
 
 
 def test_shares_add_up():
-    text = markdown({"with regions": {"own": 8, "other's": 1, "third": 1}})
-    assert "| with regions | 80.0 (49.0-94.3) | 10.0 (1.8-40.4) | 10.0 (1.8-40.4) |" in text
+    seen = {"with regions": torch.tensor([[0, 0]] * 8 + [[1, 2]] * 2)}
+    assert halves_of(seen) == {"with regions": {"own": 16, "other's": 2, "third": 2}}
+    assert "| with regions | 80.0 (50.0-100.0) | 10.0 (0.0-25.0) | 10.0 (0.0-25.0) |" in markdown(
+        seen
+    )
+
+
+def test_halves_of_a_picture_are_no_independent_ones():
+    seen = torch.tensor([[0, 0]] * 50 + [[1, 1]] * 50)
+    (row,) = [line for line in markdown({"alike": seen}).splitlines() if "alike" in line]
+    low, high = map(float, re.search(r"50.0 \((.+?)-(.+?)\)", row).groups())
+    assert high - low > 18  # points, of 100 couples; 200 halves would have 14
 
 
 def test_regions_keep_colours_apart(tmp_path, capsys):
