@@ -173,7 +173,9 @@ class AppHandlers:
         except Exception as error:
             return {"object_message": problem(error)}
         mask = mask.astype(np.uint8) * 255
-        return {"picture": picture, "mask": mask, "method": "file", **held(Several())}
+        no_marks = gr.update(value="")  # before the other changes are looked at
+        shown = {"picture": picture, "mask": mask, "method": "file", "marks": no_marks}
+        return {**shown, **held(Several())}
 
     def rearrange(self, values: Values) -> Values:
         """Adds pictures of the object, turns to another or removes one, as is wanted."""

@@ -39,7 +39,7 @@ LOOK_AGAIN = (
     ("marks", "input"),
 )
 HELD = ("several", "several_message")
-PICKED = ("picture", "mask", "method", "object_message", *HELD)
+PICKED = ("picture", "mask", "method", "marks", "object_message", *HELD)
 SAVED = ("saved", "object_message")
 CHECKED = ("second_message", "prompt_message")
 DRAWN = ("gallery", "preview", "status", "strip", "strip_part")

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -75,14 +76,17 @@ class Check:
         )
         metrics = self.folder / "resumed" / METRICS
         started = time.monotonic()
-        while process.poll() is None and _steps(metrics) < KILLED_AT:
-            if time.monotonic() - started > PATIENCE:
-                break
-            time.sleep(0.05)
-        if process.poll() is not None:
-            raise RuntimeError("the run ended before it could be killed")
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        try:
+            while process.poll() is None and _steps(metrics) < KILLED_AT:
+                if time.monotonic() - started > PATIENCE:
+                    raise RuntimeError(f"no {KILLED_AT} steps in {PATIENCE} s")
+                time.sleep(0.05)
+            if process.poll() is not None:
+                raise RuntimeError("the run ended before it could be killed")
+        finally:  # of an interrupted check, too
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         self.finish(self.training("global", "resumed", "--resume_from_checkpoint", "latest"))
         whole, resumed = (_losses(self.folder / name / METRICS) for name in ("global", "resumed"))
         apart = abs(resumed[-1] - whole[-1]) / abs(whole[-1])
@@ -192,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
             started = time.monotonic()
             try:
                 told = part()
-            except RuntimeError as error:
+            except (RuntimeError, OSError, ValueError) as error:
                 told, failed = f"FAILED: {error}", True
             name = part.__name__.replace("_", " ")
             print(f"{name}: {told} ({time.monotonic() - started:.0f} s)", flush=True)

@@ -148,7 +148,7 @@ def work_of_ladder(path: Path, names: Iterable[str]) -> dict[str, float]:
         tables = json.loads(read_text(path, "expected a file of benchmarks.ladder"))["tables"]
         (row,) = (x["rows"][0] for x in tables if x["title"] == "Work of a whole picture")
         return {name: row["medians"][name] / row["medians"][EXACT] for name in names}
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(
             f"{path}: no work of every speed in it ({error}); leave out --ladder"
         ) from None
@@ -256,6 +256,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    judge, compared_speeds = load_judge(args.judge), speeds(args.guidance_stop, args.deep_every)
+    of_ladder = None if args.ladder is None else work_of_ladder(args.ladder, compared_speeds)
     _, elite = load_pipelines(args.model)
     if elite is None:
         raise ValueError(f"{args.model}: has no global_mapper/; train ELITE first")
@@ -263,7 +265,6 @@ def main(argv: list[str] | None = None) -> int:
     cases = make_cases(args.samples, "held out", args.seed)
     drawing = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale")}
     concepts = partial(draw_concepts, elite, args.lambda_, **drawing)
-    compared_speeds = speeds(args.guidance_stop, args.deep_every)
     methods = {  # whose files are named by the knobs, so that rungs may be set otherwise
         name: Method(str(speed) or EXACT, cases, partial(concepts, speed=speed))
         for name, speed in compared_speeds.items()
@@ -274,9 +275,9 @@ def main(argv: list[str] | None = None) -> int:
     pictures = Pictures(args.output_dir / "drawn", settings, args.batch_size)
     pictures.draw(list(methods.values()))
     drawn = {name: pictures.of(method) for name, method in methods.items()}
-    work = counted_work(methods) if args.ladder is None else work_of_ladder(args.ladder, methods)
+    work = of_ladder or counted_work(methods)
     full_work = work_at_full_size(compared_speeds, args.num_inference_steps)
-    compared = compare(methods, drawn, load_judge(args.judge), work, full_work)
+    compared = compare(methods, drawn, judge, work, full_work)
     text = markdown(compared)
     write_text(args.output_dir / "results.md", text + "\n")
     results = {one.name: summary(one) for one in compared}

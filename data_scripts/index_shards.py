@@ -48,6 +48,7 @@ from elite.shards import (
 from elite.wording import brief
 
 MOST_JSON = 2**22  # bytes of a KEY.json
+WHOLE = [0, 1, 0, 1]  # the box of a whole picture
 T, R = TypeVar("T"), TypeVar("R")
 
 
@@ -144,7 +145,7 @@ def rows_of(
     labels = read_labels(tar, sample.labels) if sample.labels else {}
     if masks and "mask_boxes" not in labels:
         labels = {**labels_of_masks([_mask(tar, member) for _, member in masks]), **labels}
-    boxes = numbers(labels.get("boxes", [[0, 1, 0, 1]] if whole else []), "f4")
+    boxes = numbers(labels.get("boxes", [WHOLE] if whole else []), "f4")
     sides = numbers(labels.get("mask_boxes", []), "i4")
     if len(sides) != len(masks):
         raise ValueError(f"{len(sides)} boxes of {len(masks)} masks in its JSON; pack it again")
@@ -228,8 +229,9 @@ def write_index(folder: Path, shards: Sequence[Contents], whole: bool) -> dict[s
             shard.tables[name]["image"] += np.uint32(first[number])
     names = ("images", "boxes", "masks")
     tables = {name: in_order([shard.tables[name] for shard in shards], name) for name in names}
-    if not whole:
-        tables["boxes"] = tables["boxes"][usable_boxes(tables["boxes"]["box"])]
+    boxes = tables["boxes"]["box"]
+    is_kept = usable_boxes(boxes) | (whole & (boxes == WHOLE).all(1))
+    tables["boxes"] = tables["boxes"][is_kept]
     tables["masks"] = usable_masks(tables["masks"])
     counts = {name: len(table) for name, table in tables.items()}
     if not counts["boxes"] + counts["masks"]:

@@ -62,10 +62,11 @@ class Program:
             self.process.stdin.write(json.dumps(question) + "\n")
             self.process.stdin.flush()
         line = self.process.stdout.readline()
-        if not (ratings := numbers_of(line)):
+        ratings = numbers_of(line)
+        if not ratings or not ratings.keys().isdisjoint(KEYS):
             raise ValueError(
                 f"{picture}: the program answered {brief(line)}; expected a line of JSON, numbers "
-                'by name as {"concept_preservation": 3}'
+                f'by name as {{"concept_preservation": 3}}, none named {", ".join(KEYS)}'
             )
         return ratings
 
@@ -103,7 +104,7 @@ def read_ratings(folder: Path) -> tuple[list[str], list[dict]]:
     lines = read_text(path, "remove it", MOST).splitlines(keepends=True)
     try:
         head, *rows = [json.loads(line) for line in lines if line.endswith("\n")]
-        return head["command"], [{"subject": row["subject"], **row} for row in rows]
+        return head["command"], [{name: row[name] for name in KEYS} | row for row in rows]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path}: no ratings of a run; remove it") from None
 

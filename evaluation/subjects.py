@@ -7,6 +7,7 @@ own.
 """
 
 import ast
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -77,9 +78,19 @@ def read_subjects(root: Path | str, classes: Mapping[str, str], default: str) ->
         default: class word of the others.
 
     Raises:
-        ValueError: no such folder, nothing in it, or a subject without a mask.
+        ValueError: no such folder, nothing in it, a subject without a mask, or two of one name.
     """
-    root = Path(root)
+    subjects = sorted(_read_layout(Path(root), classes, default), key=lambda one: one.name)
+    for one, other in itertools.pairwise(subjects):
+        if one.name == other.name:  # and so would overwrite its pictures
+            raise ValueError(
+                f"{other.pair.image_path}: has the name of {one.pair.image_path}, {one.name}; "
+                "rename one of them"
+            )
+    return subjects
+
+
+def _read_layout(root: Path, classes: Mapping[str, str], default: str) -> list[Subject]:
     if (root / "images").is_dir() and (root / "captions").is_dir():
         return _read_plus(root)
     folders = sorted(path for path in root.glob("*/") if any(map(is_picture, path.iterdir())))

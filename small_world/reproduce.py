@@ -47,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     from small_world.classifier import load_judge
     from small_world.table import Table
 
+    judge = load_judge(args.judge)
     table = Table(
         args.model,
         args.output_dir,
@@ -59,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         guidance_scale=args.guidance_scale,
     )
     table.draw()
-    print(table.report(load_judge(args.judge)))
+    print(table.report(judge))
     print(f"\nmore in {args.output_dir}; look at {args.output_dir / 'grid.png'} first")
     return OK
 

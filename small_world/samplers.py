@@ -21,6 +21,7 @@ import numpy as np
 from elite.console import check_least, run, script_parser
 from elite.files import check_writable, write_text
 from elite.images import read_image
+from evaluation.rate import cases_of
 from small_world.markdown import table
 from small_world.paths import REPOSITORY
 
@@ -70,8 +71,9 @@ def evaluated(name: str, steps: int, args: argparse.Namespace) -> Sampler:
 
 
 def picture_differences(folder: Path, reference: Path) -> np.ndarray:
-    """Mean absolute difference, 0 to 255, of each of the reference's pictures to its namesake."""
-    names = sorted(path.relative_to(reference) for path in reference.glob("*/*.png"))
+    """Mean absolute difference, 0 to 255, of each picture that the reference has scored to its
+    namesake."""
+    names = sorted(case.path for case in cases_of(reference))
     return np.array(
         [
             np.abs(read_image(folder / name).astype(int) - read_image(reference / name)).mean()

@@ -116,10 +116,10 @@ class Table:
     def _encoding_seconds(self) -> float:
         """Mean seconds from picture and mask to concept, after one that warms up."""
         sources = [case.source for case in self.cases[:TIMED]]
-        self.elite.encode_concept(*sources[0])
+        self.elite.encode_concept(*sources[0]).to("cpu")
         started = time.monotonic()
         for image, mask in sources:
-            self.elite.encode_concept(image, mask)
+            self.elite.encode_concept(image, mask).to("cpu")  # where a GPU has to be done
         return (time.monotonic() - started) / len(sources)
 
     # --- report -----------------------------------------------------------------------------------

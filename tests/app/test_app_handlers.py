@@ -119,6 +119,7 @@ def test_examples_bring_their_mask(handlers, pairs):
     picture, mask = PairFolder(pairs).read(1)
     assert np.array_equal(answer["picture"], picture) and answer["method"] == "file"
     assert np.array_equal(answer["mask"] > 0, mask)
+    assert answer["marks"]["value"] == "", "strokes of the picture before"
     for index in (3, -1, "1", None):
         assert 'role="alert"' in handlers.pick_example(index)["object_message"]
 

@@ -284,6 +284,17 @@ def test_pictures_without_boxes_are_one_box_each_on_request(tmp_path, capsys):
     assert boxes.crop(0).shape == (160, 200, 3)
 
 
+def test_a_whole_picture_is_a_box_but_no_other_that_is_too_large(tmp_path):
+    """Such as boxes in pixels, of which crops were made outside the picture."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for key, boxes in (("a", None), ("b", [[20, 120, 10, 90], [0.2, 0.6, 0.2, 0.6]])):
+            add(tar, f"{key}.jpg", picture(0)[0])
+            add(tar, f"{key}.json", json.dumps({} if boxes is None else {"boxes": boxes}).encode())
+    assert run_script(INDEX, tmp_path, "--workers", "1", "--whole") == 0
+    boxes = OpenImagesBoxes(open_source(tmp_path), resolution=32).boxes
+    assert np.allclose(boxes, [[0, 1, 0, 1], [0.2, 0.6, 0.2, 0.6]])
+
+
 def test_masks_give_their_boxes(tmp_path):
     image, mask, box = picture(5)
     with tarfile.open(tmp_path / "a.tar", "w") as tar:

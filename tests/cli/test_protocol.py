@@ -5,6 +5,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -353,6 +354,17 @@ def test_what_is_no_rating(line):
     assert numbers_of(line) == {}
 
 
+def test_ratings_that_are_named_as_a_column_are_refused(tmp_path):
+    """They would take the place of the picture's name."""
+    answer = "import sys\nfor _ in sys.stdin: print('{\"subject\": 3}', flush=True)"
+    pair = SimpleNamespace(image_path=tmp_path / "a.png")
+    case = SimpleNamespace(subject=SimpleNamespace(pair=pair), class_prompt="a mug")
+    program = Program([sys.executable, "-c", answer])
+    with pytest.raises(ValueError, match=r"a.png: the program .* none named subject, prompt, seed"):
+        program(case, tmp_path / "a.png")
+    program.close()
+
+
 def test_mistakes_in_rating_are_one_line_and_2(tmp_path, capsys):
     run = save_run(tmp_path / "run", {"a": [0.5]})
     for arguments, message in (
@@ -365,6 +377,7 @@ def test_mistakes_in_rating_are_one_line_and_2(tmp_path, capsys):
         assert message in line
     with pytest.raises(ValueError, match=r"no_such_program: cannot be started \(No such file"):
         Program(["no_such_program"])
-    (run / "ratings.jsonl").write_text("[]\n")
-    with pytest.raises(ValueError, match=r"ratings.jsonl: no ratings of a run; remove it"):
-        read_ratings(run)
+    for text in ("[]\n", '{"command": ["a"]}\n{"subject": "a"}\n'):
+        (run / "ratings.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=r"ratings.jsonl: no ratings of a run; remove it"):
+            read_ratings(run)

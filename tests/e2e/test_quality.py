@@ -123,8 +123,12 @@ def test_work_of_a_file_of_the_ladder(tmp_path):
     row = {"medians": {"stock": 3.0, "exact": 4.0, "fast": 1.0}}
     path.write_text(json.dumps({"tables": [{"title": "Work of a whole picture", "rows": [row]}]}))
     assert work_of_ladder(path, ["exact", "fast"]) == {"exact": 1, "fast": 0.25}
-    for names in (["exact", "balanced"], ["exact"]):
-        if names == ["exact"]:
-            path.write_text("{}")
+    no_rows = {"tables": [{"title": "Work of a whole picture", "rows": []}]}
+    for names, text in (
+        (["exact", "balanced"], path.read_text()),
+        (["exact"], "{}"),
+        (["exact"], json.dumps(no_rows)),
+    ):
+        path.write_text(text)
         with pytest.raises(ValueError, match=r"ladder\.json: no work of every speed in it"):
             work_of_ladder(path, names)

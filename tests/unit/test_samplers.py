@@ -39,12 +39,16 @@ def test_a_single_far_picture_is_not_as_good():
     assert not sampler("dpm++", 10, 0.7, 0.9, (0.0, 10.1)).as_good_as(REFERENCE)
 
 
-def test_differences_of_pictures(tmp_path):
+def test_differences_of_pictures(tmp_path, monkeypatch):
+    """Of those that were scored: an earlier run with more seeds has left others."""
+    scored = [SimpleNamespace(path="heart/00_00042.png")]
+    monkeypatch.setattr(samplers, "cases_of", lambda folder: scored)
     for folder, value in (("lms_100", 100), ("dpm++_8", 92)):
         (tmp_path / folder / "heart").mkdir(parents=True)
         picture = np.full((4, 4, 3), 100, dtype=np.uint8)
         picture[:2] = value
         Image.fromarray(picture).save(tmp_path / folder / "heart" / "00_00042.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / "lms_100" / "heart" / "00_00043.png")
     found = samplers.picture_differences(tmp_path / "dpm++_8", tmp_path / "lms_100")
     assert found.tolist() == [4.0]
 

@@ -97,6 +97,15 @@ def test_pairs_are_their_own_references(tmp_path):
     assert [picture.size for picture in subjects[0].references(cropped=True)] == [(20, 20)]
 
 
+def test_two_subjects_of_one_name_would_overwrite_their_pictures(tmp_path):
+    tiny.save_pairs(tmp_path, 1)
+    (tmp_path / "pair0.jpg").write_bytes((tmp_path / "pair0.png").read_bytes())
+    with pytest.raises(
+        ValueError, match=r"pair0\.png: has the name of .*pair0\.jpg"
+    ):
+        read_subjects(tmp_path, {}, "thing")
+
+
 def test_folders_of_pictures_are_subjects(tmp_path):
     """The input is the first picture with a mask; all are references."""
     folder = tiny.save_pairs(tmp_path / "vase", 2)
