@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from elite import markdown
 from elite.console import OK, script_parser
 from elite.files import check_writable, write_json
 
@@ -178,11 +179,12 @@ def table_lines(table: dict[str, Any]) -> list[str]:
     goal, rows = table["goal"], table["rows"]
     cases = list(dict.fromkeys(case for row in rows for case in row["medians"]))
     head = ["", *cases, *(["goal", "met"] if goal else [])]
-    lines = [f"**{table['title']}** ({table['unit']})", "", _line(head), _line(["---"] * len(head))]
+    lines = []
     for row in rows:
         judged = [goal_text(goal), verdict(row, table["unit"])] if goal else []
-        lines.append(_line([row["name"], *(cell(row, case) for case in cases), *judged]))
-    return lines
+        lines.append([row["name"], *(cell(row, case) for case in cases), *judged])
+    title = f"**{table['title']}** ({table['unit']})"
+    return [title, "", *markdown.table(head, lines).splitlines()]
 
 
 def verdict(row: dict[str, Any], unit: str) -> str:
@@ -211,10 +213,6 @@ def goal_text(goal: dict[str, Any]) -> str:
 def number(value: float) -> str:
     """Four significant digits, without an exponent where four digits will do."""
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 # --- where it ran ---------------------------------------------------------------------------------

@@ -31,10 +31,10 @@ from elite.deep_features import deep_features_reused
 from elite.defaults import DEFAULT_SAMPLER, DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA
 from elite.files import check_writable, read_text, write_atomically, write_json, write_text
 from elite.loading import make_scheduler
+from elite.markdown import table
 from elite.speed import RUNGS, Speed, single_knobs
 from small_world.claims import Condition, Interval, Verdicts, fidelity, interval
 from small_world.classifier import Judge, load_judge
-from small_world.markdown import table
 from small_world.methods import Method, Pictures, verdicts
 from small_world.models import digest_weight_files
 from small_world.paths import JUDGE, MODEL

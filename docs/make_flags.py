@@ -10,7 +10,7 @@ from typing import Any, get_origin, get_type_hints
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
 
-from elite import settings
+from elite import markdown, settings
 from elite.config import LIMITS, default_of, describe
 from elite.console import OK, run
 from elite.files import check_writable, write_text
@@ -81,13 +81,13 @@ def default_text(value: Any) -> str:
 def table(config_class: type) -> str:
     """One row a flag, in the order of `--help`."""
     hints = get_type_hints(config_class)
-    rows = ["| flag | default | values | meaning |", "|---|---|---|---|"]
+    rows = []
     for item in fields(config_class):
         default = default_of(item)
         shown = "**required**" if default is MISSING else default_text(default)
         cells = [f"`--{item.name}`", shown, values_of(hints[item.name], item.metadata)]
-        rows.append("| " + " | ".join([*cells, item.metadata["help"].replace("|", "\\|")]) + " |")
-    return "\n".join(rows)
+        rows.append([*cells, item.metadata["help"].replace("|", "\\|")])
+    return markdown.table(["flag", "default", "values", "meaning"], rows)
 
 
 def page() -> str:
@@ -95,8 +95,8 @@ def page() -> str:
     parts = [HEAD]
     for name, config_class in scripts().items():
         parts.append(f"\n## {name}\n\n{purpose(REPOSITORY / name)}\n\n{table(config_class)}\n")
-    parts.append(f"{OTHERS}\n| command | what it does |\n|---|---|\n")
-    parts += [f"| `{command} --help` | {purpose(path)} |\n" for command, path in other_commands()]
+    others = [[f"`{command} --help`", purpose(path)] for command, path in other_commands()]
+    parts.append(f"{OTHERS}\n{markdown.table(['command', 'what it does'], others)}\n")
     return "".join(parts)
 
 

@@ -10,6 +10,7 @@ from urllib.parse import quote
 from diffusers.utils import PushToHubMixin
 
 from elite.files import give_usual_rights, write_text
+from elite.markdown import table
 
 CARD = "README.md"
 GALLERY_TAG = "elite-concepts"  # by which the card of a gallery is known
@@ -88,9 +89,7 @@ Objects, each read from a picture and its mask by ELITE (Wei et al., ICCV 2023, 
 A file has the object's words and feature tokens, a few hundred kB at the size of Stable Diffusion,
 and fits no other mappers than those that made it, of the fingerprint `{fingerprint}`.
 
-| file | picture, object |
-|---|---|
-{rows}
+{table}
 
 ## How to use
 
@@ -186,13 +185,13 @@ def gallery_card(names: Sequence[str], pictures: str, fingerprint: str, base_mod
         base_model: they are drawn with; named only if it is a name on the hub.
     """
     rows = [
-        f"| [{_plain(name)}]({quote(name)}.safetensors) | ![]({pictures}/{quote(name)}.png) |"
+        [f"[{_plain(name)}]({quote(name)}.safetensors)", f"![]({pictures}/{quote(name)}.png)"]
         for name in names
     ]
     return GALLERY.format(
         front_matter=_front_matter("text-to-image", _hub_name(base_model), GALLERY_TAG),
         fingerprint=fingerprint,
-        rows="\n".join(rows),
+        table=table(["file", "picture, object"], rows),
         first=names[0],
     )
 

@@ -21,6 +21,7 @@ from elite.drawing import Drawing, is_drawn, write_png
 from elite.encoding import batches, progress_bar
 from elite.files import write_atomically, write_json, write_text
 from elite.images import cut_out, read_image
+from elite.markdown import table
 from elite.pipeline import Elite
 from elite.sheets import tile_rows
 from evaluation.metrics import Clip, Dino, bootstrap, mean_cosine
@@ -277,14 +278,12 @@ def _write_csv(rows: Sequence[dict], path: Path) -> None:
 
 def markdown(summary: Mapping[str, Mapping], subjects: int) -> str:
     """A table: metric, mean, interval, pictures."""
-    lines = ["| metric | mean | 95 % interval | pictures | subjects |", "|---|---|---|---|---|"]
+    rows = []
     for name, score in summary.items():
         low, high = score["interval"]
-        lines.append(
-            f"| {name} | {score['mean']:.4f} | {low:.4f} to {high:.4f} | {score['pictures']} | "
-            f"{subjects} |"
-        )
-    return "\n".join(lines)
+        interval, pictures = f"{low:.4f} to {high:.4f}", str(score["pictures"])
+        rows.append([name, f"{score['mean']:.4f}", interval, pictures, str(subjects)])
+    return table(["metric", "mean", "95 % interval", "pictures", "subjects"], rows)
 
 
 def contact_sheets(cases: Sequence[Case], output_dir: Path) -> list[Image.Image]:

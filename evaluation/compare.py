@@ -17,6 +17,7 @@ from typing import Any
 
 from elite.console import OK, run, script_parser
 from elite.files import read_text
+from elite.markdown import table
 from elite.wording import brief
 from evaluation.cases import KEYS
 from evaluation.metrics import bootstrap
@@ -131,18 +132,15 @@ def verdict(interval: tuple[float, float], subjects: int) -> str:
 
 
 def markdown(rows: Sequence[Mapping]) -> str:
-    lines = [
-        "| metric | first | second | difference | 95 % interval | pictures | subjects | |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    head = "metric", "first", "second", "difference", "95 % interval", "pictures", "subjects", ""
+    lines = []
     for row in rows:
-        (first, second), (low, high) = row["means"], row["interval"]
-        lines.append(
-            f"| {row['metric']} | {first:.4f} | {second:.4f} | {row['difference']:+.4f} | "
-            f"{low:+.4f} to {high:+.4f} | {row['pictures']} | {row['subjects']} | "
-            f"{verdict(row['interval'], row['subjects'])} |"
-        )
-    return "\n".join(lines)
+        means = [f"{mean:.4f}" for mean in row["means"]]
+        difference = f"{row['difference']:+.4f}", "{:+.4f} to {:+.4f}".format(*row["interval"])
+        counts = str(row["pictures"]), str(row["subjects"])
+        said = verdict(row["interval"], row["subjects"])
+        lines.append([row["metric"], *means, *difference, *counts, said])
+    return table(head, lines)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from elite.files import digest_weights, sha256_of
 from elite.images import read_image
+from elite.markdown import table
 from evaluation.cases import Case, ClipScores, DinoScores, Metric, score_batch, summarise
 from evaluation.subjects import Subject
 
@@ -52,7 +53,7 @@ def by_protocol(
         f"- **departs from DreamBench, compares with no published score:** {w}" for w in wrong
     ]
     more = {"protocol": measured, "departures": wrong, "rows": summaries}
-    return more, "\n\n".join(["", table(summaries), "\n".join(lines)])
+    return more, "\n\n".join(["", markdown(summaries), "\n".join(lines)])
 
 
 def describe(
@@ -136,14 +137,14 @@ def pasted(subject: Subject) -> Image.Image:
     return Image.fromarray(np.where(mask[..., None], image, np.uint8(GROUND)))
 
 
-def table(summaries: Mapping[str, Mapping[str, Mapping]]) -> str:
+def markdown(summaries: Mapping[str, Mapping[str, Mapping]]) -> str:
     """Rows of means with their intervals, by name."""
-    columns = ("clip_i", "dino_i", "clip_t")
-    lines = ["| | CLIP-I | DINO-I | CLIP-T |", "|---|---|---|---|"]
-    for name, summary in summaries.items():
-        cells = [_cell(summary[column]) if column in summary else "-" for column in columns]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    columns = {"clip_i": "CLIP-I", "dino_i": "DINO-I", "clip_t": "CLIP-T"}
+    rows = [
+        [name, *(_cell(summary[column]) if column in summary else "-" for column in columns)]
+        for name, summary in summaries.items()
+    ]
+    return table(["", *columns.values()], rows)
 
 
 def _cell(score: Mapping) -> str:

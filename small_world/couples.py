@@ -16,12 +16,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elite.encoding import batches
+from elite.markdown import percent, table
 from elite.pipeline import ElitePipeline
 from elite.sheets import SHEET_ROWS, tile_rows
 from small_world.attributes import verdicts
 from small_world.claims import interval
 from small_world.classifier import Judge
-from small_world.markdown import percent, table
 from small_world.pretrain import to_image
 from small_world.score import Case, make_cases
 from small_world.world import SCENES

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from elite.console import OK, check_least, run, script_parser
 from elite.images import read_image
+from elite.markdown import table
 from elite.masks import Box, find_object
-from small_world.markdown import table
 from small_world.render import Pose, draw
 from small_world.things import find_things, lay_on, read_thing
 from small_world.world import SCENES, random_critter

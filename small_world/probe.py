@@ -22,8 +22,8 @@ from elite.console import OK, check_least, run, script_parser
 from elite.files import check_writable, write_json, write_text
 from elite.images import to_clip_pixels
 from elite.loading import load_parts
+from elite.markdown import percent, table
 from small_world.attributes import right_ones
-from small_world.markdown import percent, table
 from small_world.paths import MODEL
 from small_world.pretrain import image_features
 from small_world.samples import small_pixels, whole_view

@@ -7,9 +7,9 @@ import numpy as np
 from PIL import Image
 
 from elite.files import write_atomically
+from elite.markdown import percent, table
 from elite.sheets import tile_rows
 from small_world.claims import Claim, Verdicts, editability, fidelity, interval, share_right
-from small_world.markdown import percent, table
 from small_world.score import Case
 from small_world.world import PARTS
 

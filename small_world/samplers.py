@@ -21,8 +21,8 @@ import numpy as np
 from elite.console import check_least, run, script_parser
 from elite.files import check_writable, write_text
 from elite.images import read_image
+from elite.markdown import table
 from evaluation.rate import cases_of
-from small_world.markdown import table
 from small_world.paths import REPOSITORY
 
 REFERENCE = ("lms", 100)

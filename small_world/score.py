@@ -22,12 +22,12 @@ from tqdm import tqdm
 
 from elite.encoding import batches
 from elite.loading import load_parts, make_scheduler
+from elite.markdown import percent, table
 from elite.pipeline import ElitePipeline
 from small_world.attributes import judged, right_ones
 from small_world.captions import CLASS_WORD, describe, phrase_of, place, with_article
 from small_world.claims import interval, share_right
 from small_world.classifier import Judge
-from small_world.markdown import percent, table
 from small_world.pretrain import base_pipeline
 from small_world.render import draw
 from small_world.samples import SIDE, small_pixels, whole_view

@@ -100,9 +100,7 @@ def test_pairs_are_their_own_references(tmp_path):
 def test_two_subjects_of_one_name_would_overwrite_their_pictures(tmp_path):
     tiny.save_pairs(tmp_path, 1)
     (tmp_path / "pair0.jpg").write_bytes((tmp_path / "pair0.png").read_bytes())
-    with pytest.raises(
-        ValueError, match=r"pair0\.png: has the name of .*pair0\.jpg"
-    ):
+    with pytest.raises(ValueError, match=r"pair0\.png: has the name of .*pair0\.jpg"):
         read_subjects(tmp_path, {}, "thing")
 
 
