@@ -38,11 +38,12 @@ def main() -> int:
     failures = encode_folder(
         pipe, pairs, output_dir, skip_existing=config.skip_existing, metadata=model_metadata(config)
     )
-    if config.push_to_hub and PartialState().is_main_process:
-        publish_concepts(config, pairs, pipe.fingerprint)
     count = len(pairs) - len(failures)
     done = f"{count} concepts in {output_dir}; look at {output_dir / 'grid.png'} first"
-    return report_failures(failures, len(pairs), "pairs could not be encoded", done)
+    status = report_failures(failures, len(pairs), "pairs could not be encoded", done)
+    if config.push_to_hub and count and PartialState().is_main_process:
+        publish_concepts(config, pairs, pipe.fingerprint)
+    return status
 
 
 if __name__ == "__main__":

@@ -182,6 +182,8 @@ def with_concepts(
     """
     columns = one_hots.transpose(1, 2)[:, None].to(V)  # (R, 1, 77, N)
     free = COLUMNS - len(local)
+    if free < 0:
+        raise ValueError(f"{len(local)} concepts in one prompt; at most {COLUMNS} are possible")
     guided = len(V) - len(columns)  # rows without a local branch
     columns = F.pad(columns, (0, free, 0, 0, 0, 0, guided, 0))  # (B, 1, 77, 8)
     V = torch.cat([V, columns.expand(-1, V.shape[1], -1, -1)], dim=-1)  # (B, h, 77, c + 8)
@@ -247,8 +249,8 @@ def _fused(
     scale: float,
     backend: AttentionBackendName | None,
 ) -> Tensor:
-    """The same by torch's fused kernel, or by that of the backend, which want V as wide as K and no
-    bias."""
+    """The same by torch's fused kernel, or by that of the backend, which wants V as wide as K and
+    no bias."""
     if backend is None or bias is not None or V.shape[-1] != K.shape[-1]:
         return F.scaled_dot_product_attention(Q, K, V, bias, scale=scale)
     Q, K, V = (x.transpose(1, 2) for x in (Q, K, V))  # (B, n, h, c) each
@@ -321,6 +323,7 @@ def install(
     for layer, attn in layers.items():
         K_g, V_g = (_projection(global_mapper, layer, name, attn) for name in ("to_k", "to_v"))
         processor = EliteAttnProcessor(K_g, V_g, attention_norm=attention_norm, layer=layer)
+        processor._attention_backend = getattr(attn.processor, "_attention_backend", None)
         if local_mapper is not None:
             processor.K_l = _projection(local_mapper, layer, "to_k", attn)
             processor.V_l = _projection(local_mapper, layer, "to_v", attn)

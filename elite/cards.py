@@ -69,7 +69,7 @@ It is a part of a pipeline of the package `elite-diffusion` (of SDXL, `EliteXLPi
 ```python
 from elite import ElitePipeline
 
-pipe = ElitePipeline.from_stable_diffusion("STABLE DIFFUSION", {argument}="THIS FOLDER")
+pipe = ElitePipeline.from_stable_diffusion("STABLE DIFFUSION", {arguments})
 ```
 
 ## Data, licence, limits
@@ -168,7 +168,9 @@ def mapper_card(name: str, config: Mapping[str, Any]) -> str:
         front_matter=_front_matter("image-feature-extraction", None),
         name=name,
         what=WHAT.get(name, "A mapping network"),
-        argument="local_mapper" if name == "LocalMapper" else "global_mapper",
+        arguments='global_mapper="ITS GLOBAL MAPPER", local_mapper="THIS FOLDER"'
+        if name == "LocalMapper"
+        else 'global_mapper="THIS FOLDER"',
         attention=len(config["attention"] or {}),
         levels=1 + len(config["hidden_layers"]),
         input_dim=config["input_dim"],

@@ -117,8 +117,8 @@ def call_options(stock_call: Callable) -> set[str]:
 
 
 def check_names(given: Iterable[str], options: Set[str], function: Callable) -> None:
-    """Raises ValueError where a keyword is neither among the options nor a parameter of the
-    function, whose **kwargs have taken it."""
+    """Raises ValueError for a keyword, taken by **kwargs, that is neither an option nor a parameter
+    of the function."""
     known = (options | signature(function).parameters.keys()) - {"args", "kwargs", "self"}
     for name in given:
         if name not in known:
@@ -132,7 +132,7 @@ def texts_per_prompt(
     arguments, with each text once for each prompt and a number of pictures.
 
     Raises:
-        ValueError: no prompt, or a text that is none.
+        ValueError: no prompt, a text that is none, or less than a picture of each.
     """
     prompts, embeds = _texts("prompt", prompt) or [], kwargs.get("prompt_embeds")
     count = len(prompts if embeds is None else embeds)
@@ -140,7 +140,10 @@ def texts_per_prompt(
         raise ValueError("no prompt; pass one, or several")
     texts = {name: _texts(name, kwargs.get(name), count) for name in family.texts}
     each = kwargs.get("num_images_per_prompt")
-    return prompts, count, {**kwargs, **texts, "num_images_per_prompt": 1 if each is None else each}
+    each = 1 if each is None else each
+    if not isinstance(each, int) or each < 1:
+        raise ValueError(f"num_images_per_prompt is {brief(each)}; expected 1 or more")
+    return prompts, count, {**kwargs, **texts, "num_images_per_prompt": each}
 
 
 def _texts(name: str, given: Any, count: int = 1) -> list[str] | None:

@@ -47,7 +47,8 @@ class Concept:
         return 0 if self.feature_tokens is None else self.feature_tokens.shape[1]
 
     def __getitem__(self, row: int) -> "Concept":
-        """One of several objects."""
+        """One of several objects. Raises IndexError where there is no such one."""
+        row = range(len(self))[row]
         return self._changed(lambda part: part[row : row + 1])
 
     def to(self, device: torch.device | str) -> "Concept":

@@ -28,6 +28,7 @@ from elite.named_concepts import (
     Concepts,
     Weights,
     Words,
+    as_weight,
     concepts_by_name,
     latent_regions,
     pick_words,
@@ -161,7 +162,7 @@ class PromptConditioning(DiffusersPipeline):
         for n, (name, row) in enumerate(zip(names, rows, strict=True)):
             if row.feature_tokens is None:
                 continue
-            weight = torch.as_tensor(weights[name], dtype=torch.float32)
+            weight = as_weight(weights[name])
             if weight.numel() not in (1, count):
                 raise ValueError(
                     f"{weight.numel()} lambdas for {count} prompts; pass one, or one per prompt"

@@ -64,7 +64,7 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) 
     try:
         flags = _parse_flags(parser, argv)
         path = flags.pop("config", None)
-        preset = _read_layer(config_class, read_yaml(path), f"{path}: ") if path else {}
+        preset = _read_layer(config_class, read_yaml(path), f"{path}: ") if path is not None else {}
         config = build_config(config_class, preset, _read_layer(config_class, flags, "--"))
         if hasattr(config, "output_dir"):
             check_writable(config.output_dir)

@@ -24,16 +24,17 @@ from elite.data import PairFolder
 from elite.defaults import DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
 from elite.encoding import Entry, batches, columns, progress_bar, read_entries, shown
 from elite.files import check_writable, write_atomically
+from elite.hardware import decodes_in_tiles
 from elite.images import read_image
 from elite.loading import side_in_pixels
 from elite.named_concepts import Words
 from elite.pipeline import Elite, initial_noise, make_generators
-from elite.sheets import SHEET_ROWS, tile_rows
+from elite.sheets import SHEET_COLUMNS, SHEET_ROWS, fit_tile, tile_rows
 from elite.speed import EXACT, Speed
 
 WRITES_WAITING = 64  # pictures kept in memory until they are written
 # Metadata of some pictures, which others must not have.
-OPTIONAL = ("lora", "negative_prompt", "speed", "weights")
+OPTIONAL = ("lora", "negative_prompt", "speed", "tiled", "weights")
 PNG_END = bytes.fromhex("00000000 49454E44 AE426082")
 OnStep = Callable[[Tensor], None]  # is given the latents, (B, C, h, w)
 VERSIONS = {name: version(name) for name in ("diffusers", "transformers", "torch")}
@@ -122,6 +123,7 @@ class Drawing:
             "num_inference_steps": str(self.num_inference_steps),
             "guidance_scale": str(self.guidance_scale),
             "dtype": str(pipe.unet.dtype),
+            **({"tiled": "True"} if decodes_in_tiles(pipe, self.resolution) else {}),
             **({"negative_prompt": self.negative_prompt} if self.negative_prompt else {}),
             **({"speed": str(self.speed)} if self.speed != EXACT else {}),
             **pipe.changed_weights,
@@ -308,10 +310,11 @@ def draw_prompt_grid(
                 for seed, picture in zip(batch, pictures, strict=True):
                     path = output_dir / f"{number:05d}_{seed:05d}.png"
                     write_png(path, picture, {"prompt": prompt, "seed": str(seed), **settings})
-                row += pictures
+                row += map(fit_tile, pictures[: SHEET_COLUMNS - len(row)])
                 progress.update(len(batch))
-            rows.append(row)
-    sheet = tile_rows(rows[:SHEET_ROWS], [f"seed {seed}" for seed in seeds], "; ".join(prompts))
+            rows += [row] if len(rows) < SHEET_ROWS else []
+    names = [f"seed {seed}" for seed in seeds[:SHEET_COLUMNS]]
+    sheet = tile_rows(rows, names, "; ".join(prompts))
     write_atomically(output_dir / "grid.png", sheet.save)
 
 
@@ -349,8 +352,9 @@ def contact_sheet(
     output_dir: Path,
     title: str,
 ) -> Image.Image | None:
-    """The first pairs or concepts that were drawn, with their pictures; None if there is none."""
-    rows = []
+    """The first pairs or concepts of which there are pictures, with the first of these; None if
+    there is none."""
+    rows, seeds = [], seeds[:SHEET_COLUMNS]
     for index in indices[:SHEET_ROWS]:
         drawn = [output_dir / f"{index:05d}_{seed:05d}.png" for seed in seeds]
         drawn = [path for path in drawn if path.exists()]
@@ -360,6 +364,6 @@ def contact_sheet(
             row = shown(folder, index)
         except ValueError:
             continue
-        rows.append([*row, *(Image.fromarray(read_image(path)) for path in drawn)])
+        rows.append([*row, *(fit_tile(Image.fromarray(read_image(path))) for path in drawn)])
     names = [*columns(folder), *(f"seed {seed}" for seed in seeds)]
     return tile_rows(rows, names, title) if rows else None

@@ -1,5 +1,7 @@
 """Concept files as a repository on the hub: a README.md with a picture of each, and the upload."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
@@ -64,11 +66,23 @@ def push_gallery(folder: Path, files: list[Path], repository: str, token: str | 
         CommitOperationAdd(path.relative_to(folder).as_posix(), str(path)) for path in files
     ]
     api = HfApi(token=token)
-    try:
+    with uploading(repository, folder):
         name = api.create_repo(repository, exist_ok=True).repo_id
         return api.create_commit(name, operations, commit_message="Upload concepts").commit_url
+
+
+@contextmanager
+def uploading(repository: str, folder: Path) -> Iterator[None]:
+    """Raises ValueError where an upload in it fails; what it was to upload is in the folder."""
+    try:
+        yield
     except Exception as error:  # whatever the hub and the network raise
         raise ValueError(
             f"{repository}: not uploaded ({first_line(error)}); log in by `hf auth login` or pass "
             f"--hub_token; all files are in {folder}"
         ) from None
+
+
+def repository_of(hub_model_id: str | None, folder: Path | str) -> str:
+    """Where a folder is uploaded to: the repository that was named, else one of its own name."""
+    return hub_model_id or Path(folder).absolute().name

@@ -19,6 +19,11 @@ def decode_in_parts(pipe: DiffusionPipeline) -> None:
     vae.tile_sample_min_size = side_in_pixels(pipe.unet, vae)
 
 
+def decodes_in_tiles(pipe: DiffusionPipeline, resolution: int | None) -> bool:
+    """Whether pictures of this side (None: the model's own) are decoded in tiles."""
+    return pipe.vae.use_tiling and (resolution or 0) > pipe.vae.tile_sample_min_size
+
+
 def offload_in_groups(pipe: DiffusionPipeline, device: torch.device) -> None:
     """Keeps each layer's weights in the computer's memory but for its turn on the device; on CUDA
     the next layer's come while one computes. Pictures stay what they were.

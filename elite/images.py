@@ -86,8 +86,10 @@ def to_mask(image: Image.Image) -> np.ndarray:
         if alpha.min(initial=255) < alpha.max(initial=0):
             return alpha > 0
         return np.any(rgba[..., :3] > 0, axis=2) & (alpha > 0)
+    if image.mode in ("CMYK", "YCbCr", "HSV"):  # where black is not all zeros
+        image = image.convert("RGB")
     values = np.asarray(image)
-    return np.any(values > 0, axis=2) if values.ndim == 3 else values > 0
+    return np.any(values != 0, axis=2) if values.ndim == 3 else values != 0
 
 
 def read_image(
@@ -142,7 +144,7 @@ def as_mask(mask: ImageLike, name: str = "mask") -> np.ndarray:
             f"{name} is {values.dtype} of shape {values.shape}; expected a path, a PIL image, or "
             "numbers of shape (H, W)"
         )
-    return np.any((values > 0).reshape(*values.shape[:2], -1), axis=2)
+    return np.any((values != 0).reshape(*values.shape[:2], -1), axis=2)
 
 
 def fit_mask(mask: np.ndarray, image: np.ndarray, name: str = "mask") -> np.ndarray:

@@ -15,7 +15,7 @@ from elite.concept import Concept, ConceptFolder
 from elite.console import BAD_INPUT, OK, PARTLY_FAILED, complain
 from elite.data import PairFolder
 from elite.drawing import Drawing, draw_prompt_grid
-from elite.gallery import push_gallery, save_gallery
+from elite.gallery import push_gallery, repository_of, save_gallery
 from elite.hardware import (
     FP8,
     compile_blocks,
@@ -79,7 +79,7 @@ def publish_concepts(config: EncodeConfig, pairs: PairFolder, fingerprint: str) 
     """Uploads the concepts of these pairs as a gallery. Raises ValueError where that fails."""
     folder, model = Path(config.output_dir), config.pretrained_model_name_or_path
     files = save_gallery(pairs, folder, fingerprint, model)
-    repository = config.hub_model_id or folder.absolute().name
+    repository = repository_of(config.hub_model_id, folder)
     print(f"uploaded: {push_gallery(folder, files, repository, config.hub_token)}")
 
 

@@ -2,9 +2,9 @@
 weight, and where.
 
 A prompt with regions is read several times: once for where no region is, with all words as they
-are, and once for each region, in which the words of all concepts that have regions are its own. For
-what follows a word in a text carries that word along, so that "a S1 next to a S2", read once, tells
-every place of S1.
+are, and once for each region, in which the words of all concepts that have regions are its own. A
+text encoder carries a word into all that follows it, so that "a S1 next to a S2", read once, would
+tell every place of S1.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -55,6 +55,16 @@ def weights_by_name(
             f"{', '.join(names)}"
         )
     return dict(lambda_)
+
+
+def as_weight(weight: Weights) -> Tensor:
+    """One number, or one per prompt. Raises ValueError where it is something else."""
+    try:
+        return torch.as_tensor(weight, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"lambda_ is {brief(weight)}; expected a number, or one per prompt"
+        ) from None
 
 
 def latent_regions(

@@ -8,6 +8,7 @@ diffusers alone asks for in `compat.py`.
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -138,7 +139,7 @@ class Elite(PromptConditioning):
             ("global_mapper", GlobalMapper, global_mapper),
             ("local_mapper", LocalMapper, local_mapper),
         ):
-            source = inside(model, name) if given is None else given or None
+            source = inside(model, name) if given is None else None if given is False else given
             if isinstance(source, str | Path):
                 source = load_mapper(kind, source, unet, encoder)
             mappers[name] = source
@@ -341,15 +342,16 @@ class Elite(PromptConditioning):
         each = kwargs["num_images_per_prompt"]
         if isinstance(seed, int | np.integer):
             seed = [int(seed) + i for _ in range(prompts) for i in range(each)]
-        seeds = np.atleast_1d(np.asarray(seed)).tolist()
-        if not all(isinstance(seed, int) and -(2**63) <= seed < 2**64 for seed in seeds):
+        given: Any = seed.tolist() if isinstance(seed, np.ndarray | Tensor) else seed
+        seeds: list[Any] = list(given) if isinstance(given, list | tuple | range) else [given]
+        if not all(isinstance(x, Integral) and -(2**63) <= int(x) < 2**64 for x in seeds):
             raise ValueError(f"seed is {brief(seed)}; expected whole numbers of 64 bits")
         if len(seeds) != prompts * each:
             raise ValueError(
                 f"{len(seeds)} seeds for {prompts * each} pictures; pass one, or one per picture"
             )
         height, width = (kwargs.get(side) or self.resolution for side in ("height", "width"))
-        generators = make_generators(seeds)
+        generators = make_generators(list(map(int, seeds)))
         return generators, initial_noise(self, generators, height, width)
 
 

@@ -262,5 +262,7 @@ def locked(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
-        remove_leftovers(folder)
+        for written in (folder, folder / "previews"):
+            if written.is_dir():
+                remove_leftovers(written)
         yield

@@ -2,6 +2,7 @@
 hold the run to."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from elite.files import remove_whole, sha256_of
 
 HASHES = "hashes.json"
+CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")  # and not checkpoint-good-500
 SETTINGS = "config.json"  # in every checkpoint
 # Settings that parts of one run may differ in: they say where, how long and with what it runs, and
 # change what is learned by rounding at most. The product of batch, accumulation and processes is
@@ -124,7 +126,8 @@ class RunState:
         return {**state, "weights": load_file(folder / "weights.safetensors"), "folder": folder}
 
     def restore(self, saved: dict[str, Any]) -> int:
-        """Takes over what `read` gave. Returns the step."""
+        """Takes over what `read` gave. Rates and decays stay those of this run, which may have
+        branched off to others. Returns the step."""
         weights, folder = saved["weights"], saved["folder"]
         if {k: v.shape for k, v in weights.items()} != {
             k: v.shape for k, v in self.trained.items()
@@ -137,20 +140,44 @@ class RunState:
                 parameter.copy_(weights[name])
         if self.parts["ema"] is not None and saved["ema"] is None:
             raise ValueError(f"{folder}: checkpoint without EMA; resume without --ema")
+        if len(saved["optimizer"]["param_groups"]) != len(self.parts["optimizer"].param_groups):
+            raise ValueError(
+                f"{folder}: checkpoint with other weights learning at a rate of their own; resume "
+                "with its --kv_learning_rate, or without if it had none"
+            )
+        states = {**saved, **self._own_rates(saved)}
         for name, part in self.parts.items():
-            if part is not None and saved[name] is not None:
-                part.load_state_dict(saved[name])
+            if part is not None and states[name] is not None:
+                part.load_state_dict(states[name])
         return saved["step"]
+
+    def _own_rates(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """Saved states of optimizer, schedule and EMA, with the rates and decays of this run."""
+        optimizer, schedule, ema = (self.parts[x] for x in ("optimizer", "schedule", "ema"))
+        step = saved["schedule"]["last_epoch"]
+        bases = schedule.base_lrs
+        rates = [x * factor(step) for x, factor in zip(bases, schedule.lr_lambdas, strict=True)]
+        groups = [
+            {**own, "lr": rate, "params": theirs["params"]}
+            for own, rate, theirs in zip(
+                optimizer.param_groups, rates, saved["optimizer"]["param_groups"], strict=True
+            )
+        ]
+        return {
+            "optimizer": {**saved["optimizer"], "param_groups": groups},
+            "schedule": {**saved["schedule"], "base_lrs": bases, "_last_lr": rates},
+            "ema": None if ema is None else {**saved["ema"], "decay": ema.decay},
+        }
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, whole or not, oldest first."""
-    found = [p for p in folder.glob("checkpoint-*") if p.name.split("-")[-1].isdigit()]
+    found = [p for p in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(p.name)]
     return sorted(found, key=_step)
 
 
 def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.split("-")[-1])
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def seal(checkpoint: Path) -> None:

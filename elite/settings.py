@@ -1,7 +1,7 @@
 """The settings of the scripts: a field is a flag of its name and a key of a `--config` file.
 
-`elite/config.py` reads them. Of the modules only `inference.py`, `stages.py` and previews see these
-classes; all others take plain arguments.
+`elite/config.py` reads them. Of the modules only `inference.py`, `stages.py` and the app's and the
+textual inversion's see them; all others take plain arguments.
 """
 
 from dataclasses import dataclass, field
@@ -11,6 +11,7 @@ from elite.defaults import DEFAULT_SAMPLER, DEFAULT_STEPS, GUIDANCE_SCALE, LAMBD
 from elite.speed import RUNGS
 
 PRECISIONS = ("no", "fp16", "bf16")
+MAX_SIDE = 8000  # of pictures; larger ones could not be read again (`images.MAX_PIXELS`)
 METRICS = ("clip", "dino", "attributes")
 PROTOCOLS = ("dreambench",)
 EMBEDDING_FORMATS = ("diffusers", "a1111", "sdxl")
@@ -132,7 +133,9 @@ class FitConfig(ModelFilesConfig):
     dataloader_num_workers: int = setting(
         0, "Processes that prepare samples, per device; 0 means the training process.", at_least=0
     )
-    seed: int = setting(42, "Seed of data order, augmentation and noise.", at_least=0)
+    seed: int = setting(
+        42, "Seed of data order, augmentation and noise.", at_least=0, at_most=2**63 - 1
+    )
 
     save_steps: int = setting(
         500, "Optimiser steps between two checkpoints; 0 means one at the end.", at_least=0
@@ -349,7 +352,7 @@ class DrawConfig(DrawingModelConfig):
         None,
         "Side of the pictures in pixels; None means what the model draws.",
         at_least=8,
-        at_most=8192,
+        at_most=MAX_SIDE,
     )
     batch_size: int = setting(
         1, "Pictures drawn at once; changes no picture.", at_least=1, at_most=10_000
@@ -562,7 +565,10 @@ class EvaluateConfig(WordConfig, LocalConfig, EliteConfig):
     )
     class_word: str = setting("object", "Class word of concepts that the prompts file leaves out.")
     llambda: float = setting(
-        0.6, "Weight of the local features; 0 draws from the words alone.", at_least=0
+        0.6,
+        "Weight of the local features; 0 draws from the words alone.",
+        at_least=0,
+        at_most=1000,
     )
     metrics: list[str] = setting(
         ["attributes"],
@@ -588,9 +594,14 @@ class AppConfig(LocalMapperConfig, ConceptConfig, DrawingModelConfig):
     )
     placeholder_token: str = word_setting(PLACEHOLDER, "The word that stands for the object.")
     resolution: int | None = setting(
-        None, "Side of the pictures in pixels; None means what the model draws.", at_least=8
+        None,
+        "Side of the pictures in pixels; None means what the model draws.",
+        at_least=8,
+        at_most=MAX_SIDE,
     )
-    batch_size: int = setting(1, "Pictures drawn at once; changes no picture.", at_least=1)
+    batch_size: int = setting(
+        1, "Pictures drawn at once; changes no picture.", at_least=1, at_most=10_000
+    )
     sam_name_or_path: str | None = setting(
         None,
         "Folder or hub name of a Segment Anything model that finds the object, as "

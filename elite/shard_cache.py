@@ -77,14 +77,21 @@ class Store(Protocol):
         """The file on this machine, whole, for now. Raises ValueError where it cannot be had."""
 
     def expect(self, files: Sequence[Listed]) -> None:
-        """Says which files are to stay or to be fetched, in the order of need; no others are."""
+        """Names the files to keep or to fetch, in the order of need, in place of those named
+        before."""
 
 
 def read_from(store: Store, file: Listed, read: Callable[[Path], T]) -> T:
     """What `read` makes of a file of a store. Raises ValueError where it cannot be had."""
     for _ in range(EVICTED):
-        with suppress(FileNotFoundError):
+        try:
             return read(store.path(file))
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise ValueError(
+                f"{file.place}: {file.kind} cannot be read ({error.strerror})"
+            ) from None
     raise ValueError(
         f"{file.place}: {file.kind} is gone as soon as it is fetched; give --shard_cache a folder "
         "that no other program empties"
@@ -131,8 +138,8 @@ class Cache:
     """Files of folders or URLs, fetched through fsspec, each checked before it is there.
 
     A file is kept under its hash, so that several datasets may share a cache, and fetched by one
-    process at a time. To make room those used least recently go; of the expected ones, which go for
-    a file that is needed at once alone, those needed last.
+    process at a time. To make room, those used least recently go first. Expected files go only for
+    one that is needed at once, the one needed last first.
 
     Args:
         folder: of the cache.
@@ -155,7 +162,7 @@ class Cache:
         self._asked = threading.Condition()
         self._fetchers: list[threading.Thread] = []
         self._room = threading.Lock()
-        self._locks: defaultdict[Listed, threading.Lock] = defaultdict(threading.Lock)
+        self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # by hash
 
     def _here(self) -> None:
         if self._process != os.getpid():
@@ -166,7 +173,8 @@ class Cache:
         path = self._place(file)
         while True:
             try:
-                os.utime(path)  # so that it is used most recently
+                with suppress(PermissionError):  # of another user, who shares the cache
+                    os.utime(path)  # so that it is used most recently
                 return path
             except FileNotFoundError:
                 self._fetch(file, wait=True)
@@ -198,7 +206,8 @@ class Cache:
 
     def _fetch(self, file: Listed, wait: bool) -> None:
         """Has the file in its place; without `wait`, only if nobody else is at it."""
-        if not self._locks[file].acquire(blocking=wait):
+        lock_here = self._locks[file.sha256]
+        if not lock_here.acquire(blocking=wait):
             return
         try:
             self._check_again(file)
@@ -210,7 +219,7 @@ class Cache:
         except OSError as error:
             self._fail(file, f"{file.kind} cannot be kept in {self.folder} ({error.strerror})")
         finally:
-            self._locks[file].release()
+            lock_here.release()
 
     @contextmanager
     def _held(self, path: Path, wait: bool = True) -> Iterator[bool]:

@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw
 
 TILE = 160  # side of a sheet's pictures in pixels
 HEADER = 18
-SHEET_ROWS = 48  # a longer sheet is no longer looked at
+SHEET_ROWS, SHEET_COLUMNS = 48, 24  # a larger sheet is no longer looked at
 LABEL_WIDTH = 24  # characters that fit into a tile
 
 

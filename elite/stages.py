@@ -15,6 +15,7 @@ from elite.checkpoint import load_mapper
 from elite.config import print_config, to_dict
 from elite.console import Stopped, command_again
 from elite.data import PairFolder
+from elite.gallery import repository_of, uploading
 from elite.images import cut_out
 from elite.loading import (
     DTYPES,
@@ -82,8 +83,9 @@ def publish(config: TrainConfig, objective: EliteObjective) -> None:
         return
     print(f"the trained mapper is in {Path(config.output_dir, objective.learns)}")
     if config.push_to_hub:
-        repository = config.hub_model_id or Path(config.output_dir).name
-        objective.trained.push_to_hub(repository, token=config.hub_token)
+        repository = repository_of(config.hub_model_id, config.output_dir)
+        with uploading(repository, Path(config.output_dir)):
+            objective.trained.push_to_hub(repository, token=config.hub_token)
 
 
 def fit_as_configured(
@@ -156,7 +158,7 @@ def fit_as_configured(
                 ema_decay=config.ema_decay if config.ema else None,
                 preview=preview,
                 validation_steps=0 if config.dry_run else preview_steps,
-                logging_dir=config.logging_dir,
+                logging_dir="logs" if config.dry_run else config.logging_dir,
                 config=to_dict(config),
             )
         except Stopped:

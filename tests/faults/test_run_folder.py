@@ -119,6 +119,27 @@ def test_folder_of_other_settings_is_refused_with_the_keys(tmp_path):
     assert [line["step"] for line in metrics(branch)] == [3]
 
 
+def test_a_branch_learns_at_its_own_rate(tmp_path):
+    """The checkpoint's would stay otherwise, while config.yaml named the new one."""
+    usual = {"lr_scheduler": "linear", "ema_decay": 0.9}
+    train(tmp_path / "a", max_steps=4, learning_rate=1e-2, weight_decay=0.1, **usual)
+    branch = {"max_steps": 4, "resume": str(tmp_path / "a" / "checkpoint-2"), **usual}
+    train(tmp_path / "b", learning_rate=1e-3, **branch)
+    assert [line["lr"] for line in metrics(tmp_path / "b")] == pytest.approx([5e-4, 2.5e-4])
+    train(tmp_path / "c", learning_rate=1e-2, weight_decay=0.1, **branch)
+    assert metrics(tmp_path / "c") == metrics(tmp_path / "a")[2:], "one that changes nothing"
+    others = {"learning_rate": 1e-2, "own_rates": {"linear.bias": 1e-3}}
+    with pytest.raises(ValueError, match="checkpoint-2: checkpoint with other weights learning at"):
+        train(tmp_path / "d", **branch, **others)
+
+
+def test_only_what_is_named_as_a_checkpoint_is_one(tmp_path):
+    train(tmp_path, max_steps=2)
+    shutil.copytree(tmp_path / "checkpoint-1", tmp_path / "checkpoint-good-1")
+    (tmp_path / "checkpoint-\N{SUPERSCRIPT TWO}").mkdir()
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
+
+
 def test_other_number_of_samples_per_step_is_refused(tmp_path):
     train(tmp_path, max_steps=2)
     with pytest.raises(ValueError, match="samples_per_step is 4 there, 8 here"):

@@ -194,6 +194,15 @@ def test_stack():
         Concept.stack([make_concept("f00d"), make_concept("cafe")])
 
 
+def test_objects_are_counted_as_those_of_a_list():
+    concepts = [make_concept(seed=seed) for seed in range(3)]
+    stacked = Concept.stack(concepts)
+    assert [torch.equal(a.words, b.words) for a, b in zip(stacked, concepts, strict=True)]
+    assert torch.equal(stacked[-1].words, concepts[2].words)
+    with pytest.raises(IndexError):
+        stacked[3]
+
+
 def test_objects_of_one_and_of_two_pictures_do_not_stack():
     one = make_concept(seed=1)
     two = Concept.stack([one, make_concept(seed=2)]).as_one()

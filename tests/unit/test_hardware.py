@@ -7,6 +7,7 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 
 from elite.attention import EliteAttnProcessor
+from elite.drawing import Drawing
 from elite.hardware import (
     FP8,
     compile_blocks,
@@ -175,6 +176,13 @@ def test_settings_are_followed(pipe, concept):
     assert pipe.changed_weights == {"weights": "torch.float8_e4m3fn"}
     pipe.scheduler = make_scheduler("dpm++")
     assert draw(pipe, concept=concept).isfinite().all()
+
+
+def test_pictures_of_tiles_say_so(pipe):
+    plain = [Drawing(resolution=side).metadata(pipe) for side in (None, 32, 64)]
+    prepared(pipe, low_memory=True)
+    tiled = [Drawing(resolution=side).metadata(pipe) for side in (None, 32, 64)]
+    assert tiled == [*plain[:2], {**plain[2], "tiled": "True"}]
 
 
 def test_compile_is_followed(pipe, monkeypatch):

@@ -21,6 +21,7 @@ from elite.images import (
     read_mask,
     resize,
     to_clip_pixels,
+    to_mask,
     to_pixels,
 )
 from tests.open_images import (
@@ -105,6 +106,18 @@ def test_any_non_zero_pixel_of_any_mode_is_object(tmp_path, mode):
         image = Image.fromarray(expected.astype(np.uint8) * value).convert(mode)
     image.save(tmp_path / "mask.png")
     np.testing.assert_array_equal(read_mask(tmp_path / "mask.png"), expected)
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "HSV"])
+def test_black_is_black_in_modes_where_it_is_not_all_zeros(mode):
+    expected = np.zeros((6, 8), dtype=bool)
+    expected[1:3, 2:7] = True
+    grey = Image.fromarray(expected.astype(np.uint8) * 255).convert("RGB")
+    np.testing.assert_array_equal(to_mask(grey.convert(mode)), expected)
+
+
+def test_negative_numbers_of_a_mask_are_object():
+    assert as_mask(np.array([[0, -1], [0, 127]], dtype=np.int8)).tolist() == [[False, True]] * 2
 
 
 def test_transparent_mask_pixels_are_not_object(tmp_path):

@@ -587,6 +587,25 @@ def test_one_seed_counts_up_through_the_pictures_of_a_prompt(pipe, concept):
     assert relative(second, alone) < BATCH_TOLERANCE
 
 
+def test_seeds_beside_the_middle_of_64_bits(pipe, concept):
+    """One array of both would be of floats."""
+    seeds = [2**63 - 1, 2**63]
+    both = draw(pipe, ["a S"] * 2, concept=concept, seed=seeds)
+    assert torch.equal(both, draw(pipe, ["a S"] * 2, concept=concept, seed=np.array(seeds, "u8")))
+
+
+def test_a_number_of_pictures_below_one_is_refused(pipe, concept):
+    for number in (0, -1, "2", 1.5):
+        message = complaint(pipe, "a S", concept=concept, num_images_per_prompt=number)
+        assert message == f"num_images_per_prompt is {number!r}; expected 1 or more"
+
+
+@pytest.mark.parametrize("lambda_", ["0.8", None, [0.1, "x"]])
+def test_a_lambda_that_is_no_number_is_refused(pipe, concept, lambda_):
+    message = complaint(pipe, "a S", concept=concept, lambda_=lambda_)
+    assert message == f"lambda_ is {lambda_!r}; expected a number, or one per prompt"
+
+
 @pytest.mark.parametrize("other", ["generator", "latents"])
 def test_a_seed_beside_other_noise_is_refused(pipe, concept, other):
     given = {"generator": torch.Generator(), "latents": torch.zeros(1, 4, 16, 16)}[other]

@@ -1,6 +1,7 @@
 """Training from shards: the order and the samples of the folder they were made of, whatever reads
 them; a cache that keeps its bound; shards that are lost, damaged or hostile."""
 
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from elite import shards as shards_module
 from elite.latents import CachedBoxes, cache_latents
 from elite.open_images import OpenImagesBoxes, OpenImagesFolder, OpenImagesMasks
 from elite.shard_cache import Listed
@@ -430,6 +432,39 @@ def test_only_its_own_files_leave_a_cache(shards, tmp_path):
         source = open_source(server.url, cache=cache, cache_gb=limit / 1e9, window=1)
         source.store.path(source.index.shards[0])
     assert (cache / "thesis.tar").exists() and not old.exists()
+
+
+def test_a_shard_that_cannot_be_read_costs_its_samples_alone(own_shards, shards, monkeypatch):
+    """As on a network's disk that comes and goes."""
+    stream = TrainingStream(
+        OpenImagesBoxes(open_source(own_shards, window=1), resolution=32), seed=0
+    )
+    bad = own_shards / shard_names(own_shards)[1]
+
+    def broken(path, offset, size):
+        if path == bad:
+            raise OSError(errno.EIO, "Input/output error")
+        return read_part(path, offset, size)
+
+    read_part = shards_module._read_part
+    monkeypatch.setattr(shards_module, "_read_part", broken)
+    found = [failure for n in range(len(stream.dataset)) for failure in stream[n]["failures"]]
+    assert {failure.message for failure in found} == {
+        f"{bad}: shard cannot be read (Input/output error)"
+    }
+
+
+def test_a_cache_of_another_user_may_be_read(shards, tmp_path, monkeypatch):
+    with served(shards) as server:
+        source = open_source(server.url, cache=tmp_path / "cache")
+        file = source.index.shards[0]
+        expected = source.store.path(file).read_bytes()
+
+        def refused(path):
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+
+        monkeypatch.setattr(os, "utime", refused)
+        assert source.store.path(file).read_bytes() == expected
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(shards, tmp_path):
