@@ -28,16 +28,16 @@ from benchmarks.ladder import counted_flops
 from benchmarks.models import TEXT_LENGTH, UNET
 from elite.console import OK, check_least, run, script_parser
 from elite.deep_features import deep_features_reused
-from elite.defaults import DEFAULT_SAMPLER, DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA
+from elite.defaults import DEFAULT_SAMPLER, LAMBDA
 from elite.files import check_writable, read_text, write_atomically, write_json, write_text
 from elite.loading import make_scheduler
 from elite.markdown import table
 from elite.speed import RUNGS, Speed, single_knobs
 from small_world.claims import Condition, Interval, Verdicts, fidelity, interval
 from small_world.classifier import Judge, load_judge
+from small_world.flags import add_drawing
 from small_world.methods import Method, Pictures, verdicts
 from small_world.models import digest_weight_files
-from small_world.paths import JUDGE, MODEL
 from small_world.report import contact_sheet
 from small_world.samplers import FAR
 from small_world.score import draw_concepts, gallery, load_pipelines, make_cases
@@ -107,7 +107,7 @@ def speeds(guidance_stops: list[float], deep_everys: list[int]) -> dict[str, Spe
 def counted_work(methods: Mapping[str, Method]) -> dict[str, float]:
     """FLOPs of each speed's first picture, as a share of those of `exact`."""
     flops = {
-        name: counted_flops(partial(method.draw, method.cases[:1]))
+        name: counted_flops(partial(method.draw, method.tasks[:1]))
         for name, method in methods.items()
     }
     return {name: count / flops[EXACT] for name, count in flops.items()}
@@ -162,8 +162,8 @@ def compare(
     full_work: Mapping[str, float],
 ) -> list[Compared]:
     """Every speed beside `exact`, by its pictures, uint8 (N, H, W, 3), and shares of work."""
-    known = gallery(judge, methods[EXACT].cases)
-    found = {name: verdicts(judge, m.cases, drawn[name], known) for name, m in methods.items()}
+    known = gallery(judge, methods[EXACT].tasks)
+    found = {name: verdicts(judge, m.tasks, drawn[name], known) for name, m in methods.items()}
 
     def distances(name: str) -> np.ndarray:
         return np.abs(drawn[name].astype(int) - drawn[EXACT]).mean(axis=(1, 2, 3))
@@ -235,18 +235,12 @@ def summary(one: Compared) -> dict:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = script_parser(__doc__)
-    parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--judge", type=Path, default=JUDGE)
+    add_drawing(parser, 300, "a speed")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quality"))
-    parser.add_argument("--samples", type=int, default=300, help="pictures a speed (default 300)")
     parser.add_argument("--guidance_stop", type=float, nargs="+", default=[], help="more of them")
     parser.add_argument("--deep_every", type=int, nargs="+", default=[], help="more of them")
     parser.add_argument("--lambda_", type=float, default=LAMBDA)
-    parser.add_argument("--num_inference_steps", type=int, default=DEFAULT_STEPS)
-    parser.add_argument("--guidance_scale", type=float, default=GUIDANCE_SCALE)
     parser.add_argument("--scheduler", default=DEFAULT_SAMPLER)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch_size", type=int, default=25)
     parser.add_argument("--ladder", type=Path, help="file of benchmarks.ladder to take work from")
     args = parser.parse_args(argv)
     check_least(args, samples=2, num_inference_steps=1, batch_size=1)

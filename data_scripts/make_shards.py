@@ -4,10 +4,10 @@ URL.
     python data_scripts/make_shards.py SOURCE TARGET [--side 1024] [--shard_mb 256] [--workers 16]
 
 SOURCE is an Open Images folder, or one of pairs NAME.jpg and NAME_bg.png. The tars are those of
-WebDataset: KEY.jpg, KEY.json with the boxes, KEY.mask.N.png. Files are copied as they are, but that
-images with a side of more than --side are made smaller. Interrupted, it goes on with the shards
-that are missing. Exit code 2: nothing could be done; 3: some images could not be read (they are
-listed, the rest is packed). Tars made elsewhere are indexed by data_scripts/index_shards.py.
+WebDataset: KEY.jpg, KEY.json with the boxes, KEY.mask.N.png. Files are copied as they are, except
+that images with a side of more than --side are made smaller. Interrupted, it goes on with the
+shards that are missing. Exit code 2: nothing could be done; 3: some images could not be read (they
+are listed, the rest is packed). Tars made elsewhere are indexed by data_scripts/index_shards.py.
 """
 
 import argparse

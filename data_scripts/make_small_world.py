@@ -8,8 +8,8 @@ The first writes what Open Images V6 has on disk (images/test, segs/test with it
 annotations), with critters that may be trained on alone; with --art every second picture shows a
 thing of these folders instead (PNGs as fetch_art.py leaves them, but for one in six that is held
 out). The folder appears whole or not at all; it depends on count, seed, size and art, not on
-workers. The second writes sixteen critters that nothing was
-trained on, NAME.jpg with NAME_bg.png. Exit code 2: nothing was written.
+workers. The second writes sixteen critters that nothing was trained on, NAME.jpg with NAME_bg.png.
+Exit code 2: nothing was written.
 """
 
 import argparse

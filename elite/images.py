@@ -188,6 +188,12 @@ def to_pixels(image: np.ndarray) -> Tensor:
     return normalise(image, (0.5,) * 3, (0.5,) * 3)
 
 
+def from_pixels(pixels: Tensor) -> np.ndarray:
+    """`to_pixels` backwards, for one or several: (..., 3, H, W) to uint8 (..., H, W, 3)."""
+    values = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
+    return values.movedim(-3, -1).cpu().numpy()
+
+
 def to_clip_pixels(image: np.ndarray) -> Tensor:
     """uint8 (H, W, 3) to float32 (3, H, W) with CLIP's mean and deviation."""
     return normalise(image, CLIP_MEAN, CLIP_STD)

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from elite.families import family_of
-from elite.images import to_pixels
+from elite.images import from_pixels, to_pixels
 from elite.loading import pixels_per_latent
 
 SIDE = 16  # latents a side of the pictures that it is fitted to
@@ -31,7 +31,7 @@ class Preview:
         """Latents (B, C, h, w), noisy or not, as pictures of their size: uint8 (B, h, w, 3)."""
         x = latents.float().cpu().movedim(1, -1)  # (B, h, w, C)
         colours = x @ self.weights[:-1] + self.weights[-1]
-        return ((colours.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
+        return from_pixels(colours.movedim(-1, -3))
 
 
 @torch.no_grad()

@@ -236,8 +236,8 @@ def summarise(rows: Sequence[Mapping]) -> dict[str, dict]:
 
 
 def my_share(cases: Sequence[Case]) -> Sequence[Case]:
-    """The cases of this process of `accelerate launch`, as many as each other's, in one run, so
-    that few subjects are encoded by two processes."""
+    """The cases of this process of `accelerate launch`: equal shares of consecutive ones, so that
+    few subjects are encoded by two processes."""
     state = PartialState()
     size = -(-len(cases) // state.num_processes)
     return cases[state.process_index * size : (state.process_index + 1) * size]

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 
 from elite.console import OK, check_least, quiet_libraries, run, script_parser
 from elite.files import check_writable
-from small_world.paths import JUDGE, MODEL
+from small_world.flags import add_drawing
+from small_world.paths import JUDGE
 from small_world.scale import add_scale, scaled
 
 if TYPE_CHECKING:
@@ -122,12 +123,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     score_parser.add_argument(
         "--report", type=Path, required=True, help="JSON file; the table beside it"
     )
-    _add_drawing(score_parser, samples=500)
+    _add_models(score_parser, samples=500)
     score_parser.set_defaults(act=score)
     couples_parser = commands.add_parser("couples", help="judge two concepts in one picture")
     couples_parser.add_argument("--output_dir", type=Path, default=Path("runs/small_world/couples"))
     couples_parser.add_argument("--llambda", type=float, default=0.8, help="of both local branches")
-    _add_drawing(couples_parser, samples=200)
+    _add_models(couples_parser, samples=200)
     couples_parser.set_defaults(act=couples)
     art_parser = commands.add_parser("art", help="judge things that are no critters")
     art_parser.add_argument("art", type=Path, help="folder of PNGs with transparency")
@@ -135,7 +136,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     art_parser.add_argument(
         "--held_out", action="store_true", help="only what small_world.large never trains on"
     )
-    _add_drawing(art_parser, samples=300)
+    _add_models(art_parser, samples=300)
     art_parser.set_defaults(act=art)
     args = parser.parse_args(arguments)
     if args.act is not train:
@@ -146,16 +147,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _add_drawing(parser: argparse.ArgumentParser, samples: int) -> None:
-    parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--samples", type=int, default=samples, help="pictures a row")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--guidance_scale", type=float, default=5.0)
-    parser.add_argument("--num_inference_steps", type=int, default=20)
-    parser.add_argument("--batch_size", type=int, default=25)
+def _add_models(parser: argparse.ArgumentParser, samples: int) -> None:
+    add_drawing(parser, samples, "a row")
     parser.add_argument("--global_mapper_path", help="None: global_mapper/ in the model folder")
     parser.add_argument("--local_mapper_path", help="None: local_mapper/ in the model folder")
-    parser.add_argument("--judge", type=Path, default=JUDGE, help="folder of the judge")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -38,7 +38,7 @@ CASES = {
     "wider than the picture, 104 %": (0.52, 0),
 }
 
-# Of a case a picture, uint8 (size, size, 3), and the mask of its object, bool (size, size).
+# For a case: a picture, uint8 (size, size, 3), and the mask of its object, bool (size, size).
 Render = Callable[[str, np.random.Generator, int], tuple[np.ndarray, np.ndarray]]
 
 

@@ -1,7 +1,7 @@
 """Ways of drawing the same cases, their pictures in a folder, and what the judge says of them."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,21 +10,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from elite.encoding import batches
 from elite.files import write_atomically
-from elite.images import to_pixels
+from elite.images import from_pixels, to_pixels
 from small_world.claims import Verdicts
 from small_world.classifier import Judge
-from small_world.score import Case, judge_pictures
+from small_world.score import Case, Row, draw_row, judge_pictures
 
 
 @dataclass(frozen=True)
-class Method:
-    """One row of a table."""
+class Method(Row[Case]):
+    """A row whose pictures are kept."""
 
-    name: str
-    cases: list[Case]
-    draw: Callable[[list[Case]], Tensor]  # to pixels (B, 3, H, W) in [-1, 1]
     cost: str | None = None  # which of the table's seconds a new concept takes; None: nothing
 
     @property
@@ -48,10 +44,11 @@ class Pictures:
     def draw(self, methods: Sequence[Method]) -> None:
         """Draws what is not there yet."""
         missing = [method for method in methods if self.find(method) is None]
-        with tqdm(total=sum(len(method.cases) for method in missing), unit="picture") as progress:
+        with tqdm(total=sum(len(method.tasks) for method in missing), unit="picture") as progress:
             for method in missing:
                 progress.set_description(method.name)
-                self._save(method, self._draw(method, progress))
+                pictures = from_pixels(draw_row(method, self.batch_size, progress))
+                self._save(method, pictures)
 
     def find(self, method: Method) -> np.ndarray | None:
         """The method's pictures, uint8 (N, H, W, 3); None where they are not drawn with these
@@ -62,22 +59,13 @@ class Pictures:
         with np.load(path, allow_pickle=False) as file:
             same = str(file["key"]) == self.key
             pictures = file["pictures"]
-        return pictures if same and len(pictures) == len(method.cases) else None
+        return pictures if same and len(pictures) == len(method.tasks) else None
 
     def of(self, method: Method) -> np.ndarray:
         """The same, once they are drawn."""
         pictures = self.find(method)
         assert pictures is not None  # `draw` comes first
         return pictures
-
-    def _draw(self, method: Method, progress: tqdm) -> np.ndarray:
-        """uint8 (N, H, W, 3)."""
-        parts = []
-        for cases in batches(iter(method.cases), self.batch_size):
-            pixels = method.draw(cases).clamp(-1, 1).permute(0, 2, 3, 1)
-            parts.append(((pixels + 1) * 127.5).round().byte().cpu().numpy())
-            progress.update(len(cases))
-        return np.concatenate(parts)
 
     def _save(self, method: Method, pictures: np.ndarray) -> None:
         key = np.array(self.key)

@@ -56,7 +56,7 @@ class ViewsObjective(nn.Module):
     (NT-Xent, Chen et al. 2020) that both are the same one.
 
     Args:
-        width: of the features that `features` gives.
+        width: of the features that `compare` is given.
     """
 
     def __init__(self, width: int, temperature: float = 0.1) -> None:

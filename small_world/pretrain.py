@@ -3,11 +3,11 @@
     python -m small_world.pretrain samples | vae | vae_decoder | image_encoder | base | assemble
     [--work_dir runs/small_world] [--scale 1]
 
-`samples` renders the pretraining set; `vae`, `vae_decoder` (the VAE trained on, its latents as they
-are, so before or after `base`), `image_encoder` and `base` (text encoder and UNet together) train
-with the project's own loop and leave metrics, previews and checkpoints in WORK_DIR/<part>;
-`assemble` writes the parts as fp16 safetensors in diffusers layout to checkpoints/small_world.
-Interrupted parts go on from their last checkpoint.
+`samples` renders the pretraining set; `vae`, `vae_decoder` (trains the VAE's decoder further,
+before or after `base`, since latents stay what they are), `image_encoder` and `base` (text encoder
+and UNet together) train with the project's own loop and leave metrics, previews and checkpoints in
+WORK_DIR/<part>; `assemble` writes the parts as fp16 safetensors in diffusers layout to
+checkpoints/small_world. Interrupted parts go on from their last checkpoint.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModel
 
 from elite.console import OK, Stopped, command_again, run, script_parser
 from elite.files import check_writable, digest_files, write_atomically
-from elite.images import to_clip_pixels
+from elite.images import from_pixels, to_clip_pixels
 from elite.loading import NOISE_SCHEDULE, make_scheduler, stock_pipeline
 from elite.run_state import checkpoints
 from elite.text import tokenize
@@ -39,7 +39,12 @@ from small_world.models import (
     build_vae,
     digest_weight_files,
 )
-from small_world.objectives import BaseModelObjective, ImageEncoderObjective, VAEObjective
+from small_world.objectives import (
+    MAX_WORDS,
+    BaseModelObjective,
+    ImageEncoderObjective,
+    VAEObjective,
+)
 from small_world.paths import MODEL
 from small_world.samples import load_samples, render_samples, small_pixels
 from small_world.scale import add_scale, scaled
@@ -149,7 +154,7 @@ class Latents:
         views, records = load_samples(folder)
         self.input_ids = token_ids(tokenizer, [record["caption"] for record in records])
         concepts = [record["template"].format(record["concept"]) for record in records]
-        self.concept_ids, self.index = tokenize(tokenizer, concepts, "S", num_words=5)
+        self.concept_ids, self.index = tokenize(tokenizer, concepts, "S", num_words=MAX_WORDS)
         encoded = torch.load(cache, weights_only=True) if cache.exists() else {}
         if encoded.get("key") != key:
             encoded = {"key": key, **encode_all(vae, image_encoder, views)}
@@ -295,8 +300,7 @@ def set_scaling_factor(vae: AutoencoderKL, pixels: Tensor) -> None:
 
 def to_image(pixels: Tensor) -> Image.Image:
     """(3, H, W) in [-1, 1] as a picture."""
-    values = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
-    return Image.fromarray(values.permute(1, 2, 0).cpu().numpy())
+    return Image.fromarray(from_pixels(pixels))
 
 
 def train_image_encoder(work_dir: Path, scale: float) -> None:
@@ -364,7 +368,8 @@ def base_pipeline(
 
 def assemble(work_dir: Path, target: Path) -> None:
     """The trained parts in diffusers layout, fp16 safetensors, ready for
-    `ElitePipeline.from_stable_diffusion`. The decoder is the one that was trained on, if any."""
+    `ElitePipeline.from_stable_diffusion`. The decoder is that of `vae_decoder`, if there is
+    one."""
     trained_on = work_dir / "vae_decoder"
     last = trained_on if (trained_on / "vae").is_dir() else work_dir / "vae"
     pipe = base_pipeline(

@@ -5,8 +5,8 @@
 Held-out critters, each read from one picture and drawn in another scene with a part added ("a S
 with wings on the beach"), by every method: class word, full description, all words, w0, w0 with the
 local branch over lambda, textual inversion after some numbers of steps. The judge says what is
-seen. OUTPUT_DIR receives results.md, results.json, curve.png and grid.png. What is drawn already is
-kept, so an interrupted run goes on where it stopped. Exit code 2: bad input.
+seen. OUTPUT_DIR receives results.md, results.json, curve.png, grid.png and grid_new_kinds.png, and
+in drawn/ and inversion/ what an interrupted run goes on from. Exit code 2: bad input.
 """
 
 import argparse
@@ -14,23 +14,17 @@ from pathlib import Path
 
 from elite.console import OK, check_least, quiet_libraries, run, script_parser
 from elite.files import check_writable
-from small_world.paths import JUDGE, MODEL
+from small_world.flags import add_drawing
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
-    parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--judge", type=Path, default=JUDGE)
+    add_drawing(parser, 500, "a method")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/reproduce"))
-    parser.add_argument("--samples", type=int, default=500, help="pictures a method")
     parser.add_argument(
         "--inversions", type=int, default=24, help="concepts for textual inversion; 0 leaves it out"
     )
     parser.add_argument("--inversion_steps", type=int, nargs="+", default=[100, 500, 2000])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--guidance_scale", type=float, default=5.0)
-    parser.add_argument("--num_inference_steps", type=int, default=20)
-    parser.add_argument("--batch_size", type=int, default=25)
     args = parser.parse_args(arguments)
     check_least(args, samples=1, batch_size=1, num_inference_steps=1)
     if not 0 <= args.inversions <= args.samples:

@@ -61,7 +61,7 @@ COLUMNS = ("body", "pattern", "colour", "second", "trim", "parts", "scene", "ide
 @dataclass(frozen=True)
 class Task(ABC):
     """One picture to draw: the scene asked for, and the scene in which the thing's concept is
-    read. What the thing is, `picture` knows."""
+    read. `picture` draws the thing."""
 
     scene: str
     source_scene: str

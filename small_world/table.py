@@ -28,7 +28,7 @@ TIMED = 20  # concepts encoded for the mean time
 
 
 class Table:
-    """All methods on the same held-out critters.
+    """All methods on the same held-out critters, and one on as many critters of new kinds.
 
     Args:
         model: the small world's folder, mappers included.
@@ -131,9 +131,9 @@ class Table:
         rows = {
             method.name: verdicts(
                 judge,
-                method.cases,
+                method.tasks,
                 pictures[method.name],
-                known.get(id(method.cases), known[id(self.cases)]),
+                known.get(id(method.tasks), known[id(self.cases)]),
             )
             for method in self.methods
         }

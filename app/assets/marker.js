@@ -1,8 +1,7 @@
 // Marks an object on a square picture: strokes and a box, by mouse, finger or keyboard.
 // In: props.picture (an image as data URL), props.method, props.clicks (a box may be a mere click).
-// Out: props.value, the JSON that
-// app/marking.py reads, all in shares of the side. `element`, `props`, `trigger` and `watch` are
-// Gradio's.
+// Out: props.value, the JSON that app/marking.py reads, all in shares of the side. `element`, `props`,
+// `trigger` and `watch` are Gradio's.
 const image = element.querySelector("img");
 const canvas = element.querySelector("canvas");
 const width = element.querySelector("input[type=range]");

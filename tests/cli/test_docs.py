@@ -58,6 +58,8 @@ def known_flags(script: str) -> set[str]:
         return set() if "exec" not in source else known_flags(script.replace(".sh", ".py"))
     if settings := make_flags["scripts"]().get(script):
         return {f"--{item.name}" for item in fields(settings)} | {"--config"}
+    if "add_drawing(" in source:
+        source += (REPOSITORY / "small_world/flags.py").read_text(encoding="utf-8")
     return set(re.findall(r'"(--\w+)"', source))
 
 
