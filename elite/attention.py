@@ -323,7 +323,6 @@ def install(
     for layer, attn in layers.items():
         K_g, V_g = (_projection(global_mapper, layer, name, attn) for name in ("to_k", "to_v"))
         processor = EliteAttnProcessor(K_g, V_g, attention_norm=attention_norm, layer=layer)
-        processor._attention_backend = getattr(attn.processor, "_attention_backend", None)
         if local_mapper is not None:
             processor.K_l = _projection(local_mapper, layer, "to_k", attn)
             processor.V_l = _projection(local_mapper, layer, "to_v", attn)
@@ -335,18 +334,24 @@ def install(
         "encoder_hid_dim_type": unet.config.encoder_hid_dim_type,
     }
     for layer, attn in layers.items():
+        processors[layer]._attention_backend = getattr(attn.processor, "_attention_backend", None)
         attn.set_processor(processors[layer])
     unet.encoder_hid_proj = nn.Identity()  # hands `image_embeds` to the processors as they are
     unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
 
 
 def uninstall(unet: UNet2DConditionModel) -> None:
-    """Gives the UNet back as it was before `install`; does nothing on a plain one."""
+    """Gives the UNet back as it was before `install`, but for an attention backend that was set
+    since; does nothing on a plain one."""
     if not is_installed(unet):
         return
     restore = unet._elite_restore
     for layer, attn in cross_attention_layers(unet).items():
-        attn.set_processor(restore["processors"][layer])
+        plain = restore["processors"][layer]
+        backend = getattr(attn.processor, "_attention_backend", None)
+        if backend is not None:  # for the next `install`
+            plain._attention_backend = backend
+        attn.set_processor(plain)
     unet.encoder_hid_proj = restore["encoder_hid_proj"]
     unet.register_to_config(encoder_hid_dim_type=restore["encoder_hid_dim_type"])
     del unet._elite_restore

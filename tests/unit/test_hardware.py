@@ -155,6 +155,20 @@ def test_the_attention_backend_of_diffusers_is_honoured(pipe, concept, monkeypat
     assert isinstance(processor, EliteAttnProcessor) and processor._attention_backend is None
 
 
+def test_a_backend_stays_while_processors_are_exchanged(pipe, tmp_path):
+    def of_a_layer():
+        return pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.processor
+
+    pipe.unet.set_attention_backend("_native_math")
+    try:
+        pipe.install()  # as previews of training do
+        pipe.save_pretrained(tmp_path)  # of the plain UNet, so that ELITE's go and come
+        assert isinstance(of_a_layer(), EliteAttnProcessor)
+        assert of_a_layer()._attention_backend == AttentionBackendName._NATIVE_MATH
+    finally:
+        pipe.unet.reset_attention_backend()
+
+
 # --- as a configuration says ----------------------------------------------------------------------
 
 
