@@ -33,6 +33,8 @@ def main() -> int:
 
     # Learned: the MLPs that give the words w (eq. 3), and K_g, V_g.
     mapper = mapper_to_train(GlobalMapper, config.global_mapper_path, parts, config)
+    if config.crop_to_object:
+        mapper.register_to_config(crop_to_object=True)
 
     # By: mean((eps_hat - eps)^2) + 0.01 mean|w| (eq. 4), with all words in the prompt.
     objective = GlobalObjective(parts, mapper, placeholder_token=config.placeholder_token)

@@ -265,7 +265,8 @@ def main(argv: list[str] | None = None) -> int:
     }
     names = ("lambda_", "scheduler", "samples", "seed")
     weights = digest_weight_files(args.model)
-    settings = {"weights": weights, **{x: getattr(args, x) for x in names}, **drawing}
+    settings = {"weights": weights, "mappers": elite.fingerprint, **drawing}
+    settings |= {name: getattr(args, name) for name in names}
     pictures = Pictures(args.output_dir / "drawn", settings, args.batch_size)
     pictures.draw(list(methods.values()))
     drawn = {name: pictures.of(method) for name, method in methods.items()}

@@ -222,19 +222,32 @@ def patch_mask(masks: Tensor, grid: int) -> Tensor:
     return cells.flatten(2).transpose(1, 2)
 
 
-def object_views(image: np.ndarray, mask: np.ndarray, size: int, grid: int) -> dict[str, Tensor]:
+def object_box(mask: np.ndarray) -> tuple[slice, slice]:
+    """Rows and columns of the object of a mask, (H, W), that is not empty."""
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+
+
+def object_views(
+    image: np.ndarray, mask: np.ndarray, size: int, grid: int, crop_to_object: bool = False
+) -> dict[str, Tensor]:
     """The views ELITE encodes a concept from (paper section 3).
 
     Args:
         image: uint8 (H, W, 3).
-        mask: bool (H, W).
+        mask: bool (H, W), not empty.
         size: side of the CLIP input in pixels.
         grid: side of the CLIP patch grid.
+        crop_to_object: whether the box of the object is seen alone, as in training; see
+            `mappers.Mapper`.
 
     Returns:
         `clip_pixels` and `object_pixels`, float32 (3, size, size), the picture and the object alone
         on black, both CLIP-normalised; `patch_mask`, float32 (grid * grid, 1).
     """
+    if crop_to_object:
+        box = object_box(mask)
+        image, mask = image[box], mask[box]
     return {
         "clip_pixels": to_clip_pixels(resize(image, size, size)),
         "object_pixels": to_clip_pixels(resize(cut_out(image, mask), size, size)),

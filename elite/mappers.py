@@ -92,6 +92,9 @@ class Mapper(Carded, ModelMixin, ConfigMixin):
         hidden_layers: the CLIP hidden states that follow the last one; they make levels 1, 2, ...
         attention: {layer name: output width of its to_k and to_v}; empty for a mapper without K and
             V.
+        crop_to_object: of a global mapper: whether pictures are read cropped to the boxes of their
+            objects, as training shows them. Deviation: the release reads whole pictures, whose
+            objects are then smaller than any that it was trained on.
     """
 
     @register_to_config
@@ -102,6 +105,7 @@ class Mapper(Carded, ModelMixin, ConfigMixin):
         hidden_dim: int = 1024,
         hidden_layers: Sequence[int] = HIDDEN_LAYERS,
         attention: dict[str, int] | None = None,
+        crop_to_object: bool = False,
     ) -> None:
         super().__init__()
         for level in range(1 + len(hidden_layers)):
@@ -234,8 +238,10 @@ def words_and_tokens(
 
 
 def fingerprint_of(*mappers: Mapper | None) -> str:
-    """A short name for the weights of mappers, which ties concepts to them."""
-    return digest_weights(*(mapper.state_dict() for mapper in mappers if mapper is not None))[:16]
+    """A short name for the weights of mappers and how they read, which ties concepts to them."""
+    there = [mapper for mapper in mappers if mapper is not None]
+    read = [{"crop_to_object": torch.ones(1)} for mapper in there if mapper.config.crop_to_object]
+    return digest_weights(*(mapper.state_dict() for mapper in there), *read)[:16]
 
 
 def _mlp(input_dim: int, hidden_dim: int, output_dim: int) -> nn.Sequential:

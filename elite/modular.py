@@ -65,7 +65,9 @@ class EncodeConcept(ModularPipelineBlocks):
         config = components.image_encoder.config
         pixels = as_image(block.image)
         grid = config.image_size // config.patch_size
-        views = object_views(pixels, fit_mask(as_mask(block.mask), pixels), config.image_size, grid)
+        mask = fit_mask(as_mask(block.mask), pixels)
+        crop = components.global_mapper.config.crop_to_object
+        views = object_views(pixels, mask, config.image_size, grid, crop)
         device = components._execution_device
         words, tokens = words_and_tokens(
             components.image_encoder,

@@ -216,6 +216,7 @@ class Elite(PromptConditioning):
             fit_mask(as_mask(mask, name), pixels, name),
             self.image_encoder.config.image_size,
             self.grid,
+            self.global_mapper.config.crop_to_object,
         )
         if self.local_mapper is not None and not views["patch_mask"].any():
             note(

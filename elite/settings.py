@@ -231,6 +231,11 @@ class TrainGlobalConfig(TrainConfig):
         "Learning rate of K and V, which read all other words, too; None means the same.",
         above=0,
     )
+    crop_to_object: bool = setting(
+        False,
+        "Write into the mapper that pictures are to be read cropped to their objects, as training "
+        "shows them; the release reads whole ones.",
+    )
     cache_latents: str | None = setting(
         None,
         "Folder of data_scripts/cache_latents.py with the VAE's latents, or its URL, fetched into "

@@ -13,13 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from elite.config import read_yaml
 from elite.data import Pair, PairFolder, is_picture, pair_of, pictures_in
 from elite.files import digest_files, read_text
-from elite.images import read_image
+from elite.images import object_box, read_image
 from elite.wording import brief, note
 
 KINDS = ("object", "living")
@@ -56,8 +55,7 @@ class Subject:
             pair = pair_of(path)
             if cropped and pair.mask_path.exists():
                 image, mask = pair.read()
-                rows, columns = np.nonzero(mask)
-                image = image[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+                image = image[object_box(mask)]
             else:
                 image = read_image(path)
             pictures.append(Image.fromarray(image))

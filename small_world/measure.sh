@@ -5,7 +5,7 @@
 #   bash small_world/measure.sh score couples    these parts alone
 #   ART=FOLDER bash small_world/measure.sh art    of what data_scripts/fetch_art.py left in FOLDER
 #
-# Everything lands in a folder of runs/measured that is named after the weights; what took long and is
+# Everything lands in a folder of runs/measured that is named after weights and configs; what took long and is
 # there already is kept. PYTHON chooses the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,9 +14,10 @@ python=${PYTHON:-python}
 run=runs/measured/$("$python" - <<'PYTHON'
 from pathlib import Path
 
-from small_world.models import digest_weight_files
+from elite.files import digest_files
 
-print(digest_weight_files(Path("checkpoints")))
+files = [path for path in Path("checkpoints").rglob("*") if path.suffix in (".safetensors", ".json")]
+print(digest_files(*sorted(files)))
 PYTHON
 )
 results=benchmarks/results

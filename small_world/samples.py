@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elite.files import write_text
-from elite.images import to_pixels
+from elite.images import object_box, to_pixels
 from small_world.bodies import profile
 from small_world.captions import fill, phrase_of, place, random_noun, random_template
 from small_world.render import draw
@@ -45,11 +45,8 @@ CHUNK = 250  # samples per rendering task
 
 def crop_box(mask: np.ndarray, pad: int) -> tuple[slice, slice]:
     """Rows and columns of the object, padded inside the picture."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return (
-        slice(max(rows[0] - pad, 0), rows[-1] + 1 + pad),
-        slice(max(columns[0] - pad, 0), columns[-1] + 1 + pad),
-    )
+    rows, columns = (slice(max(x.start - pad, 0), x.stop + pad) for x in object_box(mask))
+    return rows, columns
 
 
 def _resize(image: np.ndarray, side: int) -> np.ndarray:

@@ -63,6 +63,7 @@ class Table:
         self.inverted = self.cases[:inversions]
         self.settings = {
             "weights": digest_weight_files(model),
+            "mappers": self.elite.fingerprint,
             "samples": samples,
             "seed": seed,
             "prompts": "scene and edit",

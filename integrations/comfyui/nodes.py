@@ -95,7 +95,8 @@ class EncodeConcept:
             if doubtful := doubt(object_mask):
                 note(f"mask: {doubtful}")
             grid = config.image_size // config.patch_size
-            views.append(object_views(pixels, object_mask, config.image_size, grid))
+            crop = elite.global_mapper.config.crop_to_object
+            views.append(object_views(pixels, object_mask, config.image_size, grid, crop))
         stacked = {key: torch.stack([view[key] for view in views]) for key in views[0]}
         encoder: Any = elite.image_encoder
         words, tokens = words_and_tokens(

@@ -1,5 +1,7 @@
 """`train_global.py` and its own flags."""
 
+import json
+
 import pytest
 from safetensors.torch import load_file
 
@@ -7,7 +9,9 @@ from tests.conftest import run_script
 from tests.open_images import make_open_images
 
 
-@pytest.mark.parametrize(("flags", "kv_step"), [((), 1e-3), (("--kv_learning_rate", "1e-5"), 1e-5)])
+@pytest.mark.parametrize(
+    ("flags", "kv_step"), [((), 1e-3), (("--kv_learning_rate", "1e-5", "--crop_to_object"), 1e-5)]
+)
 def test_k_and_v_learn_at_their_own_rate(
     flags, kv_step, model_folder, mapper_folder, tmp_path, capsys
 ):
@@ -21,6 +25,8 @@ def test_k_and_v_learn_at_their_own_rate(
         *("--learning_rate", "1e-3", "--adam_weight_decay", "0", *flags),
     )
     assert status == 0
+    config = json.loads((tmp_path / "global_mapper" / "config.json").read_text())
+    assert config["crop_to_object"] is ("--crop_to_object" in flags)
     said = f"the trained mapper is in {tmp_path / 'global_mapper'}\n"
     assert capsys.readouterr().out.endswith(said)
     file = "diffusion_pytorch_model.safetensors"

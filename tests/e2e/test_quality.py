@@ -15,6 +15,7 @@ from benchmarks.models import TEXT_LENGTH, UNET
 from benchmarks.quality import Compared, work_at_full_size, work_of_ladder
 from elite.deep_features import deep_features_reused
 from elite.speed import RUNGS, Speed, single_knobs
+from small_world import methods
 from small_world.methods import Pictures
 from small_world.world import ATTRIBUTES
 
@@ -59,11 +60,11 @@ def test_pictures_are_of_the_same_noise(folder):
 def test_a_second_run_draws_what_is_new_alone(folder, monkeypatch):
     drawn = []
 
-    def draw(self, method, _):
+    def draw(method, batch_size, progress):
         drawn.append(method.name)
-        return np.zeros((3, 32, 32, 3), np.uint8)
+        return torch.zeros(3, 3, 32, 32)
 
-    monkeypatch.setattr(Pictures, "_draw", draw)
+    monkeypatch.setattr(methods, "draw_row", draw)
     monkeypatch.setattr(Pictures, "_save", lambda *_: None)
     with pytest.raises(AssertionError):  # as nothing was saved
         quality.main([*SMALL, "--deep_every", "4", "--output_dir", str(folder)])

@@ -5,10 +5,11 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from small_world import reproduce
+from small_world import methods, reproduce
 from small_world.methods import Pictures
 from small_world.paths import MODEL
 from small_world.table import LAMBDAS, NEW_KINDS, Table
@@ -56,7 +57,7 @@ def test_words_were_learned_further(folder):
 
 def test_a_second_run_draws_nothing_anew(folder, monkeypatch):
     results = (folder / "results.md").read_text()
-    monkeypatch.setattr(Pictures, "_draw", lambda *_: pytest.fail("drawn again"))
+    monkeypatch.setattr(methods, "draw_row", lambda *_: pytest.fail("drawn again"))
     assert reproduce.main([*SMALL, "--output_dir", str(folder)]) == 0
     again = (folder / "results.md").read_text()
     assert [line.split("|")[1:11] for line in again.splitlines()] == [
@@ -67,7 +68,7 @@ def test_a_second_run_draws_nothing_anew(folder, monkeypatch):
 def test_other_settings_draw_anew(folder, monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        Pictures, "_draw", lambda self, method, _: drawn.append(method.name) or self.find(method)
+        methods, "draw_row", lambda row, *_: drawn.append(row.name) or torch.zeros(1, 3, 32, 32)
     )
     monkeypatch.setattr(Pictures, "_save", lambda *_: None)
     monkeypatch.setattr(Table, "report", lambda *_: "")

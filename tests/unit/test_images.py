@@ -15,6 +15,7 @@ from elite.images import (
     cut_out,
     doubt,
     fit_mask,
+    object_box,
     object_views,
     patch_mask,
     read_image,
@@ -204,6 +205,12 @@ def test_top_left_pixel_of_a_cell_decides():
     mask = torch.zeros(8, 8, dtype=torch.bool)
     mask[0, 0] = mask[5, 5] = True  # corner of cell (0, 0); inside cell (1, 1), not its corner
     assert patch_mask(mask[None, None], 2).flatten().tolist() == [1, 0, 0, 0]
+
+
+def test_the_box_of_an_object_is_tight():
+    mask = np.zeros((40, 60), dtype=bool)
+    mask[10, 15] = mask[29, 44] = True
+    assert object_box(mask) == (slice(10, 30), slice(15, 45))
 
 
 def test_object_views_agree_with_each_other(picture):

@@ -97,7 +97,7 @@ def test_they_are_gone_before_the_vae_decodes(pipe, concept, monkeypatch, watche
         made.extend(weakref.ref(part.K) for part in found.values())
         return found
 
-    monkeypatch.setattr("elite.pipeline.keys_values", noted)
+    monkeypatch.setattr("elite.conditioning.keys_values", noted)
     options = {"callback_on_step_end": watch} if watched else {}
     with pipe.vae.decoder.register_forward_pre_hook(
         lambda *_: alive.append(sum(kept() is not None for kept in made))

@@ -33,6 +33,18 @@ def test_blocks_draw_what_the_pipeline_draws(pipe, concept):
     assert not torch.equal(other, expected)
 
 
+def test_blocks_crop_as_the_mapper_asks(pipe):
+    pipe.global_mapper.register_to_config(crop_to_object=True)
+    try:
+        image, mask = tiny.picture(0)
+        concept = pipe.encode_concept(image, mask)
+        expected = draw(pipe, PROMPT, concept=concept, negative_prompt="blurry")
+        drawn = modular_of(pipe, EliteBlocks())(image=image, mask=mask, output="latents", **GIVEN)
+    finally:
+        pipe.global_mapper.register_to_config(crop_to_object=False)
+    assert torch.equal(drawn, expected)
+
+
 def test_a_concept_takes_the_place_of_its_block(pipe, concept):
     blocks = EliteBlocks()
     blocks.sub_blocks.pop("concept")

@@ -11,8 +11,9 @@ from PIL import Image
 from elite import Concept, ElitePipeline
 from elite.attention import local_inputs
 from elite.defaults import DEFAULT_SAMPLER, DEFAULT_STEPS
-from elite.images import object_views
+from elite.images import object_box, object_views
 from elite.loading import SCHEDULERS, load_parts, make_scheduler
+from elite.mappers import fingerprint_of
 from elite.named_concepts import pick_words
 from elite.settings import SAMPLERS
 from elite.text import encode_text
@@ -204,6 +205,24 @@ def test_batch_of_views_encodes_as_single_pictures(pipe, concepts):
     expected = Concept.stack(concepts)
     torch.testing.assert_close(together.words, expected.words)
     torch.testing.assert_close(together.feature_tokens, expected.feature_tokens)
+
+
+def test_a_mapper_may_ask_for_the_object_alone(pipe):
+    """The box of the mask, stretched to a square as crops are in training."""
+    image, mask = tiny.picture(1)
+    cropped = pipe.encode_concept(image[object_box(mask)], mask[object_box(mask)])
+    whole = pipe.encode_concept(image, mask)
+    mappers = pipe.global_mapper, pipe.local_mapper
+    before = fingerprint_of(*mappers)
+    pipe.global_mapper.register_to_config(crop_to_object=True)
+    try:
+        found = pipe.encode_concept(image, mask)
+        assert fingerprint_of(*mappers) != before, "concepts of both must not be mixed"
+    finally:
+        pipe.global_mapper.register_to_config(crop_to_object=False)
+    assert torch.equal(found.words, cropped.words)
+    assert torch.equal(found.feature_tokens, cropped.feature_tokens)
+    assert relative(found.words, whole.words) > 1e-3
 
 
 def test_sizes_are_given_by_name(pipe, concept):

@@ -84,6 +84,7 @@ def test_scores_of_an_earlier_run_are_not_taken_for_those_of_this_one(tmp_path, 
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(samplers.subprocess, "run", evaluate)
+    monkeypatch.setattr(samplers, "cases_of", lambda folder: [])
     args = argparse.Namespace(work_dir=tmp_path, num_images=1, batch_size=1, llambda=0.6)
     found = evaluated("dpm++", 20, args)
     assert found.scores == REFERENCE.scores and found.steps == 20
