@@ -152,8 +152,9 @@ def equation_6(
 ) -> Tensor:
     """Eq. 6 of the paper for queries Q (B, h, q, c), what they read, a scale s and what is added to
     the scores of the text. Returns (B, h, q, c)."""
-    # V_g has one-hots of the placeholders beside it: there comes out what each query pays them.
-    out = _attend(Q, read.K, read.V, bias, s, backend)  # softmax(Q K_g^T s) V_g: (B, h, q, c + 8)
+    # With a local branch V_g has one-hots of the placeholders beside it: there comes out what each
+    # query pays them.
+    out = _attend(Q, read.K, read.V, bias, s, backend)  # softmax(Q K_g^T s) V_g: (B, h, q, c [+ 8])
     if read.local:
         rows = slice(-len(read.local[0].K), None)  # the R conditional ones
         paid = out[rows, ..., -COLUMNS:]  # softmax(Q K_g^T s) in the columns S: (R, h, q, 8)

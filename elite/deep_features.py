@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_map_only
 def deep_features_reused(
     unet: UNet2DConditionModel, runs_whole: Callable[[int], bool]
 ) -> Iterator[None]:
-    """Within it, the inner modules of this UNet (and of no other) run at some of its calls alone,
-    its outermost layer at each; so calls are the steps of one generation. Afterwards the UNet is
+    """Within it, the inner modules of this UNet (and of no other) run only at some of its calls,
+    its outermost layer at every one; a call is a step of one generation. Afterwards the UNet is
     as it was.
 
     A call may have fewer rows than the one before: they are taken to be its last ones.

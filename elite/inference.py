@@ -1,5 +1,5 @@
-"""What encode.py and the inference scripts share: a configuration's pipeline, the objects it names,
-how they are drawn, and the report of what failed."""
+"""What the scripts that encode or draw share: a configuration's pipeline, the objects it names, how
+they are drawn, and the report of what failed."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence

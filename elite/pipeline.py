@@ -179,8 +179,9 @@ class Elite(PromptConditioning):
         mask: ImageLike | Sequence[ImageLike],
         name: str = "mask",
     ) -> Concept:
-        """Reads one object: picture and mask to words and feature tokens (paper section 3). Warns
-        where the mask looks inverted or is all object.
+        """Reads one object: picture and mask to words and feature tokens (paper section 3); the box
+        of the mask alone where the global mapper's config says `crop_to_object`. Warns where the
+        mask looks inverted or is all object.
 
         Args:
             image: file, PIL image, or uint8 (H, W, 3); or a list of pictures of the same object,

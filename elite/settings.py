@@ -34,9 +34,9 @@ LR_SCHEDULERS = (
 def setting(default: Any, help: str, **checks: Any) -> Any:
     """A field with a default: `help` is one sentence for the user.
 
-    Checks: `choices` (a tuple), `at_least`, `above`, `below` (numbers), `pattern` (a regular
-    expression for the whole text) with `expected` (its description). `secret` fields are never
-    printed nor saved; the default of a `shipped` field is found in the repository from any
+    Checks: `choices` (a tuple), `at_least`, `at_most`, `above`, `below` (numbers), `pattern` (a
+    regular expression for the whole text) with `expected` (its description). `secret` fields are
+    never printed nor saved; the default of a `shipped` field is found in the repository from any
     working directory.
     """
     metadata = {"help": help, **checks}
