@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -163,9 +164,10 @@ def test_encode_uploads_a_gallery(tmp_path, hub, whole_model, pairs, capsys):
 
 
 def test_a_gallery_that_is_refused_is_one_line(tmp_path, hub, whole_model, pairs, capsys):
-    given = ("--pretrained_model_name_or_path", whole_model, "--test_data_dir", pairs)
+    own = shutil.copytree(pairs, tmp_path / "pairs")
+    (own / "pair1_bg.png").write_bytes(b"no picture")
+    given = ("--pretrained_model_name_or_path", whole_model, "--test_data_dir", own)
     given += ("--output_dir", tmp_path / "c", "--mixed_precision", "no", "--device", "cpu")
-    (pairs / "pair1_bg.png").write_bytes(b"no picture")
     assert run_script("encode.py", *given, "--push_to_hub", "--hub_model_id", "a/b/c") == 2
     assert "pair1_bg.png: not a readable image" in capsys.readouterr().err, "told before"
     assert run_script("encode.py", *given, "--push_to_hub", "--hub_model_id", "a/b/c") == 2
