@@ -50,6 +50,24 @@ def word_setting(default: str, help: str) -> Any:
     return setting(default, help, pattern=r"\S+", expected="one word")
 
 
+def side_setting() -> Any:
+    """The size of what is drawn."""
+    text = "Side of the pictures in pixels; None means what the model draws."
+    return setting(None, text, at_least=8, at_most=MAX_SIDE)
+
+
+def batch_setting() -> Any:
+    """How many pictures are drawn at once."""
+    text = "Pictures drawn at once; changes no picture."
+    return setting(1, text, at_least=1, at_most=10_000)
+
+
+def image_encoder_setting() -> Any:
+    """What reads the pictures of objects."""
+    text = "CLIP vision tower; None means image_encoder/ in the model folder, "
+    return setting(None, text + "else openai/clip-vit-large-patch14.")
+
+
 def required(help: str) -> Any:
     """A field that the YAML file or a flag has to give."""
     return field(metadata={"help": help})
@@ -191,11 +209,7 @@ class TrainConfig(HubConfig, FitConfig):
     tokenizer_name: str | None = setting(
         None, "Tokenizer folder or hub name; None means the model's own."
     )
-    image_encoder_name_or_path: str | None = setting(
-        None,
-        "CLIP vision tower; None means image_encoder/ in the model folder, "
-        "else openai/clip-vit-large-patch14.",
-    )
+    image_encoder_name_or_path: str | None = image_encoder_setting()
     placeholder_token: str = word_setting(
         PLACEHOLDER, "The word that stands for the object in captions."
     )
@@ -353,26 +367,15 @@ class DrawConfig(DrawingModelConfig):
         None, "What pictures should not show; works by guidance, so with guidance_scale above 1."
     )
     scheduler: str = setting(DEFAULT_SAMPLER, "Sampler; lms is the release's.", choices=SAMPLERS)
-    resolution: int | None = setting(
-        None,
-        "Side of the pictures in pixels; None means what the model draws.",
-        at_least=8,
-        at_most=MAX_SIDE,
-    )
-    batch_size: int = setting(
-        1, "Pictures drawn at once; changes no picture.", at_least=1, at_most=10_000
-    )
+    resolution: int | None = side_setting()
+    batch_size: int = batch_setting()
 
 
 @dataclass(kw_only=True)
 class ConceptConfig(ModelConfig):
     """What all scripts that encode pictures share."""
 
-    image_encoder_name_or_path: str | None = setting(
-        None,
-        "CLIP vision tower; None means image_encoder/ in the model folder, "
-        "else openai/clip-vit-large-patch14.",
-    )
+    image_encoder_name_or_path: str | None = image_encoder_setting()
     global_mapper_path: str | None = setting(
         None, "Trained global mapper; None means the model folder's own."
     )
@@ -598,15 +601,8 @@ class AppConfig(LocalMapperConfig, ConceptConfig, DrawingModelConfig):
         "test_datasets", "Folder of NAME.jpg and NAME_bg.png pairs, the examples.", shipped=True
     )
     placeholder_token: str = word_setting(PLACEHOLDER, "The word that stands for the object.")
-    resolution: int | None = setting(
-        None,
-        "Side of the pictures in pixels; None means what the model draws.",
-        at_least=8,
-        at_most=MAX_SIDE,
-    )
-    batch_size: int = setting(
-        1, "Pictures drawn at once; changes no picture.", at_least=1, at_most=10_000
-    )
+    resolution: int | None = side_setting()
+    batch_size: int = batch_setting()
     sam_name_or_path: str | None = setting(
         None,
         "Folder or hub name of a Segment Anything model that finds the object, as "
