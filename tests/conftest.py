@@ -138,3 +138,8 @@ def concept(pipe) -> Concept:
 def parts(model_folder: Path) -> dict:
     """What the model folder holds, loaded; the test's own."""
     return load_parts(model_folder)
+
+
+@pytest.fixture
+def concepts(pipe) -> list[Concept]:
+    return [pipe.encode_concept(*tiny.picture(seed)) for seed in (1, 2, 3)]

@@ -7,12 +7,40 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
 from pathlib import Path
+
+import pytest
+import torch
 
 from data_scripts.index_shards import index_shards, write_index
 from data_scripts.make_shards import open_packed, pack
+from elite.open_images import OpenImagesBoxes, OpenImagesMasks
+from elite.stream import stream_loader
 
 SHARD_BYTES = 40_000  # two pictures or so
+ALL = 1000  # more shards than there are
+SIZES = {"resolution": 32, "clip_size": 28}
+STAGES = {
+    "boxes": lambda source: OpenImagesBoxes(source, **SIZES),
+    "masks": lambda source: OpenImagesMasks(source, latent_size=8, **SIZES),
+}
+both = pytest.mark.parametrize("stage", STAGES)
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    return all(
+        torch.equal(a[key], b[key]) if torch.is_tensor(a[key]) else a[key] == b[key] for key in a
+    )
+
+
+def take(stream, count, **options):
+    return list(islice(stream_loader(stream, **options), count))
+
+
+def shard_of_row(dataset):
+    return dataset.source.images["shard"][dataset.image_ids]
 
 
 def make_shards(source: Path, target: Path, side: int | None = None) -> Path:

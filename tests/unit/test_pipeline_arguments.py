@@ -1,0 +1,141 @@
+"""Arguments of ElitePipeline that are none: one line that says what was expected."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests import tiny
+from tests.tiny import draw
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"prompt": "a S \udcff"}, {"negative_prompt": "\ud83d"}],
+    ids=lambda given: next(iter(given)),
+)
+def test_halves_of_characters_are_refused(pipe, concept, given):
+    with pytest.raises(ValueError, match="none of Unicode"):
+        draw(pipe, concept=concept, **given)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda image: image / 255.0, r"image is float64 of shape \(40, 40, 3\); expected a path"),
+        (lambda image: image[..., [0, 1, 2, 0]], r"image is uint8 of shape \(40, 40, 4\)"),
+        (lambda image: image[..., 0], r"image is uint8 of shape \(40, 40\); .* uint8 of shape"),
+        (lambda image: None, r"image is object of shape \(\)"),
+    ],
+)
+def test_arrays_that_are_no_pictures_are_refused(pipe, change, message):
+    image, mask = tiny.picture(0)
+    with pytest.raises(ValueError, match=message):
+        pipe.encode_concept(change(image), mask)
+
+
+@pytest.mark.parametrize("shape", [(40,), (40, 40, 2), (1, 40, 40, 3), (0, 40)])
+def test_arrays_that_are_no_masks_are_refused(pipe, concept, shape):
+    with pytest.raises(ValueError, match=r"corgi is float64 of shape \(.*expected a path"):
+        pipe.encode_concept(tiny.picture(0)[0], np.ones(shape), name="corgi")
+    assert "region of S is" in complaint(
+        pipe, "a S", concept=concept, regions={"S": np.ones(shape)}
+    )
+
+
+@pytest.mark.parametrize("mask", ["empty", "other shape"])
+def test_bad_masks_are_refused(pipe, mask):
+    image, good = tiny.picture(0)
+    bad = np.zeros_like(good) if mask == "empty" else np.ones((40, 20), bool)
+    message = "no object pixel" if mask == "empty" else "mask is 20 x 40, its image 40 x 40"
+    with pytest.raises(ValueError, match=f"corgi: .*{message}"):
+        pipe.encode_concept(image, bad, name="corgi")
+
+
+THREE = ["a S"] * 3
+
+
+def complaint(pipe, prompt, **options) -> str:
+    with pytest.raises(ValueError) as caught:
+        draw(pipe, prompt, **options)
+    return str(caught.value)
+
+
+def test_wrong_prompts_and_counts_are_refused(pipe, concept, concepts):
+    assert "no placeholder" in complaint(pipe, "a photo", concept=concept)
+    assert "2 times the placeholder" in complaint(pipe, "S and S", concept=concept)
+    assert "too long" in complaint(pipe, "a " * 80 + "S", concept=concept)
+    assert "too long" in complaint(pipe, "a " * 74 + "S", concept=concept, words="all")
+    assert "3 concepts for 2 prompts" in complaint(pipe, THREE[:2], concept=concepts)
+    assert "2 lambdas for 3 prompts" in complaint(
+        pipe, THREE, concept=concepts, lambda_=[0.1, 0.2], seed=[3, 4, 5]
+    )
+    assert "2 seeds for 3 pictures" in complaint(pipe, THREE, concept=concepts, seed=[1, 2])
+    assert "word 3 does not exist" in complaint(pipe, "a S", concept=concept, words=3)
+    assert "word ALL does not exist" in complaint(pipe, "a S", concept=concept, words="ALL")
+    assert "concept is 5; expected" in complaint(pipe, "a S", concept=5)
+    assert "concepts are [1]; expected" in complaint(pipe, "a S", concepts=[1])
+    assert "an empty list of concepts" in complaint(pipe, "a S", concept=[])
+    for options in ({}, {"concept": concept}, {"seed": None}):
+        for nothing in ([], (), None):
+            assert complaint(pipe, nothing, **options) == "no prompt; pass one, or several"
+    assert "prompt is 5; expected" in complaint(pipe, 5)
+    assert "negative_prompt is [1]; expected" in complaint(pipe, "a S", negative_prompt=[1])
+    given = pipe.condition("a S", concept)
+    for name in ("prompt_embeds", "ip_adapter_image_embeds"):
+        told = complaint(pipe, "a S", concept=concept, **{name: given[name]})
+        assert told == f"{name}: a concept goes with prompt alone; leave {name} out"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lamda_", "lamda_: unknown argument; did you mean lambda_?"),
+        ("guidance_scal", "guidance_scal: unknown argument; did you mean guidance_scale?"),
+        ("callbacks", "callbacks: unknown argument; did you mean callback?"),
+        ("xyzzy", "xyzzy: unknown argument"),
+        ("kwargs", "kwargs: unknown argument"),
+        (
+            "ip_adapter_image",
+            "ip_adapter_image: not taken; pass what encode_concept makes of it",
+        ),
+    ],
+)
+def test_unknown_arguments_are_refused(pipe, concept, name, message):
+    """Diffusers' **kwargs swallow them."""
+    assert complaint(pipe, "a S", concept=concept, **{name: 0.3}) == message
+
+
+def test_unknown_arguments_of_condition_are_refused(pipe, concept):
+    with pytest.raises(ValueError, match=r"lamda_: unknown argument; did you mean lambda_\?"):
+        pipe.condition("a S", concept=concept, lamda_=0.3)
+
+
+def test_seeds_beside_the_middle_of_64_bits(pipe, concept):
+    """One array of both would be of floats."""
+    seeds = [2**63 - 1, 2**63]
+    both = draw(pipe, ["a S"] * 2, concept=concept, seed=seeds)
+    assert torch.equal(both, draw(pipe, ["a S"] * 2, concept=concept, seed=np.array(seeds, "u8")))
+
+
+def test_a_number_of_pictures_below_one_is_refused(pipe, concept):
+    for number in (0, -1, "2", 1.5):
+        message = complaint(pipe, "a S", concept=concept, num_images_per_prompt=number)
+        assert message == f"num_images_per_prompt is {number!r}; expected 1 or more"
+
+
+@pytest.mark.parametrize("lambda_", ["0.8", None, [0.1, "x"]])
+def test_a_lambda_that_is_no_number_is_refused(pipe, concept, lambda_):
+    message = complaint(pipe, "a S", concept=concept, lambda_=lambda_)
+    assert message == f"lambda_ is {lambda_!r}; expected a number, or one per prompt"
+
+
+@pytest.mark.parametrize("other", ["generator", "latents"])
+def test_a_seed_beside_other_noise_is_refused(pipe, concept, other):
+    given = {"generator": torch.Generator(), "latents": torch.zeros(1, 4, 16, 16)}[other]
+    message = complaint(pipe, "a S", concept=concept, **{other: given})
+    assert message == f"seed and {other} are both given; leave one of them out"
+
+
+@pytest.mark.parametrize("seed", [1.5, "one", [None], 2**70])
+def test_seeds_that_are_none_are_refused(pipe, concept, seed):
+    assert "expected whole numbers" in complaint(pipe, "a S", concept=concept, seed=seed)
