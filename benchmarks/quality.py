@@ -40,7 +40,7 @@ from small_world.methods import Method, Pictures, verdicts
 from small_world.models import digest_weight_files
 from small_world.report import contact_sheet
 from small_world.samplers import FAR
-from small_world.score import draw_concepts, gallery, load_pipelines, make_cases
+from small_world.score import draw_concepts, gallery, load_elite, make_cases
 
 EXACT = "exact"
 SCORES: dict[str, Callable[[Verdicts], np.ndarray]] = {
@@ -252,9 +252,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     judge, compared_speeds = load_judge(args.judge), speeds(args.guidance_stop, args.deep_every)
     of_ladder = None if args.ladder is None else work_of_ladder(args.ladder, compared_speeds)
-    _, elite = load_pipelines(args.model)
-    if elite is None:
-        raise ValueError(f"{args.model}: has no global_mapper/; train ELITE first")
+    elite = load_elite(args.model)
     elite.scheduler = make_scheduler(args.scheduler, elite.scheduler.config)
     cases = make_cases(args.samples, "held out", args.seed)
     drawing = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale")}

@@ -113,7 +113,7 @@ def sheet(tasks: list[ArtTask], pictures: dict[str, Tensor]) -> Image.Image:
 
 
 def art_rows(
-    base: StableDiffusionPipeline, elite: ElitePipeline | None, tasks: list[ArtTask], **options
+    base: StableDiffusionPipeline, elite: ElitePipeline, tasks: list[ArtTask], **options
 ) -> list[Row[ArtTask]]:
     """The thing itself in the scene, through the VAE, another thing in its place, and ELITE."""
     other = {task: tasks[(i + 1) % len(tasks)] for i, task in enumerate(tasks)}
@@ -122,8 +122,6 @@ def art_rows(
         Row("the same through the VAE", tasks, partial(draw_through_vae, base)),
         Row("another thing", tasks, partial(draw_renders, shown_for=other.__getitem__)),
     ]
-    if elite is not None:
-        draw = partial(draw_concepts, elite, **options)
-        rows.append(Row("ELITE, all words", tasks, partial(draw, 0.0, words="all")))
-        rows += [Row(f"ELITE, lambda {x}", tasks, partial(draw, x)) for x in LAMBDAS]
-    return rows
+    draw = partial(draw_concepts, elite, **options)
+    rows.append(Row("ELITE, all words", tasks, partial(draw, 0.0, words="all")))
+    return rows + [Row(f"ELITE, lambda {x}", tasks, partial(draw, x)) for x in LAMBDAS]

@@ -44,17 +44,24 @@ def train(args: argparse.Namespace) -> None:
 def score(args: argparse.Namespace) -> None:
     from elite.files import write_json, write_text
     from small_world.classifier import load_judge
-    from small_world.score import load_pipelines, markdown, score_model
+    from small_world.score import load_base, load_elite, markdown, score_model
 
     judge = load_judge(args.judge)
-    base, elite = load_pipelines(args.model, args.global_mapper_path, args.local_mapper_path)
-    if elite is None:
+    if args.global_mapper_path or (args.model / "global_mapper").is_dir():
+        elite = load_elite(args.model, args.global_mapper_path, args.local_mapper_path)
+    else:
+        elite = None
         print(f"{args.model}: has no global_mapper/, so ELITE is left out")
     options = {
         name: getattr(args, name) for name in ("guidance_scale", "num_inference_steps", "seed")
     }
     scores = score_model(
-        judge, base, elite, samples=args.samples, batch_size=args.batch_size, **options
+        judge,
+        load_base(args.model),
+        elite,
+        samples=args.samples,
+        batch_size=args.batch_size,
+        **options,
     )
     about = {"model": str(args.model), "scheduler": "dpm++", "samples": args.samples}
     write_json(args.report, {**about, **options, "rows": scores})
@@ -65,11 +72,9 @@ def score(args: argparse.Namespace) -> None:
 def couples(args: argparse.Namespace) -> None:
     from small_world.classifier import load_judge
     from small_world.couples import halves_of, make_couples, markdown, score_couples, sheet
-    from small_world.score import load_pipelines
+    from small_world.score import load_elite
 
-    _, elite = load_pipelines(args.model, args.global_mapper_path, args.local_mapper_path)
-    if elite is None:
-        raise ValueError(f"{args.model}: has no global_mapper/; pass --global_mapper_path")
+    elite = load_elite(args.model, args.global_mapper_path, args.local_mapper_path)
     options = {name: getattr(args, name) for name in ("guidance_scale", "num_inference_steps")}
     pairs = make_couples(args.samples, args.seed)
     judge = load_judge(args.judge).to(elite.device)
@@ -84,10 +89,11 @@ def couples(args: argparse.Namespace) -> None:
 def art(args: argparse.Namespace) -> None:
     from small_world.art import ASKED, art_rows, make_art_tasks, score_art, sheet
     from small_world.classifier import load_judge
-    from small_world.score import load_pipelines, markdown
+    from small_world.score import load_base, load_elite, markdown
 
     tasks = make_art_tasks(args.art, args.samples, args.seed, args.held_out or None)
-    base, elite = load_pipelines(args.model, args.global_mapper_path, args.local_mapper_path)
+    base = load_base(args.model)
+    elite = load_elite(args.model, args.global_mapper_path, args.local_mapper_path)
     options = {name: getattr(args, name) for name in ("guidance_scale", "num_inference_steps")}
     rows = art_rows(base, elite, tasks, **options)
     judge = load_judge(args.judge).to(base.device)

@@ -426,23 +426,28 @@ def _cell(score: dict) -> str:
     return percent(score["accuracy"], *score["interval"]) if score["total"] else "-"
 
 
-def load_pipelines(
-    model: Path, global_mapper: str | None = None, local_mapper: str | None = None
-) -> tuple[StableDiffusionPipeline, ElitePipeline | None]:
-    """The stock pipeline and ELITE's (None without mappers), each with models of its own."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def load_base(model: Path) -> StableDiffusionPipeline:
+    """The stock pipeline."""
     parts = load_parts(model)
     base = base_pipeline(parts["vae"], parts["text_encoder"], parts["tokenizer"], parts["unet"])
-    base.set_progress_bar_config(disable=True)
-    elite = None
-    if global_mapper or (model / "global_mapper").is_dir():
-        elite = ElitePipeline.from_stable_diffusion(
-            model, global_mapper=global_mapper, local_mapper=local_mapper
-        )
-        elite.scheduler = make_scheduler("dpm++", elite.scheduler.config)
-        elite.set_progress_bar_config(disable=True)
-        elite.to(device)
-    return base.to(device), elite
+    return _ready(base)
+
+
+def load_elite(
+    model: Path, global_mapper: str | None = None, local_mapper: str | None = None
+) -> ElitePipeline:
+    """ELITE with models of its own. Raises ValueError where the model has no mappers and none are
+    given."""
+    elite = ElitePipeline.from_stable_diffusion(
+        model, global_mapper=global_mapper, local_mapper=local_mapper
+    )
+    elite.scheduler = make_scheduler("dpm++", elite.scheduler.config)
+    return _ready(elite)
+
+
+def _ready(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def score_model(

@@ -16,7 +16,8 @@ from small_world.score import (
     draw_concepts,
     draw_prompts,
     gallery,
-    load_pipelines,
+    load_base,
+    load_elite,
     make_cases,
     with_edits,
 )
@@ -54,9 +55,7 @@ class Table:
         **drawing,  # num_inference_steps, guidance_scale
     ) -> None:
         self.model, self.folder = model, folder
-        self.base, self.elite = load_pipelines(model)
-        if self.elite is None:
-            raise ValueError(f"{model}: has no global_mapper/; train ELITE first")
+        self.base, self.elite = load_base(model), load_elite(model)
         self.drawing, self.inversion_steps = drawing, inversion_steps
         self.cases = with_edits(make_cases(samples, "held out", seed))
         self.new_kinds = with_edits(make_cases(samples, "new kinds", seed))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from small_world import score
 from small_world.attributes import verdicts
 from small_world.classifier import Judge, JudgeObjective, disturbed, load_judge
+from small_world.judge import main as judge_main
 from small_world.score import (
     COLUMNS,
     GALLERY_VIEWS,
@@ -27,7 +28,8 @@ from small_world.score import (
     draw_renders,
     gallery,
     judge_pictures,
-    load_pipelines,
+    load_base,
+    load_elite,
     make_cases,
     markdown,
     same_colours,
@@ -370,7 +372,13 @@ def tiny_model(tmp_path_factory) -> Path:
 def test_score_of_a_tiny_model_has_every_row(tiny_model):
     options = {"guidance_scale": 5.0, "num_inference_steps": 1}
     scores = score_model(
-        tiny_judge(), *load_pipelines(tiny_model), samples=2, seed=0, batch_size=2, **options
+        tiny_judge(),
+        load_base(tiny_model),
+        load_elite(tiny_model),
+        samples=2,
+        seed=0,
+        batch_size=2,
+        **options,
     )
     assert list(scores) == [
         "renders of held-out critters",
@@ -412,7 +420,7 @@ def test_cases_do_not_begin_as_training_renders_do():
 
 
 def test_pictures_do_not_depend_on_the_batch(tiny_model):
-    base, elite = load_pipelines(tiny_model)
+    base, elite = load_base(tiny_model), load_elite(tiny_model)
     cases = make_cases(2, "held out", 0)
     for draw_cases in (
         partial(draw_prompts, base, lambda case: case.prompt, num_inference_steps=1),
@@ -424,17 +432,24 @@ def test_pictures_do_not_depend_on_the_batch(tiny_model):
 
 
 def test_without_masks_the_scene_is_read_too(tiny_model):
-    _, elite = load_pipelines(tiny_model)
+    elite = load_elite(tiny_model)
     draw = partial(draw_concepts, elite, 1.0, make_cases(1, "held out", 0), num_inference_steps=1)
     assert not torch.equal(draw(masked=False), draw())
 
 
-def test_model_without_mappers_has_no_elite(tiny_model):
+def test_model_without_mappers_is_scored_without_elite(tiny_model, tmp_path, capsys):
     (tiny_model / "global_mapper").rename(tiny_model / "kept")
+    report = tmp_path / "score.json"
+    settings = ["--samples", "1", "--num_inference_steps", "1", "--report", str(report)]
     try:
-        assert load_pipelines(tiny_model)[1] is None
+        judge_main(["score", "--model", str(tiny_model), *settings])
+        with pytest.raises(ValueError, match="has no global_mapper/"):
+            load_elite(tiny_model)
     finally:
         (tiny_model / "kept").rename(tiny_model / "global_mapper")
+    assert "has no global_mapper/, so ELITE is left out" in capsys.readouterr().out
+    rows = json.loads(report.read_text())["rows"]
+    assert "base model, class word" in rows and not any("ELITE" in name for name in rows)
 
 
 # --- the shipped one ------------------------------------------------------------------------------
