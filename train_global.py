@@ -53,13 +53,7 @@ def main() -> int:
     kv_rate = config.kv_learning_rate
     own_rates = {f"_to_{part}.weight": kv_rate for part in "kv"} if kv_rate is not None else None
     fit_as_configured(
-        config,
-        objective,
-        dataset,
-        parts,
-        preview,
-        config.validation_steps,
-        own_rates=own_rates,
+        config, objective, dataset, parts, preview, config.validation_steps, own_rates=own_rates
     )
     publish(config, objective)
     return OK

@@ -186,9 +186,7 @@ def build_elite(parts: dict[str, Any]) -> Elite:
     return pipe
 
 
-def build_stock(
-    parts: dict[str, Any],
-) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+def build_stock(parts: dict[str, Any]) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
     """The stock pipeline over those of the parts that it has."""
     others = ("image_encoder", "global_mapper", "local_mapper")
     pipe = stock_pipeline({name: part for name, part in parts.items() if name not in others})

@@ -36,15 +36,7 @@ from elite.data import PICTURES
 from elite.files import check_writable
 from elite.images import read_mask
 from elite.shard_cache import Listed
-from elite.shards import (
-    INDEX,
-    LONGEST_NAME,
-    key_of,
-    list_file,
-    save_index,
-    shards_in,
-    table_type,
-)
+from elite.shards import INDEX, LONGEST_NAME, key_of, list_file, save_index, shards_in, table_type
 from elite.wording import brief
 
 MOST_JSON = 2**22  # bytes of a KEY.json

@@ -29,13 +29,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
 
-from data_scripts.index_shards import (
-    Contents,
-    in_parallel,
-    index_shards,
-    labels_of_masks,
-    report,
-)
+from data_scripts.index_shards import Contents, in_parallel, index_shards, labels_of_masks, report
 from elite.console import add_set_name, add_workers, check_least, run, script_parser
 from elite.data import PairFolder
 from elite.files import (

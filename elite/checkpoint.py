@@ -25,10 +25,7 @@ WIDEST, MOST_LAYERS = 16_384, 1024  # of a mapper that is worth building
 
 
 def load_mapper(
-    cls: type[M],
-    path: Path | str,
-    unet: UNet2DConditionModel,
-    image_encoder: CLIPVisionModel,
+    cls: type[M], path: Path | str, unet: UNet2DConditionModel, image_encoder: CLIPVisionModel
 ) -> M:
     """A mapper from our folder (safetensors + config.json), a hub name, or a release `.pt` state
     dict.

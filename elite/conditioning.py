@@ -9,14 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elite.attention import (
-    COLUMNS,
-    KeysValues,
-    is_installed,
-    keys_values,
-    local_inputs,
-    visibility,
-)
+from elite.attention import COLUMNS, KeysValues, is_installed, keys_values, local_inputs, visibility
 from elite.compat import CONDITION_OPTIONS, DiffusersPipeline, check_names, text_options
 from elite.concept import Concept
 from elite.defaults import GUIDANCE_SCALE, LAMBDA, PLACEHOLDER

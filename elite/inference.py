@@ -24,11 +24,7 @@ from elite.hardware import (
     order_channels_last,
     store_in_fp8,
 )
-from elite.loading import (
-    DTYPES,
-    image_encoder_sizes,
-    make_scheduler,
-)
+from elite.loading import DTYPES, image_encoder_sizes, make_scheduler
 from elite.lora import fuse_loras
 from elite.named_concepts import Words
 from elite.pipeline import Elite
@@ -136,9 +132,7 @@ def prepare_to_draw(pipe: DiffusionPipeline, config: DrawingModelConfig) -> None
 
 
 def load_pipeline(
-    config: ConceptConfig,
-    local_mapper: str | Literal[False] | None = None,
-    encodes: bool = True,
+    config: ConceptConfig, local_mapper: str | Literal[False] | None = None, encodes: bool = True
 ) -> Elite:
     """The pipeline of a configuration's models, to be placed.
 
@@ -161,9 +155,7 @@ def load_pipeline(
 
 
 def build_pipeline(
-    config: EliteConfig,
-    local_mapper: str | Literal[False] | None = None,
-    encodes: bool = True,
+    config: EliteConfig, local_mapper: str | Literal[False] | None = None, encodes: bool = True
 ) -> Elite:
     """`load_pipeline` with the sampler of the configuration, ready to draw."""
     pipe = load_pipeline(config, local_mapper, encodes)

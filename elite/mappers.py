@@ -44,9 +44,7 @@ def clip_levels(
 
 
 def clip_levels_of_views(
-    image_encoder: CLIPVisionModel,
-    views: Sequence[Tensor],
-    hidden_layers: Sequence[Sequence[int]],
+    image_encoder: CLIPVisionModel, views: Sequence[Tensor], hidden_layers: Sequence[Sequence[int]]
 ) -> list[list[Tensor]]:
     """`clip_levels` of several batches of pictures in one pass, each with hidden layers of its
     own."""
@@ -230,9 +228,7 @@ def words_and_tokens(
     if local_mapper is None:
         return global_mapper(clip_levels(image_encoder, clip_pixels, layers)), None
     levels, object_levels = clip_levels_of_views(
-        image_encoder,
-        [clip_pixels, object_pixels],
-        [layers, local_mapper.config.hidden_layers],
+        image_encoder, [clip_pixels, object_pixels], [layers, local_mapper.config.hidden_layers]
     )
     return global_mapper(levels), local_mapper(object_levels, patch_mask)
 

@@ -35,10 +35,7 @@ from elite.pipeline import initial_noise, make_generators
 from elite.text import encode_text, read_prompt, spell_out, tokenize
 
 Step = tuple[ModularPipeline, PipelineState]
-MAPPERS = [
-    ComponentSpec("global_mapper", GlobalMapper),
-    ComponentSpec("local_mapper", LocalMapper),
-]
+MAPPERS = [ComponentSpec("global_mapper", GlobalMapper), ComponentSpec("local_mapper", LocalMapper)]
 FINGERPRINT = ConfigSpec("fingerprint", None, "ties concepts to the mappers; None computes it")
 
 

@@ -29,9 +29,7 @@ Weights = float | Sequence[float]  # one, or one per prompt
 
 
 def concepts_by_name(
-    concept: ConceptLike | Sequence[ConceptLike] | None,
-    concepts: Concepts | None,
-    placeholder: str,
+    concept: ConceptLike | Sequence[ConceptLike] | None, concepts: Concepts | None, placeholder: str
 ) -> Concepts:
     """Concepts by placeholder, whichever way they were given."""
     if concept is None:

@@ -25,18 +25,9 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion_xl import StableDiffusionXLPipelineOutput
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from torch import Tensor
-from transformers import (
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    CLIPVisionModel,
-)
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModel
 
-from elite.attention import (
-    AttentionNorm,
-    install,
-    uninstall,
-)
+from elite.attention import AttentionNorm, install, uninstall
 from elite.checkpoint import load_mapper
 from elite.compat import (
     call_options,
@@ -49,21 +40,11 @@ from elite.concept import Concept
 from elite.conditioning import Conditioning, PromptConditioning, contexts_of, local_of_prompts
 from elite.deep_features import deep_features_reused
 from elite.defaults import DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
-from elite.families import (
-    SDXL,
-    STABLE_DIFFUSION,
-    family_of,
-)
+from elite.families import SDXL, STABLE_DIFFUSION, family_of
 from elite.images import ImageLike, as_image, as_mask, doubt, fit_mask, object_views
 from elite.loading import inside, load_parts, pixels_per_latent
 from elite.mappers import GlobalMapper, LocalMapper, fingerprint_of, words_and_tokens
-from elite.named_concepts import (
-    ConceptLike,
-    Concepts,
-    Weights,
-    Words,
-    concepts_by_name,
-)
+from elite.named_concepts import ConceptLike, Concepts, Weights, Words, concepts_by_name
 from elite.speed import Speed, speed_of
 from elite.wording import brief, note
 

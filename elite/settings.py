@@ -573,10 +573,7 @@ class EvaluateConfig(WordConfig, LocalConfig, EliteConfig):
     )
     class_word: str = setting("object", "Class word of concepts that the prompts file leaves out.")
     llambda: float = setting(
-        0.6,
-        "Weight of the local features; 0 draws from the words alone.",
-        at_least=0,
-        at_most=1000,
+        0.6, "Weight of the local features; 0 draws from the words alone.", at_least=0, at_most=1000
     )
     metrics: list[str] = setting(
         ["attributes"],

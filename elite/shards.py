@@ -89,10 +89,7 @@ def table_type(name: str, width: int = 1) -> np.dtype:
 
 
 def save_index(
-    folder: Path,
-    shards: Sequence[Listed],
-    tables: Mapping[str, np.ndarray],
-    kind: Kind = SHARDS,
+    folder: Path, shards: Sequence[Listed], tables: Mapping[str, np.ndarray], kind: Kind = SHARDS
 ) -> None:
     """Writes tables and index of the shards in a folder.
 

@@ -17,13 +17,7 @@ from elite.console import Stopped, command_again
 from elite.data import PairFolder
 from elite.gallery import repository_of, uploading
 from elite.images import cut_out
-from elite.loading import (
-    DTYPES,
-    load_parts,
-    make_scheduler,
-    pixels_per_latent,
-    side_for_training,
-)
+from elite.loading import DTYPES, load_parts, make_scheduler, pixels_per_latent, side_for_training
 from elite.mappers import Mapper
 from elite.named_concepts import Words
 from elite.objectives import DenoisingObjective, EliteObjective

@@ -258,7 +258,4 @@ def _reduce(
     both = torch.cat([torch.stack(means), flags.to(means[0])])
     reduced = accelerator.reduce(both, reduction="mean").tolist()
     anywhere = [value > 0 for value in reduced[len(means) :]]
-    return (
-        dict(zip(logs[0], reduced, strict=False)),
-        dict(zip(happened, anywhere, strict=True)),
-    )
+    return (dict(zip(logs[0], reduced, strict=False)), dict(zip(happened, anywhere, strict=True)))

@@ -109,10 +109,7 @@ def judge_claims(rows: Mapping[str, Verdicts], lambdas: Sequence[float]) -> list
         ),
         Claim(
             "lambda trades editability for fidelity",
-            [
-                more(fidelity, "fidelity", high, low),
-                more(editability, "editability", low, high),
-            ],
+            [more(fidelity, "fidelity", high, low), more(editability, "editability", low, high)],
         ),
     ]
     inverted = [name for name in rows if name.startswith("textual inversion")]

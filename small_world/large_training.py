@@ -17,13 +17,7 @@ from transformers import CLIPVisionModel
 from elite.loading import NOISE_SCHEDULE
 from small_world.captions import place, with_article
 from small_world.large import Size
-from small_world.mixed import (
-    MixedWorld,
-    base_batch,
-    image_encoder_batch,
-    seen_by_vae,
-    vae_batch,
-)
+from small_world.mixed import MixedWorld, base_batch, image_encoder_batch, seen_by_vae, vae_batch
 from small_world.models import build_image_encoder, build_text_encoder, build_unet, build_vae
 from small_world.objectives import BaseModelObjective, ImageEncoderObjective, VAEObjective
 from small_world.pretrain import (

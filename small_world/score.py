@@ -286,11 +286,7 @@ def elite_rows(
     ]
     faithful = partial(concepts, LAMBDAS[0])
     rows += [
-        Row(
-            f"ELITE, lambda {LAMBDAS[0]}, of {n} pictures",
-            held_out,
-            partial(faithful, pictures=n),
-        )
+        Row(f"ELITE, lambda {LAMBDAS[0]}, of {n} pictures", held_out, partial(faithful, pictures=n))
         for n in PICTURES
     ]
     rows.append(

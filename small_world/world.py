@@ -40,16 +40,7 @@ SCENES = {
 }
 BODIES = ("round", "square", "drop", "pear", "cloud", "star", "heart", "cone", "diamond", "peanut")
 PATTERNS = ("solid", "striped", "dotted", "patched", "dipped", "checked")
-TOPS = (
-    "none",
-    "cat ears",
-    "bunny ears",
-    "bear ears",
-    "horns",
-    "antennae",
-    "leaf",
-    "droopy ears",
-)
+TOPS = ("none", "cat ears", "bunny ears", "bear ears", "horns", "antennae", "leaf", "droopy ears")
 SIDES = ("none", "arms", "wings", "fins", "handle")
 BOTTOMS = ("none", "two legs", "four legs", "wheels")
 TAILS = ("none", "long tail", "fluffy tail", "fan tail", "zigzag tail")

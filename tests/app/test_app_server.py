@@ -12,14 +12,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from app.server import (
-    BodyLimit,
-    check_exposure,
-    is_loopback,
-    private_files,
-    read_auth,
-    serve,
-)
+from app.server import BodyLimit, check_exposure, is_loopback, private_files, read_auth, serve
 from tests.conftest import run_script
 
 

@@ -239,10 +239,7 @@ def test_concept_files_that_do_not_fit(studio, concepts, tmp_path):
     one = concepts[0]
     bad = {
         "mappers": (replace(one, fingerprint="other"), "made by other mappers"),
-        "wide": (
-            replace(one, words=one.words.repeat(1, 1, 2)),
-            "wide.*: words or feature tokens",
-        ),
+        "wide": (replace(one, words=one.words.repeat(1, 1, 2)), "wide.*: words or feature tokens"),
         "long": (replace(one, words=one.words.repeat(1, 2, 1)), "concept of other sizes"),
         "several": (Concept.stack(concepts), "holds 2 objects"),
     }

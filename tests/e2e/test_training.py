@@ -206,12 +206,7 @@ def test_same_seed_same_run_other_seed_other_run(train_global, tmp_path):
 
 
 def test_latest_checkpoint_continues_bit_for_bit(train, tmp_path):
-    options = {
-        "lr_scheduler": "cosine",
-        "lr_warmup_steps": 2,
-        "save_steps": 2,
-        "ema_decay": 0.9,
-    }
+    options = {"lr_scheduler": "cosine", "lr_warmup_steps": 2, "save_steps": 2, "ema_decay": 0.9}
     whole = train(tmp_path / "whole", max_steps=4, **options)
     train(tmp_path / "parts", max_steps=4, **options)  # stopped between steps 2 and 3:
     (tmp_path / "parts" / "checkpoint-4" / "training_state.pt").unlink()

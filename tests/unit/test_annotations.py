@@ -10,17 +10,8 @@ import pytest
 
 from data_scripts.keep_downloaded import main as keep_downloaded
 from elite.annotations import load_mask_boxes, read_boxes, save_mask_boxes
-from elite.open_images import (
-    OpenImagesBoxes,
-    OpenImagesMasks,
-)
-from tests.open_images import (
-    Record,
-    boxes_folder,
-    draw_object,
-    make_open_images,
-    write_image,
-)
+from elite.open_images import OpenImagesBoxes, OpenImagesMasks
+from tests.open_images import Record, boxes_folder, draw_object, make_open_images, write_image
 
 SIZES = {"resolution": 32, "clip_size": 28}
 

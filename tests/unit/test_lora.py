@@ -173,8 +173,7 @@ def test_files_of_diffusers_are_read(pipe, whole_model, concept, files, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("ending", "weight"),
-    [("", 1.0), (":0.5", 0.5), (":-1", -1.0), (":.25", 0.25), (":2.", 2.0)],
+    ("ending", "weight"), [("", 1.0), (":0.5", 0.5), (":-1", -1.0), (":.25", 0.25), (":2.", 2.0)]
 )
 def test_weights(files, ending, weight):
     path = next(iter(files))

@@ -9,14 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from elite.masks import (
-    Box,
-    centred_prior,
-    find_object,
-    grab_cut,
-    prior_of_box,
-    without_specks,
-)
+from elite.masks import Box, centred_prior, find_object, grab_cut, prior_of_box, without_specks
 from small_world import masks
 from small_world.render import Pose, draw
 from small_world.world import Critter

@@ -6,13 +6,7 @@ import pytest
 import torch
 from scipy.stats import chisquare, kstest
 
-from elite.noise import (
-    NOISE_STREAM,
-    POSTERIOR_STREAM,
-    philox,
-    seeded_noise,
-    seeded_timesteps,
-)
+from elite.noise import NOISE_STREAM, POSTERIOR_STREAM, philox, seeded_noise, seeded_timesteps
 
 SEEDS = torch.tensor([0, 1, 2**32, 2**63 - 2])
 WORD = 2**32 - 1

@@ -94,10 +94,7 @@ def test_wrong_prompts_and_counts_are_refused(pipe, concept, concepts):
         ("callbacks", "callbacks: unknown argument; did you mean callback?"),
         ("xyzzy", "xyzzy: unknown argument"),
         ("kwargs", "kwargs: unknown argument"),
-        (
-            "ip_adapter_image",
-            "ip_adapter_image: not taken; pass what encode_concept makes of it",
-        ),
+        ("ip_adapter_image", "ip_adapter_image: not taken; pass what encode_concept makes of it"),
     ],
 )
 def test_unknown_arguments_are_refused(pipe, concept, name, message):

@@ -47,10 +47,7 @@ def controlnet(model_folder) -> ControlNetModel:
 
 TASKS = {
     "text-to-image": (StableDiffusionPipeline, lambda: {"height": 32, "width": 32}),
-    "image-to-image": (
-        StableDiffusionImg2ImgPipeline,
-        lambda: {"image": start(), "strength": 0.6},
-    ),
+    "image-to-image": (StableDiffusionImg2ImgPipeline, lambda: {"image": start(), "strength": 0.6}),
     "inpainting": (
         StableDiffusionInpaintPipeline,
         lambda: {"image": start(), "mask_image": inpainted(), "height": 32, "width": 32},
@@ -128,9 +125,7 @@ def test_text_to_image_is_what_elite_draws(model_folder, pipe, concept, options)
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"guidance_scale": 1.0}, {"regions": {"S": np.array([[True, False]])}}],
-    ids=str,
+    "options", [{}, {"guidance_scale": 1.0}, {"regions": {"S": np.array([[True, False]])}}], ids=str
 )
 def test_elites_own_pipeline_takes_it_too(pipe, concept, options):
     given = pipe.condition(PROMPT, concept, **options)

@@ -12,14 +12,7 @@ import pytest
 from elite.shard_cache import Listed
 from elite.shards import INDEX, open_source
 from elite.stream import TrainingStream
-from tests.shards import (
-    ALL,
-    STAGES,
-    bytes_cached,
-    served,
-    shard_names,
-    shard_of_row,
-)
+from tests.shards import ALL, STAGES, bytes_cached, served, shard_names, shard_of_row
 from tests.waiting import wait_until
 
 

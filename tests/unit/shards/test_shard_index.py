@@ -49,10 +49,7 @@ def relist(folder, table):
     index = json.loads((folder / INDEX).read_text())
     path = folder / f"{table}.npy"
     content = path.read_bytes()
-    index["tables"][table] |= {
-        "bytes": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(),
-    }
+    index["tables"][table] |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     (folder / INDEX).write_text(json.dumps(index))
 
 

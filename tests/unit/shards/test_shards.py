@@ -15,16 +15,7 @@ from elite.latents import CachedBoxes, cache_latents
 from elite.open_images import OpenImagesBoxes
 from elite.shards import INDEX, open_source
 from elite.stream import Order, TrainingStream
-from tests.shards import (
-    ALL,
-    STAGES,
-    both,
-    same,
-    served,
-    shard_names,
-    shard_of_row,
-    take,
-)
+from tests.shards import ALL, STAGES, both, same, served, shard_names, shard_of_row, take
 
 
 def rows_shown(order, start, count):
