@@ -24,16 +24,16 @@ def main() -> int:
 
     from elite.encoding import encode_folder
     from elite.inference import (
+        device_and_dtype,
         load_pipeline,
         model_metadata,
-        place,
         publish_concepts,
         read_pairs,
         report_failures,
     )
 
     pipe = load_pipeline(config, config.local_mapper_path)
-    place(pipe, config)
+    pipe.to(*device_and_dtype(config))
     pairs, output_dir = read_pairs(config), Path(config.output_dir)
     failures = encode_folder(
         pipe, pairs, output_dir, skip_existing=config.skip_existing, metadata=model_metadata(config)

@@ -26,6 +26,7 @@ from app.several import CONTROLS, Several, numbered
 from app.studio import MAX_PICTURES, Drawn, OnProgress, Order, Studio, save_strip
 from elite.concept import Concept
 from elite.data import PairFolder
+from elite.drawing import stem_of, write_png
 from elite.images import doubt, read_image
 from elite.masks import Find, find_object
 from elite.named_concepts import Words
@@ -269,18 +270,6 @@ class AppHandlers:
             return {"prompt_message": problem(error)}
         return {"prompt_message": message("; ".join(told)) if told else ""}
 
-    def draw(self, values: Values, folder: Path, tell: Tell) -> Iterator[Values]:
-        """The pictures, as they come; the page is told of every step.
-
-        Args:
-            folder: receives the files, which the page copies.
-        """
-        yield from self._work(values, folder, tell, sweep=False)
-
-    def sweep(self, values: Values, folder: Path, tell: Tell) -> Iterator[Values]:
-        """Each prompt at growing lambda, and at last all of them as one strip."""
-        yield from self._work(values, folder, tell, sweep=True)
-
     def _others(self, values: Values) -> dict[str, float]:
         """Likeness to the second object by its word, if there is one."""
         word, lambda_ = self.studio.second_token, values["second_lambda"]
@@ -312,7 +301,15 @@ class AppHandlers:
             speed=values["speed"],
         )
 
-    def _work(self, values: Values, folder: Path, tell: Tell, sweep: bool) -> Iterator[Values]:
+    def draw(
+        self, values: Values, folder: Path, tell: Tell, sweep: bool = False
+    ) -> Iterator[Values]:
+        """The pictures, as they come; the page is told of every step.
+
+        Args:
+            folder: receives the files, which the page copies.
+            sweep: each prompt at growing lambda, and at last all of them as one strip.
+        """
         drawn: list[Drawn] = []
         tiles: list[Any] = []
         try:
@@ -329,8 +326,8 @@ class AppHandlers:
 
                 for batch in self.studio.draw(concepts, order, told, show):
                     for one in batch:
-                        path = folder / f"{len(drawn):05d}_{one.seed:05d}.png"
-                        one.save(path)
+                        path = folder / f"{stem_of(len(drawn), one.seed)}.png"
+                        write_png(path, one.picture, one.metadata)
                         tiles.append((str(path), caption(one)))
                         drawn.append(one)
                     give({"gallery": list(tiles), "preview": ""})

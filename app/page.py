@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -331,7 +332,7 @@ def _wire(controls: dict[str, Any], handlers: AppHandlers) -> None:
     saving = work(lambda values, folder, _: handlers.save_concept(values, folder))
     controls["save"].click(saving, chosen(OBJECT), listed(SAVED), **working)
 
-    for name, handler in (("draw", handlers.draw), ("sweep", handlers.sweep)):
+    for name, handler in (("draw", handlers.draw), ("sweep", partial(handlers.draw, sweep=True))):
         begun = controls[name].click(_begin, None, listed(("stop", *BUTTONS)), **quick)
         everything = chosen(("stop", *OBJECT, *DRAWING))
         worked = begun.then(work(handler), everything, listed(DRAWN), **working)
@@ -339,14 +340,15 @@ def _wire(controls: dict[str, Any], handlers: AppHandlers) -> None:
     controls["stop_button"].click(_stop, controls["stop"], None, **quick)
 
 
+OFF, ON = gr.update(interactive=False), gr.update(interactive=True)
+
+
 def _begin() -> tuple[Any, ...]:
-    off, on = gr.update(interactive=False), gr.update(interactive=True)
-    return Stop(), off, off, on
+    return Stop(), OFF, OFF, ON
 
 
 def _end() -> tuple[Any, ...]:
-    off, on = gr.update(interactive=False), gr.update(interactive=True)
-    return on, on, off
+    return ON, ON, OFF
 
 
 def _stop(stop: Stop) -> None:

@@ -112,10 +112,6 @@ class Drawn:
     seed: int
     metadata: dict[str, str] = field(repr=False)
 
-    def save(self, path: Path) -> None:
-        """A lossless PNG with the metadata in it."""
-        write_png(path, self.picture, self.metadata)
-
 
 def _check(name: str, value: float, low: float, high: float) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -233,9 +229,8 @@ class Studio:
         """
         with folder_hidden(path):
             concept = ConceptFolder(path).read(0)
-            concept.check_mappers(self.pipe.fingerprint, self.pipe.family)
-            width = self.pipe.unet.config.cross_attention_dim
-            fits = concept.words.shape == (1, self.pipe.global_mapper.num_levels, width)
+            self.pipe.check_concept(concept)
+            fits = concept.words.shape[1] == self.pipe.global_mapper.num_levels
             if (tokens := concept.feature_tokens) is not None:  # of one picture or several
                 fits = fits and not tokens.shape[1] % self.pipe.grid**2
             if not fits:

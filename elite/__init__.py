@@ -4,20 +4,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from elite.concept import Concept
-    from elite.mappers import GlobalMapper, LocalMapper
-    from elite.pipeline import Elite, ElitePipeline, EliteXLPipeline
-    from elite.speed import Speed
-
-__all__ = [
-    "Concept",
-    "Elite",
-    "ElitePipeline",
-    "EliteXLPipeline",
-    "GlobalMapper",
-    "LocalMapper",
-    "Speed",
-]
+    from elite.concept import Concept as Concept
+    from elite.mappers import GlobalMapper as GlobalMapper
+    from elite.mappers import LocalMapper as LocalMapper
+    from elite.pipeline import Elite as Elite
+    from elite.pipeline import ElitePipeline as ElitePipeline
+    from elite.pipeline import EliteXLPipeline as EliteXLPipeline
+    from elite.speed import Speed as Speed
 
 _HOMES = {
     "Concept": "elite.concept",
@@ -28,6 +21,7 @@ _HOMES = {
     "LocalMapper": "elite.mappers",
     "Speed": "elite.speed",
 }
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elite.attention import COLUMNS, KeysValues, is_installed, keys_values, local_inputs, visibility
+from elite.attention import KeysValues, is_installed, keys_values, local_inputs, visibility
 from elite.compat import CONDITION_OPTIONS, DiffusersPipeline, check_names, text_options
 from elite.concept import Concept
 from elite.defaults import GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
@@ -112,10 +112,7 @@ class PromptConditioning(DiffusersPipeline):
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         """`prompt_embeds` (B, 77, D), with regions 77 for each reading of the prompts, for SDXL
         `pooled_prompt_embeds` (B, P) too, and the local inputs of these prompts."""
-        check_texts(prompts)
         names, device, count = list(concepts), self._execution_device, len(prompts)
-        if len(names) > COLUMNS:
-            raise ValueError(f"{len(names)} concepts in one prompt; at most {COLUMNS} are possible")
         weights = weights_by_name(lambda_, names)
         sides = (kwargs.get(side) or self.resolution for side in ("height", "width"))
         shares = latent_regions(regions, names, *(s // pixels_per_latent(self.vae) for s in sides))
@@ -168,16 +165,20 @@ class PromptConditioning(DiffusersPipeline):
             local.append(visibility(shares, index, num_words, length))
         return embeds, local
 
+    def check_concept(self, concept: Concept) -> None:
+        """Raises ValueError where a concept is not of this pipeline's mappers and model."""
+        concept.check_mappers(self.fingerprint, self.family)
+        found, width = concept.words.shape[2], self.unet.config.cross_attention_dim
+        if found != width:
+            raise ValueError(
+                f"concept has words {found} wide, this model {width}; encode it again with this "
+                "pipeline"
+            )
+
     def _rows(self, concept: ConceptLike | Sequence[ConceptLike], count: int) -> Concept:
         """One concept's rows for these prompts, seen to be of this pipeline."""
         rows = row_per_prompt(concept, count, self._execution_device)
-        rows.check_mappers(self.fingerprint, self.family)
-        width = self.unet.config.cross_attention_dim
-        if rows.words.shape[2] != width:
-            raise ValueError(
-                f"concept has words {rows.words.shape[2]} wide, this model {width}; encode it "
-                "again with this pipeline"
-            )
+        self.check_concept(rows)
         return rows
 
     def _encode_text(
@@ -205,7 +206,6 @@ class PromptConditioning(DiffusersPipeline):
         prompt, side = prompts or None, self.resolution
         self.check_inputs(prompt=prompt, height=side, width=side, callback_steps=None, **given)
         check_texts(prompt, *(given[key] for key in texts))
-        self._clip_skip = kwargs.get("clip_skip")
         encoded = self.encode_prompt(
             prompt=prompt,
             device=self._execution_device,

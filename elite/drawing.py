@@ -141,6 +141,11 @@ def metadata_of_several(
     return metadata | {"lambda": lambdas}
 
 
+def stem_of(index: int, seed: int) -> str:
+    """A picture's file name in the release."""
+    return f"{index:05d}_{seed:05d}"
+
+
 @dataclass(frozen=True)
 class Job:
     """One picture to draw."""
@@ -151,8 +156,7 @@ class Job:
 
     @property
     def stem(self) -> str:
-        """File name of the release: index and seed."""
-        return f"{self.index:05d}_{self.seed:05d}"
+        return stem_of(self.index, self.seed)
 
 
 def is_drawn(path: Path, metadata: Mapping[str, str]) -> bool:
@@ -308,7 +312,7 @@ def draw_prompt_grid(
             for batch in batches(iter(seeds), batch_size):
                 pictures = draw([prompt] * len(batch), batch)
                 for seed, picture in zip(batch, pictures, strict=True):
-                    path = output_dir / f"{number:05d}_{seed:05d}.png"
+                    path = output_dir / f"{stem_of(number, seed)}.png"
                     write_png(path, picture, {"prompt": prompt, "seed": str(seed), **settings})
                 row += map(fit_tile, pictures[: SHEET_COLUMNS - len(row)])
                 progress.update(len(batch))
@@ -337,10 +341,8 @@ def write_picture(folder: Path, job: Job, picture: Image.Image, image: np.ndarra
     if image is None:
         both.unlink(missing_ok=True)  # of an earlier run on pairs
     else:
-        side_by_side = Image.new("RGB", (2 * picture.width, picture.height))
-        side_by_side.paste(picture, (0, 0))
         seen = Image.fromarray(image).resize(picture.size, Image.Resampling.BICUBIC)
-        side_by_side.paste(seen, (picture.width, 0))
+        side_by_side = Image.fromarray(np.hstack([np.asarray(x) for x in (picture, seen)]))
         write_atomically(both, lambda path: side_by_side.save(path, quality=95, subsampling=0))
     write_png(folder / f"{job.stem}.png", picture, {**job.metadata, **VERSIONS})
 
@@ -356,7 +358,7 @@ def contact_sheet(
     there is none."""
     rows, seeds = [], seeds[:SHEET_COLUMNS]
     for index in indices[:SHEET_ROWS]:
-        drawn = [output_dir / f"{index:05d}_{seed:05d}.png" for seed in seeds]
+        drawn = [output_dir / f"{stem_of(index, seed)}.png" for seed in seeds]
         drawn = [path for path in drawn if path.exists()]
         if not drawn:
             continue

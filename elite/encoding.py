@@ -88,7 +88,7 @@ def read_entries(
 def _read_concept(pipe: Elite, folder: ConceptFolder, index: int) -> Entry:
     concept = folder.read(index)
     try:
-        concept.check_mappers(pipe.fingerprint, pipe.family)
+        pipe.check_concept(concept)
     except ValueError as error:
         raise ValueError(f"{folder.paths[index]}: {error}") from None
     return Entry(index, concept)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from huggingface_hub import CommitOperationAdd, HfApi
 from PIL import Image
 
@@ -11,7 +12,6 @@ from elite.cards import CARD, GALLERY_TAG, gallery_card
 from elite.data import PairFolder
 from elite.encoding import shown
 from elite.files import write_atomically, write_text
-from elite.sheets import TILE
 from elite.wording import first_line
 
 PICTURES = "pictures"  # folder inside the gallery
@@ -39,9 +39,7 @@ def save_gallery(pairs: PairFolder, folder: Path, fingerprint: str, base_model: 
             tiles = shown(pairs, index)
         except ValueError:  # it has been reported as one that cannot be read
             continue
-        strip = Image.new("RGB", (TILE * len(tiles), TILE))
-        for place, tile in enumerate(tiles):
-            strip.paste(tile, (place * TILE, 0))
+        strip = Image.fromarray(np.hstack([np.asarray(tile) for tile in tiles]))
         write_atomically(folder / PICTURES / f"{pair.name}.png", strip.save)
         names.append(pair.name)
     if not names:

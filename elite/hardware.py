@@ -50,10 +50,10 @@ def order_channels_last(pipe: DiffusionPipeline) -> None:
         part.to(memory_format=torch.channels_last)
 
 
-def compile_blocks(unet: UNet2DConditionModel, backend: str = "inductor") -> None:
+def compile_blocks(unet: UNet2DConditionModel) -> None:
     """Compiles each transformer block, where the attentions are, as one graph when it is first
     called. Another number of rows, as where guidance ends, is compiled once more.
 
     The blocks, not the whole: what runs around them may change from step to step.
     """
-    unet.compile_repeated_blocks(fullgraph=True, isolate_recompiles=True, backend=backend)
+    unet.compile_repeated_blocks(fullgraph=True, isolate_recompiles=True)

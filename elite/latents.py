@@ -48,7 +48,7 @@ from elite.shards import (
     read_index,
     save_index,
 )
-from elite.stream import OneShard, Shards, collate
+from elite.stream import collate, rows_by_shard
 from elite.wording import first_line, one_line
 
 FORMAT = "elite-latents 1"  # to be counted up when the crop of a target changes
@@ -93,15 +93,16 @@ class Shard:
                 return f"the latents {what}"
         return None
 
-    def is_at(self, path: Path) -> bool:
-        """Whether this is what a file holds."""
+    def is_at(self, path: Path, dtype: torch.dtype) -> bool:
+        """Whether this is what a file holds, in this number type."""
         try:
             with safe_open(path, framework="pt") as file:
                 metadata, files = file.metadata() or {}, file.get_tensor("files")
-                _moments(file, self.shape)
+                mean, _ = _moments(file, self.shape)
+                fits = mean[0].dtype == dtype
         except (SafetensorError, OSError, ValueError):
             return False
-        fits = self.misfit({**metadata, "images": _digest(files)}) is None
+        fits = fits and self.misfit({**metadata, "images": _digest(files)}) is None
         return fits and _is_list(metadata.get("failures"))
 
 
@@ -112,11 +113,6 @@ def _moments(file: Any, shape: Sequence[int]) -> list[Any]:
     if stored not in [{(dtype, *shape)} for dtype in STORED]:
         raise ValueError(f"expected mean and std of shape {tuple(shape)}")
     return parts
-
-
-def _dtype(path: Path) -> torch.dtype:
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor("mean").dtype
 
 
 def _failures(path: Path) -> list[str]:
@@ -168,10 +164,6 @@ def _shard(
         "images": _digest(files),
     }
     return Shard(f"{number:06d}.safetensors", rows, needs, files, (len(rows), *latent))
-
-
-def rows_by_shard(boxes: OpenImagesBoxes) -> Shards:
-    return boxes.shards or OneShard(len(boxes))
 
 
 def latent_shape(boxes: OpenImagesBoxes, vae: AutoencoderKL) -> tuple[int, ...]:
@@ -255,7 +247,7 @@ def _kept(shards: Sequence[Shard], folder: Path, dtype: torch.dtype) -> dict[str
     known, kept = {file.name: file.sha256 for file in earlier}, {}
     for shard in tqdm(shards, desc="check", unit="file"):
         path = folder / shard.name
-        if shard.is_at(path) and _dtype(path) == dtype:
+        if shard.is_at(path, dtype):
             file = list_file(path, shard.needs)
             if known.get(file.name, file.sha256) == file.sha256:
                 kept[file.name] = file

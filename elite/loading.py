@@ -245,6 +245,10 @@ def _check_noise_schedule(config: dict, model: str | Path) -> None:
         ),
         f"beta_schedule {' or '.join(BETA_SCHEDULES)}": schedule["beta_schedule"] in BETA_SCHEDULES,
         f"prediction_type {' or '.join(PREDICTIONS)}": prediction_type in PREDICTIONS,
+        # The samplers that we offer do not all know these.
+        "no trained_betas and no rescale_betas_zero_snr": not (
+            schedule.get("trained_betas") or schedule.get("rescale_betas_zero_snr")
+        ),
     }
     if missed := [expected for expected, is_met in possible.items() if not is_met]:
         raise ValueError(f"{model}: scheduler_config.json: expected {', '.join(missed)}")

@@ -90,8 +90,6 @@ def fuse_loras(
         ValueError: peft is missing; no LoRA, one of another model, or with values that are no
             numbers. The pipeline is then to be loaded anew.
     """
-    if not given:
-        return ()
     if not is_peft_available():
         raise ValueError("LoRA files are read by peft, which is not installed; pip install peft")
     loras = [find_lora(one) for one in given]

@@ -14,18 +14,11 @@ from torch import Tensor, nn
 
 from elite.attention import install, local_inputs, local_values
 from elite.defaults import PLACEHOLDER
-from elite.families import (
-    SDXL,
-    encode_texts,
-    family_of,
-    text_encoders,
-    tokenize_for_each,
-    tokenizers,
-)
+from elite.families import encode_texts, family_of, text_encoders, tokenize_for_each, tokenizers
 from elite.files import write_atomically
 from elite.images import patch_mask
 from elite.loading import pixels_per_latent
-from elite.mappers import GlobalMapper, LocalMapper, clip_levels, clip_levels_of_views
+from elite.mappers import GlobalMapper, LocalMapper, clip_levels, words_and_tokens
 from elite.noise import POSTERIOR_STREAM, seeded_noise, seeded_timesteps
 
 WORD_PENALTY = 0.01  # stage 1, weight of mean |w|
@@ -194,7 +187,7 @@ class EliteObjective(DenoisingObjective):
         context, added = encode_texts(
             list(self.text_encoders),
             [batch[name] for name in INPUT_IDS if name in batch],
-            self._whole(noisy_latents) if self.family is SDXL else None,
+            self._whole(noisy_latents),
             words,
             batch["index"],
         )
@@ -248,16 +241,11 @@ class LocalObjective(EliteObjective):
         M (B, 1, h, w) is broadcast over the latent channels, so the first term is that many times a
         mean.
         """
-        with torch.no_grad():
-            levels, object_levels = clip_levels_of_views(
-                self.image_encoder,
-                [batch["clip_pixels"], batch["object_pixels"]],
-                [self.global_mapper.config.hidden_layers, self.local_mapper.config.hidden_layers],
-            )
-            w = self.global_mapper(levels)
-        grid = round((object_levels[0].shape[1] - 1) ** 0.5)  # without CLS
-        m = patch_mask(batch["object_mask"], grid)  # (B, patches, 1)
-        f = self.local_mapper(object_levels, m)
+        config, mappers = self.image_encoder.config, (self.global_mapper, self.local_mapper)
+        views = batch["clip_pixels"], batch["object_pixels"]
+        m = patch_mask(batch["object_mask"], config.image_size // config.patch_size)
+        w, f = words_and_tokens(self.image_encoder, *mappers, *views, m)
+        assert f is not None
         local = local_inputs(f, batch["index"], 1.0, batch["input_ids"].shape[1])
         noisy = self.scheduler.add_noise(latents, noise, t)
         eps_hat = self.predict(batch, noisy, t, w[:, :1], local)

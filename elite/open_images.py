@@ -144,7 +144,8 @@ class OpenImagesFolder:
 
     def masks(self) -> tuple[np.ndarray, np.ndarray]:
         """Raises ValueError: table or index is missing or pickled, or has no usable mask."""
-        path, index_path = self.table("object-segmentation"), self.mask_boxes_path
+        path = self.table("object-segmentation")
+        index_path = mask_boxes_path(self.root, self.set_name)
         index = usable_masks(load_mask_boxes(index_path))
         if not len(index):
             raise ValueError(
@@ -162,10 +163,6 @@ class OpenImagesFolder:
                 f"{brief(str(index['name'][0]))}; get the table of this set, or run {REBUILD}"
             )
         return image_ids[rows], index[entries]
-
-    @property
-    def mask_boxes_path(self) -> Path:
-        return mask_boxes_path(self.root, self.set_name)
 
     def image_path(self, image_id: bytes) -> Path:
         return image_file(self.image_folder, image_id.decode())

@@ -57,6 +57,8 @@ class Elite(PromptConditioning):
     its unconditional pass. `local_mapper` may be None: global mapping only.
     """
 
+    attention_norm: AttentionNorm = "sample"
+
     # --- construct --------------------------------------------------------------------------------
 
     def add_mappers(
@@ -130,16 +132,13 @@ class Elite(PromptConditioning):
                 "(--global_mapper_path)"
             )
         made: Any = of_family if cls is Elite else cls
-        pipe = made(**parts, **mappers)
-        for part in pipe.components.values():
-            if isinstance(part, torch.nn.Module) and part.dtype != torch_dtype:
-                part.to(torch_dtype)
-        return pipe
+        return made(**parts, **mappers).to(torch_dtype)
 
-    def install(self, attention_norm: AttentionNorm = "sample") -> None:
-        """Plugs the mappers into this pipeline's UNet; done by the constructor."""
-        self.attention_norm = attention_norm
-        install(self.unet, self.global_mapper, self.local_mapper, attention_norm)
+    def install(self, attention_norm: AttentionNorm | None = None) -> None:
+        """Plugs the mappers into this pipeline's UNet; done by the constructor. None keeps the
+        norm, "sample" at first."""
+        self.attention_norm = attention_norm or self.attention_norm
+        install(self.unet, self.global_mapper, self.local_mapper, self.attention_norm)
 
     def uninstall(self) -> None:
         """Gives the plain Stable Diffusion back, bit for bit."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import NoReturn, Protocol, TypeVar
 
 import fsspec
 from fsspec.callbacks import Callback
@@ -235,7 +235,7 @@ class Cache:
         if message and time.monotonic() - since < RETRY_AFTER:
             raise ValueError(message)
 
-    def _fail(self, file: Listed, fault: str) -> None:
+    def _fail(self, file: Listed, fault: str) -> NoReturn:
         message = f"{file.place}: {fault}; see whether it is there, and whole"
         self._faults[file] = time.monotonic(), message
         raise ValueError(message)

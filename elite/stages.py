@@ -108,7 +108,7 @@ def fit_as_configured(
     accelerator = make_accelerator(
         config.mixed_precision,
         config.gradient_accumulation_steps,
-        cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
+        cpu=not torch.accelerator.is_available(),
     )
     if accelerator.mixed_precision != "no":
         objective.cast_frozen(DTYPES[accelerator.mixed_precision])

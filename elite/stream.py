@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 ORDER, SAMPLES, SHARDS = 1, 2, 3  # separate random streams of one seed
+MAX_ATTEMPTS = 10  # samples tried for one position before the run is stopped
 AT_HAND = 3  # windows whose rows are kept: the one shown and those it takes substitutes from
 
 
@@ -74,6 +75,11 @@ class OneShard:
         pass
 
 
+def rows_by_shard(dataset: Samples) -> Shards:
+    """Of a dataset without shards, one of all rows."""
+    return getattr(dataset, "shards", None) or OneShard(len(dataset))
+
+
 class Order:
     """Which row of a dataset each position shows, a function of (seed, position) alone.
 
@@ -82,7 +88,7 @@ class Order:
     """
 
     def __init__(self, dataset: Samples, seed: int) -> None:
-        self.shards: Shards = getattr(dataset, "shards", None) or OneShard(len(dataset))
+        self.shards = rows_by_shard(dataset)
         self.seed, self.length = seed, len(dataset)
         self.windows = -(-len(self.shards.sizes) // self.shards.window)  # of an epoch
         self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
@@ -151,13 +157,12 @@ class TrainingStream(Dataset):
     Args:
         dataset: what to show.
         seed: of order and augmentations, not negative.
-        max_attempts: samples tried for one position before the run is stopped.
     """
 
-    def __init__(self, dataset: Samples, seed: int, max_attempts: int = 10) -> None:
+    def __init__(self, dataset: Samples, seed: int) -> None:
         if seed < 0:
             raise ValueError(f"seed {seed}: expected 0 or more; choose another")
-        self.dataset, self.seed, self.max_attempts = dataset, seed, max_attempts
+        self.dataset, self.seed = dataset, seed
         self.order = Order(dataset, seed)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
@@ -170,10 +175,10 @@ class TrainingStream(Dataset):
                 `Failure`.
 
         Raises:
-            ValueError: `max_attempts` samples in a row could not be read; lists them.
+            ValueError: MAX_ATTEMPTS samples in a row could not be read; lists them.
         """
         failures: list[Failure] = []
-        for attempt in range(self.max_attempts):
+        for attempt in range(MAX_ATTEMPTS):
             rng = np.random.default_rng((SAMPLES, self.seed, position, attempt))
             noise_seed = torch.tensor(int(rng.integers(2**63 - 1)))
             if attempt == 0:

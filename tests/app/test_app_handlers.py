@@ -205,7 +205,7 @@ def test_who_leaves_ends_the_drawing(handlers, values, tmp_path, monkeypatch):
 
 
 def test_the_sweep_is_one_strip(handlers, values, tmp_path):
-    answer = last(handlers.sweep(values, tmp_path, silent))
+    answer = last(handlers.draw(values, tmp_path, silent, sweep=True))
     assert len(answer["gallery"]) == 1 + len(SWEEP) and answer["strip_part"]["visible"]
     with Image.open(answer["strip"]) as strip:
         assert strip.width == (1 + len(SWEEP)) * 160
@@ -214,7 +214,7 @@ def test_the_sweep_is_one_strip(handlers, values, tmp_path):
 
 def test_a_strip_that_cannot_be_written_is_said(handlers, values, tmp_path):
     (tmp_path / "sweep_00003.png").mkdir()  # in its place, as a full disk would be
-    answer = last(handlers.sweep(values, tmp_path, silent))
+    answer = last(handlers.draw(values, tmp_path, silent, sweep=True))
     assert "sweep_00003.png: cannot be written" in answer["status"]
     assert len(answer["gallery"]) == 1 + len(SWEEP) and "strip" not in answer
 
@@ -281,7 +281,7 @@ def test_a_saved_object_is_drawn_from_its_file(handlers, values, tmp_path):
     loaded = {**values, "picture": None, "concept_file": saved}
     tiles = last(handlers.draw(loaded, tmp_path, silent))["gallery"]
     assert len(tiles) == 1 and Image.open(tiles[0][0]).tobytes() == expected
-    swept = last(handlers.sweep(loaded, tmp_path, silent))
+    swept = last(handlers.draw(loaded, tmp_path, silent, sweep=True))
     assert Image.open(swept["strip"]).width == len(SWEEP) * 160
 
 

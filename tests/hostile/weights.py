@@ -325,6 +325,8 @@ SCHEDULER_CONFIGS = (
     ("unknown schedule", '{"beta_schedule": "evil"}'),
     ("schedule is a list", '{"beta_schedule": []}'),
     ("unknown prediction", '{"prediction_type": "evil"}'),
+    ("betas of its own", '{"trained_betas": [0.1, 0.2]}'),
+    ("no signal at the end", '{"rescale_betas_zero_snr": true}'),
 )
 
 
@@ -452,7 +454,8 @@ def shard_case(world: World, content: bytes) -> None:
     """A file of the latent cache: as training reads it, and as it is kept or made again."""
     path, shape = world.write("000000.safetensors", content), (1, 4, 2, 2)
     read_row(path, 0, shape, str(path))
-    if not Shard(path.name, range(1), SHARD_NEEDS, STATES_OF_FILES, shape).is_at(path):
+    shard = Shard(path.name, range(1), SHARD_NEEDS, STATES_OF_FILES, shape)
+    if not shard.is_at(path, torch.float32):
         raise ValueError(f"{path}: is made again")
 
 

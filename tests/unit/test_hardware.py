@@ -114,7 +114,9 @@ def test_each_block_is_compiled_once_and_draws_the_same(pipe, concept):
     expected = [draw(pipe, **options) for options in calls]
     graphs: list = []
     torch._dynamo.reset()
-    compile_blocks(pipe.unet, counting(graphs))
+    pipe.unet.compile_repeated_blocks(
+        fullgraph=True, isolate_recompiles=True, backend=counting(graphs)
+    )
     blocks = len(cross_attention_layers(pipe.unet))
     counts = []
     for options, wanted in zip(calls, expected, strict=True):

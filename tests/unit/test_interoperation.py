@@ -220,6 +220,7 @@ def test_fused_projections_draw_the_same(pipe, concept):
 def test_what_exchanges_processors_keeps_the_norm_and_an_uninstalled_unet(pipe):
     pipe.install(attention_norm="batch")
     pipe.enable_attention_slicing()
+    pipe.install()
     processors = [attn.processor for attn in cross_attention_layers(pipe.unet).values()]
     assert {made.attention_norm for made in processors} == {"batch"}
     pipe.uninstall()

@@ -1,6 +1,8 @@
 """ElitePipeline on a tiny Stable Diffusion: independence, batches, settings, concepts."""
 
 import inspect
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -416,6 +418,18 @@ def test_sampler_keeps_the_models_noise_schedule():
         assert made.prediction_type == "v_prediction"
     with pytest.raises(ValueError, match="unknown scheduler 'lsm'; choose one of lms, dpm"):
         make_scheduler("lsm")
+
+
+@pytest.mark.parametrize("given", [{"trained_betas": [0.1]}, {"rescale_betas_zero_snr": True}])
+def test_a_noise_schedule_that_samplers_do_not_share_is_refused(model_folder, tmp_path, given):
+    """It would be dropped, and another one drawn with."""
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | given))
+    with pytest.raises(
+        ValueError, match=r"expected no trained_betas and no rescale_betas_zero_snr"
+    ):
+        load_parts(folder)
 
 
 def test_pick_words():

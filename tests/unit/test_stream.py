@@ -73,8 +73,9 @@ def test_broken_samples_are_replaced_and_recorded():
     assert samples == [TrainingStream(Numbers(10, broken=(2, 5)), seed=0)[n] for n in range(10)]
 
 
-def test_a_hopeless_dataset_stops_with_the_list():
-    stream = TrainingStream(Numbers(3, broken=(0, 1, 2)), seed=0, max_attempts=4)
+def test_a_hopeless_dataset_stops_with_the_list(monkeypatch):
+    monkeypatch.setattr("elite.stream.MAX_ATTEMPTS", 4)
+    stream = TrainingStream(Numbers(3, broken=(0, 1, 2)), seed=0)
     with pytest.raises(
         ValueError, match=r"4 samples in a row could not be read.*\.jpg: broken; \d"
     ):
