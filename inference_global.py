@@ -15,7 +15,8 @@ from elite.settings import InferenceGlobalConfig
 def main() -> int:
     config = parse_config(InferenceGlobalConfig)
     quiet_libraries()
-    from elite.inference import build_pipeline, draw_objects, drawing_of, read_objects
+    from elite.drawing import draw_folder
+    from elite.inference import build_pipeline, drawing_of, read_objects, report_drawn, what_to_draw
 
     # Stable Diffusion with the global mapper. A concept file is tied to both mappers, even where
     # only its words are drawn.
@@ -30,7 +31,8 @@ def main() -> int:
     objects = read_objects(config)
     drawing = drawing_of(config, words=config.words, lambda_=0.0)
     output_dir = Path(config.output_dir) / f"{config.suffix}_token{config.token_index}"
-    return draw_objects(config, pipe, objects, drawing, output_dir)
+    failures = draw_folder(pipe, objects, output_dir, drawing, **what_to_draw(config, objects))
+    return report_drawn(config, objects, failures, output_dir)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ def main() -> int:
     if not config.concept and (config.concept_llambda or config.region):
         raise ValueError("--concept_llambda and --region belong to --concept; name the files there")
     quiet_libraries()
-    from elite.inference import build_pipeline, draw_objects, drawing_of, read_objects
+    from elite.drawing import draw_folder
+    from elite.inference import build_pipeline, drawing_of, read_objects, report_drawn, what_to_draw
 
     # Stable Diffusion with both mappers; concept files need no image encoder.
     encodes = config.concept_path is None and not config.concept
@@ -45,7 +46,8 @@ def main() -> int:
     objects = read_objects(config)
     drawing = drawing_of(config, words=0, lambda_=config.llambda)
     output_dir = Path(config.output_dir) / f"{config.suffix}_{weight}"
-    return draw_objects(config, pipe, objects, drawing, output_dir)
+    failures = draw_folder(pipe, objects, output_dir, drawing, **what_to_draw(config, objects))
+    return report_drawn(config, objects, failures, output_dir)
 
 
 def draw_several(config: InferenceLocalConfig, pipe: Any, output_dir: Path) -> int:

@@ -4,7 +4,7 @@ they are drawn, and the report of what failed."""
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
@@ -14,7 +14,7 @@ from PIL import Image
 from elite.concept import Concept, ConceptFolder
 from elite.console import BAD_INPUT, OK, PARTLY_FAILED, complain
 from elite.data import PairFolder
-from elite.drawing import Drawing, draw_folder, draw_prompt_grid
+from elite.drawing import Drawing, draw_prompt_grid
 from elite.gallery import push_gallery, repository_of, save_gallery
 from elite.hardware import (
     FP8,
@@ -216,42 +216,43 @@ def read_concept(word: str, path: str) -> Concept:
     return folder.read(0)
 
 
-def draw_objects(
-    config: InferenceConfig,
-    pipe: Elite,
-    objects: PairFolder | ConceptFolder,
-    drawing: Drawing,
-    output_dir: Path,
-) -> int:
-    """Draws the configuration's template with each object, or with the selected one, and says which
-    could not be drawn. Returns the exit status.
+def kind_of(config: InferenceConfig) -> str:
+    return "concepts" if config.concept_path else "pairs"
+
+
+def what_to_draw(config: InferenceConfig, objects: PairFolder | ConceptFolder) -> dict[str, Any]:
+    """What `draw_folder` is told besides pipeline, objects, drawing and folder.
 
     Raises:
         ValueError: there is no such object.
     """
-    kind = "concepts" if config.concept_path else "pairs"
     if config.selected_data >= len(objects):
         raise ValueError(
             f"--selected_data {config.selected_data}: "
-            f"{config.concept_path or config.test_data_dir} has {len(objects)} {kind}; "
+            f"{config.concept_path or config.test_data_dir} has {len(objects)} {kind_of(config)}; "
             f"choose 0 to {len(objects) - 1}, or -1 for all"
         )
-    indices = None if config.selected_data < 0 else [config.selected_data]
-    failures = draw_folder(
-        pipe,
-        objects,
-        output_dir,
-        drawing,
-        prompt=config.template.replace("{}", config.placeholder_token),
-        seeds=range(config.seed, config.seed + config.num_images),
-        indices=indices,
-        batch_size=config.batch_size,
-        skip_existing=config.skip_existing,
-        metadata={"scheduler": config.scheduler, **model_metadata(config)},
-    )
-    count = len(objects) if indices is None else len(indices)
+    return {
+        "prompt": config.template.replace("{}", config.placeholder_token),
+        "seeds": range(config.seed, config.seed + config.num_images),
+        "indices": None if config.selected_data < 0 else [config.selected_data],
+        "batch_size": config.batch_size,
+        "skip_existing": config.skip_existing,
+        "metadata": {"scheduler": config.scheduler, **model_metadata(config)},
+    }
+
+
+def report_drawn(
+    config: InferenceConfig,
+    objects: PairFolder | ConceptFolder,
+    failures: list[str],
+    output_dir: Path,
+) -> int:
+    """Says which objects could not be drawn, and where the pictures are. Returns the exit
+    status."""
+    chosen = 1 if config.selected_data >= 0 else len(objects)
     done = f"pictures in {output_dir}; look at {output_dir / 'grid.png'} first"
-    return report_failures(failures, count, f"{kind} could not be drawn", done)
+    return report_failures(failures, chosen, f"{kind_of(config)} could not be drawn", done)
 
 
 def draw_grid(

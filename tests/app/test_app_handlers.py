@@ -332,7 +332,7 @@ def test_two_objects_in_one_picture(handlers, couple, tmp_path):
 
 
 def test_the_sweep_keeps_the_second_as_it_is(handlers, couple, tmp_path):
-    answer = last(handlers.sweep(couple, tmp_path, silent))
+    answer = last(handlers.draw(couple, tmp_path, silent, sweep=True))
     assert answer["gallery"][2][1].startswith("λ S 0.3, S2 0.6, seed 3: ")
     with Image.open(answer["strip"]) as strip:
         assert strip.text["lambda"] == "; ".join(f"S {value:g}, S2 0.6" for value in SWEEP)

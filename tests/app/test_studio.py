@@ -9,6 +9,7 @@ from PIL import Image
 
 from app.studio import MAX_PICTURES, MAX_PROMPTS, UNREAD, Order, Studio, save_strip
 from elite.concept import Concept
+from elite.drawing import write_png
 from elite.images import to_clip_pixels
 from elite.loading import make_scheduler
 from elite.speed import RUNGS
@@ -217,7 +218,7 @@ def test_orders_have_limits(change, said):
 def test_saved_pictures_and_strips_say_how_they_were_made(studio, concepts, tmp_path):
     order = replace(ORDER, prompts=("a S", "S on grass"), lambdas=(0.0, 0.5, 1.5))
     drawn = draw(studio, concepts[0], order)
-    drawn[1].save(tmp_path / "one.png")
+    write_png(tmp_path / "one.png", drawn[1].picture, drawn[1].metadata)
     with Image.open(tmp_path / "one.png") as picture:
         text = picture.text
     expected = {"prompt": "S on grass", "seed": "3", "lambda": "0.0", "scheduler": "ddim"}
