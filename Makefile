@@ -21,8 +21,8 @@ faults:  ## kills of training runs at random points, 20 of each kind; figures in
 
 hostile:  ## every bad input, then fuzzing: hypothesis with many examples, atheris for a minute a reader
 	HOSTILE_EXAMPLES=2000 $(PYTHON) -m pytest -q -s tests/hostile
-	for reader in image mask boxes index settings prompts DreamBench concept checkpoint; do \
-		$(PYTHON) -m tests.hostile.guided $$reader 60 || exit 1; done
+	for reader in image mask boxes "grabcut boxes" index settings prompts DreamBench captions concept embeddings checkpoint shard "shard index"; do \
+		$(PYTHON) -m tests.hostile.guided "$$reader" 60 || exit 1; done
 
 bench:  ## docs/BENCHMARKS.md anew, at full size: hours on a CPU; the GPU part where there is one
 	$(PYTHON) -m benchmarks.generation --size full --rounds 5 --threads 2 --batch_sizes 1 --resolutions 256 --memory_rounds 0

@@ -21,18 +21,11 @@ from benchmarks.harness import Goal, Row, Table, alternate, finish, make_parser,
 from benchmarks.models import DTYPES, build_elite, build_parts, picture
 from elite import Concept, ElitePipeline
 from elite.console import run
-from elite.images import object_views
 from elite.inference import pick_device
 from elite.mappers import clip_levels
 
 CLIP, ELITE = "two CLIP passes", "encode_concept"
 GOAL = Goal(ELITE, 1.05)
-
-
-def views_of(pipe: ElitePipeline) -> dict[str, Tensor]:
-    """The finished views of the picture, on the pipeline's device."""
-    views = object_views(*picture(), pipe.image_encoder.config.image_size, pipe.grid)
-    return {name: view[None].to(pipe.device) for name, view in views.items()}
 
 
 @torch.no_grad()
@@ -59,8 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     device = pick_device(args.device)
     pipe = build_elite(build_parts(args.size, device, DTYPES[args.dtype]))
-    side = pipe.image_encoder.config.image_size
-    views, encode = views_of(pipe), partial(pipe.encode_concept, *picture())
+    encode, make_views = (partial(f, *picture()) for f in (pipe.encode_concept, pipe.concept_views))
+    views = {name: view.to(pipe.device) for name, view in make_views().items()}
     with torch.no_grad():
         layers = pipe.global_mapper.config.hidden_layers
         levels = clip_levels(pipe.image_encoder, views["clip_pixels"], layers)
@@ -70,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         cases: dict[str, Callable[[], object]] = {
             CLIP: partial(clip_alone, pipe, views),
             ELITE: encode,
-            "views": partial(object_views, *picture(), side, pipe.grid),
+            "views": make_views,
             "mappers": partial(mappers_alone, pipe, levels, views["patch_mask"]),
             "Concept.load": partial(Concept.load, path),
         }

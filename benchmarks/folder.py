@@ -27,7 +27,7 @@ from elite.console import run
 from elite.data import PairFolder
 from elite.drawing import Drawing, draw_folder
 from elite.inference import pick_device
-from small_world.paths import MODEL
+from small_world.flags import MODEL
 
 PAIRS = REPOSITORY / "test_datasets"
 PAIRS_DRAWN = {"tiny": 4, "full": 16}

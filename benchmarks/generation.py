@@ -35,7 +35,6 @@ from benchmarks.harness import (
     make_parser,
     parse,
     synchronize,
-    use_threads,
 )
 from benchmarks.memory import memory_rows, peak_memory
 from benchmarks.models import (
@@ -224,10 +223,8 @@ def generation_peak(
     resolution: int,
     batch_size: int,
     output_type: str,
-    threads: int | None,
 ) -> dict[str, float]:
     """Peak memory of one generation of two steps, in a process that has drawn nothing before."""
-    use_threads(threads)
     options = {"num_inference_steps": 2, "output_type": output_type}
     if case == STOCK:
         parts = build_stable_diffusion(size, device, DTYPES[dtype])
@@ -266,7 +263,7 @@ def memory_tables(args: argparse.Namespace, device: torch.device, resolution: in
     drawn = (args.size, device, args.dtype, resolution, args.batch_sizes[0])
     for output_type, what in (("latent", "denoising"), ("np", "whole picture")):
         name = f"{what}, {args.dtype}, {resolution} px, batch {args.batch_sizes[0]}"
-        cases = {case: (case, *drawn, output_type, args.threads) for case in CASES}
+        cases = {case: (case, *drawn, output_type) for case in CASES}
         rows = memory_rows(cases, generation_peak, args.memory_rounds, name)
         above.rows.append(rows["above"])
         total.rows.append(rows["total"])

@@ -12,9 +12,9 @@ batch of 4. Exit code 2: no such GPU here for models of full size.
 """
 
 import argparse
+from functools import partial
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import hardware, ladder, training
 from benchmarks.generation import ELITE, GOAL, STOCK, Pipelines, measure
@@ -34,13 +34,12 @@ MATRIX = "matrix product"
 
 def step_flops(pipes: Pipelines, case: str, resolution: int, batch_size: int) -> int:
     """Of one denoising step: what three steps take more than two."""
-    counts = []
-    for steps in (2, 3):
-        counter = FlopCounterMode(display=False)
-        with pipes.ready(case), counter:
-            pipes.draw(case, resolution, batch_size, num_inference_steps=steps)
-        counts.append(counter.get_total_flops())
-    return counts[1] - counts[0]
+    with pipes.ready(case):
+        draw = partial(pipes.draw, case, resolution, batch_size)
+        two, three = (
+            ladder.counted_flops(partial(draw, num_inference_steps=steps)) for steps in (2, 3)
+        )
+    return three - two
 
 
 def matrix_rate(side: int, dtype: torch.dtype, device: torch.device) -> float:

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from benchmarks.generation import ELITE, draw_elite
-from benchmarks.harness import Goal, Table, finish, make_parser, parse, timed, use_threads
+from benchmarks.harness import Goal, Table, finish, make_parser, parse, timed
 from benchmarks.memory import memory_rows, peak_memory
 from benchmarks.models import DTYPES, build_elite, build_parts, random_concept
 from elite.console import run
@@ -42,14 +42,12 @@ def picture_cost(
     resolution: int | None,
     batch_size: int,
     steps: int,
-    threads: int | None,
 ) -> dict[str, float]:
     """MiB at the peak and above the resting level, and seconds, of the second picture of a process.
 
     Args:
         resolution: None means the model's own.
     """
-    use_threads(threads)
     pipe = build_elite(build_parts(size, torch.device("cpu"), DTYPES[dtype], DEFAULT_SAMPLER))
     precision = "no" if dtype == "fp32" else dtype
     settings = {"device": str(device), "mixed_precision": precision, **CASES[case]}
@@ -73,7 +71,7 @@ def tables(args: argparse.Namespace, device: torch.device) -> list[Table]:
     for dtype in args.dtypes:
         for batch_size in args.batch_sizes:
             setting = (args.size, device, dtype, args.resolution, batch_size, args.steps)
-            cases = {case: (case, *setting, args.threads) for case in args.cases}
+            cases = {case: (case, *setting) for case in args.cases}
             name = f"{dtype}, batch {batch_size}"
             rows = memory_rows(cases, picture_cost, args.rounds, name)
             for table, kind in ((total, "total"), (above, "above"), (seconds, "seconds")):

@@ -287,11 +287,6 @@ def parse(parser: argparse.ArgumentParser, name: str, argv: list[str] | None) ->
             if type(number) in (int, float) and number < least:  # a switch is a bool
                 raise ValueError(f"--{key} {number}: expected {least} or more")
     args.command = " ".join(["python -m", f"benchmarks.{name}", *argv])
-    use_threads(args.threads)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     return args
-
-
-def use_threads(threads: int | None) -> None:
-    """So many threads of torch; None leaves its own choice."""
-    if threads is not None:
-        torch.set_num_threads(threads)

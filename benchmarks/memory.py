@@ -31,12 +31,13 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> dict[str, f
 
 
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
-    """The answer of a function at module level, called in a process that has imported and no
-    more."""
+    """The answer of a function at module level, called in a process that has only done its imports
+    and has as many threads of torch as this one."""
     os.environ.update(RETURNED)  # read by the server when it starts, and so by all its processes
     context = get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.models"])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+    threads = {"initializer": torch.set_num_threads, "initargs": (torch.get_num_threads(),)}
+    with ProcessPoolExecutor(1, mp_context=context, **threads) as pool:
         return pool.submit(function, *args).result()
 
 

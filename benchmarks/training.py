@@ -32,7 +32,6 @@ from benchmarks.harness import (
     make_parser,
     parse,
     timed,
-    use_threads,
 )
 from benchmarks.memory import memory_rows, peak_memory
 from benchmarks.models import PROMPT, build_parts
@@ -203,10 +202,9 @@ def make_trainer(
 
 
 def training_peak(
-    stage: str, case: str, size: str, device: torch.device, batch_size: int, threads: int | None
+    stage: str, case: str, size: str, device: torch.device, batch_size: int
 ) -> dict[str, float]:
     """Peak memory of two steps, in a process that has trained nothing before."""
-    use_threads(threads)
     trainer, measures = make_trainer(stage, size, device, batch_size, [case]), CASES[case]
     with trainer.under(measures):
         return peak_memory(partial(trainer.steps, measures, 2), device)
@@ -238,7 +236,9 @@ def tables(args: argparse.Namespace, device: torch.device) -> list[Table]:
     for stage in args.stages:
         name = f"{STAGES[stage]}, batch {args.batch_size}"
         cases = [case for case in args.cases if possible(case, stage)]
-        fixed = (args.size, device, args.batch_size, args.threads)
+        if not cases:
+            continue
+        fixed = (args.size, device, args.batch_size)
         if args.memory_rounds:  # first, as there may be no room for another model later
             settings = {case: (stage, case, *fixed) for case in cases}
             rows = memory_rows(settings, training_peak, args.memory_rounds, name)

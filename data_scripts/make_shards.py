@@ -15,6 +15,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import sys
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any w
 
 from data_scripts.index_shards import Contents, in_parallel, index_shards, labels_of_masks, report
 from elite.console import add_set_name, add_workers, check_least, run, script_parser
-from elite.data import PairFolder
+from elite.data import Pair, PairFolder
 from elite.files import (
     check_writable,
     is_file,
@@ -139,24 +140,32 @@ class Grouped:
 
 
 class PackedPairs:
-    """A folder of pairs, each one an image with one mask; `len` and `item`."""
+    """A folder of pairs, each one an image with one mask, those of folders in it too; `len` and
+    `item`. Raises ValueError where two pictures share a name."""
 
     def __init__(self, folder: Path) -> None:
-        pairs = PairFolder(folder)
-        pairs.check_names()
-        self.pairs = pairs.pairs
+        pairs = [each for pair in PairFolder(folder).pairs for each in (pair, *pair.others)]
+        self.pairs: dict[str, Pair] = {}
+        for pair in pairs:
+            key = key_for(str(pair.image_path.relative_to(folder).with_suffix("")))
+            if (other := self.pairs.setdefault(key, pair)) is not pair:
+                raise ValueError(
+                    f"{pair.image_path}: has the name of {other.image_path.name}; rename one of "
+                    "them"
+                )
+        self.keys = list(self.pairs)
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.keys)
 
     def item(self, number: int) -> Item:
-        pair = self.pairs[number]
-        return Item(key_for(pair.name), pair.image_path, [pair.mask_path], None)
+        key = self.keys[number]
+        return Item(key, self.pairs[key].image_path, [self.pairs[key].mask_path], None)
 
 
 def key_for(name: str) -> str:
-    """A name without dots, which would end a key."""
-    return name.replace("%", "%25").replace(".", "%2E")
+    """A name without dots, which would end a key, and without folders."""
+    return name.replace("%", "%25").replace(".", "%2E").replace(os.sep, "%2F")
 
 
 def open_packed(source: Path, set_name: str) -> Packed:

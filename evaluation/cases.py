@@ -47,7 +47,7 @@ class Case:
 
     @property
     def key(self) -> dict[str, Any]:
-        """By what a row of scores or ratings names it."""
+        """What identifies it in rows of scores and ratings."""
         return dict(zip(KEYS, (self.subject.name, self.template, self.seed), strict=True))
 
     @property

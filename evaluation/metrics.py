@@ -37,7 +37,7 @@ class Clip:
         source: folder or hub name of a CLIPModel with its tokenizer.
 
     Raises:
-        ValueError: not there.
+        ValueError: it cannot be loaded.
     """
 
     def __init__(self, source: str | Path, device: torch.device | str = "cpu") -> None:
@@ -78,7 +78,7 @@ class Dino:
         source: folder or hub name of a ViT.
 
     Raises:
-        ValueError: not there.
+        ValueError: it cannot be loaded.
     """
 
     def __init__(self, source: str | Path, device: torch.device | str = "cpu") -> None:

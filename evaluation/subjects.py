@@ -1,4 +1,4 @@
-"""Whom an evaluation is about: concepts with their reference pictures, and the prompts.
+"""What is evaluated: concepts with their reference pictures, and the prompts.
 
 Three layouts: a folder of NAME.jpg + NAME_bg.png pairs, each its own subject; DreamBench's, a
 folder of pictures per subject, of which the first one with a mask beside it is the input and all

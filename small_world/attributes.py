@@ -47,7 +47,7 @@ class AttributeScores:
     ) -> dict[str, list[float | None]]:
         pixels = torch.stack([to_pixels(np.asarray(picture)) for picture in pictures])
         wanted = torch.tensor([self.wanted[case] for case in cases])
-        found = verdicts(self.judge, pixels, wanted)
+        found = right_ones(judged(self.judge, pixels)[0], wanted)
         return {
             name: [None if value < 0 else float(value) for value in values]
             for name, values in found.items()
@@ -62,19 +62,9 @@ def judged(judge: Judge, pixels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     return judge(F.adaptive_avg_pool2d(pixels.float().to(device), INPUT_SIDE).clamp(-1, 1))
 
 
-def verdicts(judge: Judge, pixels: Tensor, wanted: Tensor) -> dict[str, Tensor]:
-    """Per attribute 1 for right, 0 for wrong, -1 where the critter has none: (B,) each.
-
-    Args:
-        pixels: (B, 3, H, W) in [-1, 1].
-        wanted: labels (B, attributes), -1 for none.
-    """
-    logits, _ = judged(judge, pixels)
-    return right_ones(logits, wanted)
-
-
 def right_ones(logits: dict[str, Tensor], wanted: Tensor) -> dict[str, Tensor]:
-    """Logits by attribute against labels (B, attributes): 1, 0 or -1, (B,) each."""
+    """Logits by attribute against labels (B, attributes), -1 for none: 1 for right, 0 for wrong, -1
+    where the critter has none, (B,) each."""
     return {
         name: torch.where(target < 0, -1, (logits[name].argmax(1).cpu() == target).long())
         for name, target in zip(ATTRIBUTES, wanted.cpu().T, strict=True)

@@ -16,7 +16,7 @@ Verdicts = Mapping[str, np.ndarray]  # attribute to 1, 0 or -1 per case
 
 
 def share_right(verdicts: Verdicts, names: Sequence[str]) -> np.ndarray:
-    """Share of these attributes that is right, per case: they are no independent ones."""
+    """Share of these attributes that is right, per case: a picture's depend on each other."""
     found = np.stack([verdicts[name] for name in names])
     return (found == 1).sum(0) / (found >= 0).sum(0)
 

@@ -16,10 +16,10 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor, nn
 
 from elite.files import write_atomically
+from small_world.flags import scaled
 from small_world.objectives import ViewsObjective
 from small_world.pretrain import train
 from small_world.samples import load_samples, render_samples, small_pixels
-from small_world.scale import scaled
 from small_world.world import ATTRIBUTES
 
 NUM_SAMPLES = 60_000

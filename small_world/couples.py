@@ -19,7 +19,7 @@ from elite.encoding import batches
 from elite.markdown import percent, table
 from elite.pipeline import ElitePipeline
 from elite.sheets import SHEET_ROWS, tile_rows
-from small_world.attributes import verdicts
+from small_world.attributes import judged, right_ones
 from small_world.claims import interval
 from small_world.classifier import Judge
 from small_world.pretrain import to_image
@@ -88,8 +88,9 @@ def colours_seen(judge: Judge, pixels: Tensor, couples: Sequence[Couple]) -> Ten
     wanted = torch.tensor([[couple.left.wanted, couple.right.wanted] for couple in couples])
     columns = []
     for half, view in enumerate(pixels.chunk(2, dim=3)):
+        logits, _ = judged(judge, view)
         own, other = (
-            verdicts(judge, view, wanted[:, which])["colour"] == 1 for which in (half, 1 - half)
+            right_ones(logits, wanted[:, which])["colour"] == 1 for which in (half, 1 - half)
         )
         columns.append(torch.where(own, 0, torch.where(other, 1, 2)))
     return torch.stack(columns, dim=1)

@@ -100,8 +100,7 @@ def invert_all(
 
 def draw_inverted(model: Path, folder: Path, steps: int, cases: list[Case], **options) -> Tensor:
     """The stock pipeline with the words of these cases after so many steps."""
-    parts = load_stable_diffusion(model)
-    pipe = base_pipeline(parts["vae"], parts["text_encoder"], parts["tokenizer"], parts["unet"])
+    pipe = base_pipeline(**load_stable_diffusion(model))
     pipe.set_progress_bar_config(disable=True)
     words: dict[str, Tensor] = {}
     for case in cases:

@@ -20,9 +20,7 @@ from typing import TYPE_CHECKING
 
 from elite.console import OK, check_least, quiet_libraries, run, script_parser
 from elite.files import check_writable
-from small_world.flags import add_drawing
-from small_world.paths import JUDGE
-from small_world.scale import add_scale, scaled
+from small_world.flags import JUDGE, add_drawing, add_scale, scaled
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -8,13 +8,12 @@ from itertools import cycle
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
-from elite.loading import NOISE_SCHEDULE
 from small_world.captions import place, with_article
 from small_world.large import Size
 from small_world.mixed import MixedWorld, base_batch, image_encoder_batch, seen_by_vae, vae_batch
@@ -27,7 +26,6 @@ from small_world.pretrain import (
     preview_prompts,
     set_scaling_factor,
     to_image,
-    token_ids,
 )
 from small_world.world import SCENES
 
@@ -107,14 +105,11 @@ def train_all(
     )
     tokenizer = world.tokenizer
     objective = BaseModelObjective(
-        build_text_encoder(tokenizer, width),
-        build_unet(side, width, size.channels),
-        DDPMScheduler(**NOISE_SCHEDULE),
-        empty_ids=token_ids(tokenizer, [""])[0],
+        build_text_encoder(tokenizer, width), build_unet(side, width, size.channels), tokenizer
     )
     make_batch = partial(base_batch, vae, image_encoder, world, count)
     train("base", objective, make_batch, device, seconds)
-    return base_pipeline(vae, objective.text_encoder, tokenizer, objective.unet), image_encoder
+    return base_pipeline(vae=vae, tokenizer=tokenizer, **objective.parts), image_encoder
 
 
 @torch.no_grad()

@@ -21,11 +21,11 @@ from elite.text import tokenize
 from small_world.bodies import DIRECTIONS
 from small_world.captions import fill
 from small_world.objectives import MAX_WORDS
-from small_world.pretrain import COLOUR_ATTRIBUTES, RECOLOURED, image_features, token_ids
+from small_world.pretrain import COLOUR_ATTRIBUTES, RECOLOURED, image_features
 from small_world.samples import FRAMINGS, SECOND_FRAMINGS, framed_template, load_samples
 from small_world.scenes import draw_scene
 from small_world.things import name_of, premultiplied, read_thing
-from small_world.tokenizer import build_tokenizer
+from small_world.tokenizer import build_tokenizer, token_ids
 from small_world.world import ATTRIBUTES, SCENES
 
 # A thing's longer side, as a share of the picture's.

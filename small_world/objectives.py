@@ -7,17 +7,22 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPVisionModel
+from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModel
 
 from elite.files import write_atomically
+from elite.loading import NOISE_SCHEDULE
 from elite.noise import seeded_noise, seeded_timesteps
 from elite.text import encode_text
 from small_world.bodies import DIRECTIONS
+from small_world.tokenizer import token_ids
 from small_world.world import ATTRIBUTES
 
 OBJECT_WEIGHT = 4.0  # of the base model's loss, beside 1 everywhere: parts are a few latents
 MAX_WORDS = 5  # of a concept in a caption
 TOLD = 1 / 3  # share of a batch that reads captions; the rest reads words made of features
+EMPTY = 0.1  # share that reads the empty caption, for guidance
+KL_WEIGHT = 1e-4  # of the VAE
+TEMPERATURE = 0.1  # of the contrast of views
 WORD_SCALE = 0.1  # of these words: that of a mapper under stage 1's penalty, near the vocabulary's
 
 
@@ -27,11 +32,9 @@ class VAEObjective(nn.Module):
     With `decoder_only` the encoder stays as it is, and so do the latents that others have learned.
     """
 
-    def __init__(
-        self, vae: AutoencoderKL, kl_weight: float = 1e-4, decoder_only: bool = False
-    ) -> None:
+    def __init__(self, vae: AutoencoderKL, decoder_only: bool = False) -> None:
         super().__init__()
-        self.vae, self.kl_weight = vae, kl_weight
+        self.vae = vae
         for part in (vae.encoder, vae.quant_conv):
             part.requires_grad_(not decoder_only)
 
@@ -43,7 +46,7 @@ class VAEObjective(nn.Module):
         decoded = self.vae.decode(posterior.mean + posterior.std * noise).sample.float()
         squared = F.mse_loss(decoded, pixels)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        loss = squared + 0.5 * F.l1_loss(decoded, pixels) + self.kl_weight * kl
+        loss = squared + 0.5 * F.l1_loss(decoded, pixels) + KL_WEIGHT * kl
         psnr = -10 * torch.log10(squared.detach() / 4)
         return {"loss": loss, "psnr": psnr, "kl": kl.detach()}
 
@@ -59,9 +62,8 @@ class ViewsObjective(nn.Module):
         width: of the features that `compare` is given.
     """
 
-    def __init__(self, width: int, temperature: float = 0.1) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.temperature = temperature
         self.heads = nn.ModuleDict(
             {name: nn.Linear(width, len(kinds)) for name, kinds in ATTRIBUTES.items()}
         )
@@ -84,7 +86,7 @@ class ViewsObjective(nn.Module):
             right = (logits.detach().argmax(1) == target) & known
             accuracies[f"acc_{name}"] = right.sum() / count
         unit = F.normalize(embeddings.float(), dim=-1)
-        alike = unit @ unit.T / self.temperature  # (2B, 2B)
+        alike = unit @ unit.T / TEMPERATURE  # (2B, 2B)
         own = torch.eye(len(alike), dtype=torch.bool, device=alike.device)
         alike = alike.masked_fill(own, -torch.inf)
         partner = torch.arange(len(alike), device=alike.device).roll(len(alike) // 2)
@@ -144,17 +146,13 @@ class BaseModelObjective(nn.Module):
     """
 
     def __init__(
-        self,
-        text_encoder: CLIPTextModel,
-        unet: UNet2DConditionModel,
-        scheduler: DDPMScheduler,
-        empty_ids: Tensor,
-        empty_probability: float = 0.1,
+        self, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, tokenizer: CLIPTokenizer
     ) -> None:
         super().__init__()
         self.text_encoder, self.unet = text_encoder, unet
-        self.scheduler, self.empty_probability = scheduler, empty_probability
-        self.register_buffer("empty_ids", empty_ids, persistent=False)  # (48,)
+        self.scheduler = DDPMScheduler(**NOISE_SCHEDULE)
+        empty_ids = token_ids(tokenizer, [""])[0]  # (48,)
+        self.register_buffer("empty_ids", empty_ids, persistent=False)
         width = text_encoder.config.hidden_size  # and that of the image encoder
         self.word_head = nn.Sequential(
             nn.LayerNorm(2 * width),
@@ -162,6 +160,11 @@ class BaseModelObjective(nn.Module):
             nn.GELU(),
             nn.Linear(4 * width, MAX_WORDS * width),
         )
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """What is trained, by its name in a pipeline."""
+        return {"text_encoder": self.text_encoder, "unet": self.unet}
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         latents, context = batch["latents"], self.context(batch)
@@ -182,7 +185,7 @@ class BaseModelObjective(nn.Module):
         """(B, 48, D): of captions for the first `num_told` of the batch, of words made of features
         for the others."""
         seeds = batch["seed"]
-        empty = (seeds % 1000 < 1000 * self.empty_probability)[:, None]  # (B, 1)
+        empty = (seeds % 1000 < 1000 * EMPTY)[:, None]  # (B, 1)
         empty = empty.to(batch["input_ids"].device)
         told = num_told(len(seeds))
         input_ids = torch.where(empty, self.empty_ids, batch["input_ids"])[:told]

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -31,7 +32,8 @@ from elite.loading import NOISE_SCHEDULE, make_scheduler, stock_pipeline
 from elite.run_state import checkpoints
 from elite.text import tokenize
 from elite.training import fit, make_accelerator
-from small_world.captions import describe, fill, place
+from small_world.captions import describe, place, with_article
+from small_world.flags import MODEL, add_scale, scaled
 from small_world.models import (
     build_image_encoder,
     build_text_encoder,
@@ -45,10 +47,8 @@ from small_world.objectives import (
     ImageEncoderObjective,
     VAEObjective,
 )
-from small_world.paths import MODEL
 from small_world.samples import load_samples, render_samples, small_pixels
-from small_world.scale import add_scale, scaled
-from small_world.tokenizer import MAX_LENGTH, build_tokenizer
+from small_world.tokenizer import build_tokenizer, token_ids
 from small_world.world import ATTRIBUTES, SCENES, random_critter
 
 NUM_SAMPLES = 100_000
@@ -75,17 +75,21 @@ RECIPES: dict[str, dict[str, Any]] = {
 NUM_PREVIEWS = 8  # descriptions in a preview
 
 
-class VAEPictures:
-    """The first views, as the VAE sees them."""
+class Samples:
+    """A dataset of rendered critters, two views of each."""
 
     def __init__(self, folder: Path) -> None:
-        self.views, _ = load_samples(folder)
+        self.views, self.records = load_samples(folder)
 
     def __len__(self) -> int:
         return len(self.views)
 
     def name(self, index: int) -> str:
         return f"sample {index}"
+
+
+class VAEPictures(Samples):
+    """The first views, as the VAE sees them."""
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
         return {"pixels": small_pixels(self.views[index, 0])}
@@ -95,20 +99,14 @@ class VAEPictures:
         return torch.stack([small_pixels(view) for view in self.views[:count, 0]])
 
 
-class Views:
+class Views(Samples):
     """Both views of a critter, as the image encoder sees them, with what they show."""
 
     def __init__(self, folder: Path) -> None:
-        self.views, records = load_samples(folder)
-        self.labels = torch.tensor([record["labels"] for record in records])
-        self.profiles = torch.tensor([record["profile"] for record in records])
+        super().__init__(folder)
+        self.labels = torch.tensor([record["labels"] for record in self.records])
+        self.profiles = torch.tensor([record["profile"] for record in self.records])
         self.coloured = torch.tensor([name in COLOUR_ATTRIBUTES for name in ATTRIBUTES])
-
-    def __len__(self) -> int:
-        return len(self.views)
-
-    def name(self, index: int) -> str:
-        return f"sample {index}"
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
         views, labels = np.array(self.views[index]), self.labels[index]
@@ -134,7 +132,7 @@ def recoloured(views: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.concatenate([pictures, views[..., 3:]], axis=-1)
 
 
-class Latents:
+class Latents(Samples):
     """Latents of the first views, image features of the second ones, and the captions.
 
     Args:
@@ -151,23 +149,17 @@ class Latents:
         cache: Path,
         key: str,
     ) -> None:
-        views, records = load_samples(folder)
-        self.input_ids = token_ids(tokenizer, [record["caption"] for record in records])
-        concepts = [record["template"].format(record["concept"]) for record in records]
+        super().__init__(folder)
+        self.input_ids = token_ids(tokenizer, [record["caption"] for record in self.records])
+        concepts = [record["template"].format(record["concept"]) for record in self.records]
         self.concept_ids, self.index = tokenize(tokenizer, concepts, "S", num_words=MAX_WORDS)
         encoded = torch.load(cache, weights_only=True) if cache.exists() else {}
         if encoded.get("key") != key:
-            encoded = {"key": key, **encode_all(vae, image_encoder, views)}
+            encoded = {"key": key, **encode_all(vae, image_encoder, self.views)}
             write_atomically(cache, lambda temporary: torch.save(encoded, temporary))
         self.latents = encoded["latents"] * vae.config.scaling_factor
-        self.objects = object_shares(views, side=self.latents.shape[-1])
+        self.objects = object_shares(self.views, side=self.latents.shape[-1])
         self.features = encoded["features"]
-
-    def __len__(self) -> int:
-        return len(self.latents)
-
-    def name(self, index: int) -> str:
-        return f"sample {index}"
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
         return {
@@ -187,14 +179,6 @@ def object_shares(views: np.ndarray, side: int, chunk: int = 2000) -> Tensor:
         masks = torch.from_numpy(views[start : start + chunk, 0, :, :, 3]).float()[:, None]
         parts.append(F.adaptive_avg_pool2d(masks, side).round().to(torch.uint8))
     return torch.cat(parts)
-
-
-def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
-    """(B, MAX_LENGTH)."""
-    encoded = tokenizer(
-        texts, padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt"
-    )
-    return encoded.input_ids
 
 
 @torch.no_grad()
@@ -219,14 +203,10 @@ def image_features(image_encoder: CLIPVisionModel, clip_pixels: Tensor) -> Tenso
     return torch.cat([states[:, 0], states[:, 1:].mean(1)], dim=1)
 
 
-def grid(pictures: list[Image.Image], columns: int, side: int = 128) -> Image.Image:
-    """Pictures enlarged with nearest neighbour, row by row."""
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * side, rows * side), "white")
-    for i, picture in enumerate(pictures):
-        large = picture.resize((side, side), Image.Resampling.NEAREST)
-        sheet.paste(large, (i % columns * side, i // columns * side))
-    return sheet
+def grid(pictures: list[Image.Image], columns: int) -> Image.Image:
+    """Pictures enlarged with nearest neighbour, row by row; all rows are full."""
+    large = [picture.resize((128, 128), Image.Resampling.NEAREST) for picture in pictures]
+    return make_image_grid(large, len(large) // columns, columns)
 
 
 def train(
@@ -286,7 +266,7 @@ def fit_vae(
     def preview() -> Image.Image:
         pixels = dataset.first(16).to(objective.vae.device)
         decoded = objective.vae.decode(objective.vae.encode(pixels).latent_dist.mean).sample
-        return grid([to_image(x) for x in torch.cat([pixels, decoded])], columns=16)
+        return grid([to_image(x) for x in torch.cat([pixels, decoded])], columns=len(pixels))
 
     train(part, RECIPES[part], objective, dataset, work_dir, scale, preview)
 
@@ -319,15 +299,10 @@ def train_base(work_dir: Path, scale: float) -> None:
         work_dir / "vae" / "vae", folder
     )
     dataset = Latents(samples, tokenizer, vae, image_encoder, cache, key)
-    objective = BaseModelObjective(
-        build_text_encoder(tokenizer),
-        build_unet(),
-        DDPMScheduler(**NOISE_SCHEDULE),
-        empty_ids=token_ids(tokenizer, [""])[0],
-    )
+    objective = BaseModelObjective(build_text_encoder(tokenizer), build_unet(), tokenizer)
 
     def preview() -> Image.Image:
-        pipe = base_pipeline(vae, objective.text_encoder, tokenizer, objective.unet)
+        pipe = base_pipeline(vae=vae, tokenizer=tokenizer, **objective.parts)
         pipe.to(objective.unet.device).set_progress_bar_config(disable=True)
         generators = [torch.Generator().manual_seed(i) for i in range(16)]
         prompts = [prompt for prompt in preview_prompts() for _ in range(2)]
@@ -343,27 +318,14 @@ def preview_prompts() -> list[str]:
     """Full descriptions of held-out combinations, in scenes in turn."""
     rng, scenes = np.random.default_rng(0), list(SCENES)
     return [
-        fill("a {}", describe(random_critter(rng, "combinations"))) + place(scenes[i])
+        with_article(describe(random_critter(rng, "combinations"))) + place(scenes[i])
         for i in range(NUM_PREVIEWS)
     ]
 
 
-def base_pipeline(
-    vae: AutoencoderKL,
-    text_encoder: CLIPTextModel,
-    tokenizer: CLIPTokenizer,
-    unet: UNet2DConditionModel,
-) -> StableDiffusionPipeline:
-    """The stock pipeline over the small parts."""
-    return stock_pipeline(
-        {
-            "vae": vae,
-            "text_encoder": text_encoder,
-            "tokenizer": tokenizer,
-            "unet": unet,
-            "scheduler": make_scheduler("dpm++", NOISE_SCHEDULE),
-        }
-    )
+def base_pipeline(**parts: Any) -> StableDiffusionPipeline:
+    """The stock pipeline over these parts: vae, text_encoder, tokenizer, unet."""
+    return stock_pipeline({**parts, "scheduler": make_scheduler("dpm++", NOISE_SCHEDULE)})
 
 
 def assemble(work_dir: Path, target: Path) -> None:
@@ -373,10 +335,10 @@ def assemble(work_dir: Path, target: Path) -> None:
     trained_on = work_dir / "vae_decoder"
     last = trained_on if (trained_on / "vae").is_dir() else work_dir / "vae"
     pipe = base_pipeline(
-        AutoencoderKL.from_pretrained(last / "vae"),
-        CLIPTextModel.from_pretrained(work_dir / "base" / "text_encoder"),
-        build_tokenizer(),
-        UNet2DConditionModel.from_pretrained(work_dir / "base" / "unet"),
+        vae=AutoencoderKL.from_pretrained(last / "vae"),
+        text_encoder=CLIPTextModel.from_pretrained(work_dir / "base" / "text_encoder"),
+        tokenizer=build_tokenizer(),
+        unet=UNet2DConditionModel.from_pretrained(work_dir / "base" / "unet"),
     )
     image_encoder = CLIPVisionModel.from_pretrained(work_dir / "image_encoder" / "image_encoder")
     save_model(pipe, image_encoder, target)

@@ -22,12 +22,12 @@ from elite.console import OK, check_least, run, script_parser
 from elite.files import check_writable, write_json, write_text
 from elite.images import to_clip_pixels
 from elite.loading import load_parts
-from elite.markdown import percent, table
+from elite.markdown import table
 from small_world.attributes import right_ones
-from small_world.paths import MODEL
+from small_world.flags import MODEL
 from small_world.pretrain import image_features
 from small_world.samples import small_pixels, whole_view
-from small_world.score import make_cases, share
+from small_world.score import cell, make_cases, share
 from small_world.world import ATTRIBUTES
 
 SEED = 1  # of the cases, which score and reproduce draw with 0
@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     pixels = torch.stack([small_pixels(view.numpy()) for view in views[:RECONSTRUCTED]])
     decibels = psnr(parts["vae"], pixels)
 
-    cells = [percent(score["accuracy"], *score["interval"]) for score in scores.values()]
+    cells = [cell(score) for score in scores.values()]
     text = table(["VAE, dB", *scores], [[f"{decibels:.1f}", *cells]]) + "\n"
     about = {"model": str(args.model), "fitted": args.fitted, "samples": args.samples}
     write_json(args.output_dir / "probe.json", {**about, "psnr": decibels, "attributes": scores})

@@ -23,7 +23,7 @@ python=${PYTHON:-python}
 run=$root/runs/small_world
 target=$root/checkpoints/small_world
 
-scaled() { "$python" -c "from small_world.scale import scaled; print(scaled($1, $scale))"; }
+scaled() { "$python" -c "from small_world.flags import scaled; print(scaled($1, $scale))"; }
 step() { printf '\n== %s\n' "$*"; "$@"; }
 launch() { step "$python" -m accelerate.commands.launch --config_file configs/cpu_2.json "$@"; }
 

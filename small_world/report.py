@@ -1,6 +1,7 @@
 """How `reproduce` shows its verdicts: tables, curve, contact sheets."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,14 +52,8 @@ def plot_curve(rows: dict[str, Verdicts], path: Path) -> None:
     curve = [name for name in rows if name == "w0" or name.startswith("w0 +")]
     for group in (curve, *([name] for name in rows if name not in curve)):
         points = [(interval(editability(rows[n])), interval(fidelity(rows[n]))) for n in group]
-        x, y = ([100 * axis[0] for axis in column] for column in zip(*points, strict=True))
-        errors = [
-            [
-                [100 * (axis[0] - axis[1]) for axis in column],
-                [100 * (axis[2] - axis[0]) for axis in column],
-            ]
-            for column in zip(*points, strict=True)
-        ]
+        mean, low, high = 100 * np.array(points).transpose(2, 1, 0)  # (axes, points) each
+        (x, y), errors = mean, np.stack([mean - low, high - mean], axis=1)
         label = "w0 + local over lambda" if group is curve else group[0]
         style = {"fmt": "o-" if group is curve else "s", "capsize": 2, "elinewidth": 0.6}
         axes.errorbar(x, y, xerr=errors[0], yerr=errors[1], label=label, **style)
@@ -71,7 +66,7 @@ def plot_curve(rows: dict[str, Verdicts], path: Path) -> None:
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.tight_layout()
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+    write_atomically(path, partial(figure.savefig, format="png"))
 
 
 def summary(rows: Mapping[str, Verdicts], claims: Sequence[Claim]) -> dict:

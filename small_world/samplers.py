@@ -18,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
+from elite.config import REPOSITORY
 from elite.console import check_least, run, script_parser
 from elite.files import check_writable, write_text
 from elite.images import read_image
 from elite.markdown import table
 from evaluation.rate import cases_of
-from small_world.paths import REPOSITORY
 
 REFERENCE = ("lms", 100)
 CANDIDATES = [(name, steps) for steps in (8, 10, 15, 20, 25) for name in ("dpm++", "unipc")]

@@ -185,6 +185,6 @@ def load_samples(folder: Path) -> tuple[np.ndarray, list[dict]]:
 
 
 def small_pixels(view: np.ndarray) -> Tensor:
-    """A view (64, 64, 4) as the base model sees it: (3, 32, 32) in [-1, 1]; others by half,
-    too."""
+    """A view (64, 64, 4) as the base model sees it: (3, 32, 32) in [-1, 1]; of another side,
+    half of it."""
     return F.avg_pool2d(to_pixels(view[..., :3]), 2)

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elite.encoding import batches
-from elite.loading import load_parts, make_scheduler
+from elite.loading import load_stable_diffusion, make_scheduler
 from elite.markdown import percent, table
 from elite.pipeline import ElitePipeline
 from small_world.attributes import judged, right_ones
@@ -414,19 +414,17 @@ def score_rows(judge: Judge, rows: list[Row[Case]], batch_size: int) -> dict[str
 
 def markdown(scores: dict[str, dict], names: Sequence[str] = COLUMNS) -> str:
     """'| ELITE, lambda 0.8 | 93.2 (90.7-95.1) | ...': per cent, with the interval."""
-    rows = [[row, *(_cell(by_name[name]) for name in names)] for row, by_name in scores.items()]
+    rows = [[row, *(cell(by_name[name]) for name in names)] for row, by_name in scores.items()]
     return table(["% right (95 % interval)", *names], rows)
 
 
-def _cell(score: dict) -> str:
+def cell(score: dict) -> str:
     return percent(score["accuracy"], *score["interval"]) if score["total"] else "-"
 
 
 def load_base(model: Path) -> StableDiffusionPipeline:
     """The stock pipeline."""
-    parts = load_parts(model)
-    base = base_pipeline(parts["vae"], parts["text_encoder"], parts["tokenizer"], parts["unet"])
-    return _ready(base)
+    return _ready(base_pipeline(**load_stable_diffusion(model)))
 
 
 def load_elite(

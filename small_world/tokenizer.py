@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 from string import ascii_letters, punctuation
 
+from torch import Tensor
 from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -13,6 +14,12 @@ from small_world.world import ATTRIBUTES, HELD_OUT_KINDS, SCENES
 
 MAX_LENGTH = 48
 FRAMING_WORDS = "far away very zoomed in close up an and with on"
+
+
+def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """(B, MAX_LENGTH)."""
+    encoded = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+    return encoded.input_ids
 
 
 def world_words() -> list[str]:

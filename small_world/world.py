@@ -1,10 +1,10 @@
 """What exists in the small world: critters, their attributes, and what nothing is ever trained on.
 
-A `Critter` is one concept: a kind of each attribute and the continuous numbers of its body. Kinds
-of a tuple's end are held out (`HELD_OUT_KINDS`); so are one in six combinations (`is_held_out`) and
-intervals of continuous numbers (`HELD_OUT_INTERVALS`). Everything that renders training data asks
-`random_critter(rng, "trained")`; critters of judge and tests are drawn afresh by their seeds.
-Training alone shows what lies between the kinds, too, without a name (`UNNAMED`).
+A `Critter` is one concept: a kind of each attribute and the continuous numbers of its body. The
+last kinds of some tuples are held out (`HELD_OUT_KINDS`); so are one in six combinations
+(`is_held_out`) and intervals of continuous numbers (`HELD_OUT_INTERVALS`). Everything that renders
+training data asks `random_critter(rng, "trained")`; critters of judge and tests are drawn afresh by
+their seeds. Training alone shows what lies between the kinds, too, without a name (`UNNAMED`).
 """
 
 import zlib

@@ -5,7 +5,6 @@ Each picture has one object, a flat ellipse or rectangle, with one box and one m
 
 import csv
 import io
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,10 +200,6 @@ def write_annotations(folder: Path, records: list[Record]) -> None:
 def write_csv(path: Path, header: Sequence[str], rows: list[tuple]) -> None:
     with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])
-
-
-if __name__ == "__main__":
-    print(make_open_images(sys.argv[1], oddities="--oddities" in sys.argv))
 
 
 def boxes_folder(root, rows):

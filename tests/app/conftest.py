@@ -1,9 +1,9 @@
 """The app over the tiny pipeline, served on this machine, and its API as a client speaks it."""
 
 import json
-import threading
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,17 +173,8 @@ def client(served: tuple[gr.Blocks, str]) -> Client:
 
 def in_parallel(count: int, work: Any) -> list[Any]:
     """`work(number)` in as many threads."""
-    results: list[Any] = [None] * count
-
-    def run(number: int) -> None:
-        results[number] = work(number)
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(work, range(count)))
 
 
 def noise_file(path: Path, width: int, height: int) -> Path:

@@ -414,6 +414,12 @@ def test_a_slow_server_sends_whole_files_at_its_pace(tmp_path, monkeypatch):
     assert sum(slept) == pytest.approx(len(content) / 100e6)
 
 
+def test_a_stage_without_a_case_has_no_row():
+    only = "+ cached latents"  # of stage 1
+    args = training.parse_args(["--stages", "local", "--cases", only, "--memory_rounds", "1"])
+    assert [table.rows for table in training.tables(args, CPU)] == [[], []]
+
+
 def test_every_training_case_steps():
     trainer = training.Trainer("local", "tiny", CPU, 1)
     weights = {name: p.detach().clone() for name, p in trainer.objective.named_parameters()}

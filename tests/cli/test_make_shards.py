@@ -193,6 +193,23 @@ def test_pairs_are_packed_with_the_boxes_of_their_masks(tmp_path):
     assert len(OpenImagesMasks(open_source(tmp_path / "shards"))) == 1
 
 
+def test_pictures_of_one_object_are_all_packed(tmp_path, capsys):
+    cat = tmp_path / "pairs" / "cat"
+    cat.mkdir(parents=True)
+    for number in (1, 2):
+        image, mask, _ = picture(number)
+        (cat / f"{number}.jpg").write_bytes(image)
+        (cat / f"{number}_bg.png").write_bytes(mask)
+    assert run_script(PACK, tmp_path / "pairs", tmp_path / "shards", *SMALL) == 0
+    assert "2 images, 2 boxes, 2 masks" in capsys.readouterr().out
+    boxes = OpenImagesBoxes(open_source(tmp_path / "shards"), resolution=32)
+    names = [boxes.image_name(row).rpartition("/")[2] for row in range(2)]
+    assert names == ["cat%2F1.jpg", "cat%2F2.jpg"]
+    shutil.copy(cat / "1.jpg", cat / "1.webp")
+    assert run_script(PACK, tmp_path / "pairs", tmp_path / "again", *SMALL) == 2
+    assert "cat/1.webp: has the name of 1.jpg; rename one of them" in capsys.readouterr().err
+
+
 def test_a_folder_of_one_stage_is_packed(open_images, tmp_path, capsys):
     for folder in ("images", "annotations"):
         (tmp_path / folder).symlink_to(open_images / folder)

@@ -18,8 +18,8 @@ from small_world.couples import (
     make_couples,
     markdown,
 )
+from small_world.flags import JUDGE
 from small_world.judge import main
-from small_world.paths import JUDGE
 from small_world.score import draw_renders
 
 

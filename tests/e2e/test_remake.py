@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from small_world import pretrain, samples
+from small_world.flags import scaled
 from small_world.judge import parse_args as parse_judge
-from small_world.scale import scaled
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Writes down its arguments, and a script that it is given; runs nothing but arithmetic.

@@ -10,8 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from small_world import methods, reproduce
+from small_world.flags import MODEL
 from small_world.methods import Pictures
-from small_world.paths import MODEL
 from small_world.table import LAMBDAS, NEW_KINDS, Table
 
 SMALL = ["--samples", "3", "--inversions", "2", "--inversion_steps", "1", "3"]

@@ -283,7 +283,6 @@ def leftovers(folder: Path) -> list[str]:
 class Kill:
     """Where a run was hit."""
 
-    after_seconds: float
     steps_logged: int
     while_writing: list[str]  # temporary names found: it was writing or removing these
 
@@ -319,13 +318,12 @@ def kill_and_resume(
     log = folder.parent / f"{folder.name}.log"
     while len(done) < kills:
         wait = next(moments)
-        started, process = time.monotonic(), start(call(), log)
+        process = start(call(), log)
         wait(process, folder)
         if process.exitcode is None:
             process.kill()
             process.join()
-            seconds = round(time.monotonic() - started, 3)
-            done.append(Kill(seconds, steps_done(folder), leftovers(folder)))
+            done.append(Kill(steps_done(folder), leftovers(folder)))
         else:  # it came to its end; the next life only exports once more
             assert process.exitcode == 0, log.read_text()[-3000:]
     finish_well(start(call(), log), log)

@@ -7,13 +7,14 @@ import argparse
 import json
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from elite.console import quiet_libraries
 from tests.hostile.corpus import all_cases
-from tests.hostile.harness import World, as_dicts, judge, table
+from tests.hostile.harness import World, judge, table
 
 
 def main() -> int:
@@ -34,7 +35,9 @@ def main() -> int:
                 print(f"FAULT {verdict.kind} {verdict.name}: {verdict.fault}", flush=True)
     print(table(verdicts))
     if args.json:
-        args.json.write_text(json.dumps(as_dicts(verdicts)), encoding="utf-8")
+        args.json.write_text(
+            json.dumps([asdict(verdict) for verdict in verdicts]), encoding="utf-8"
+        )
     return int(any(verdict.fault for verdict in verdicts))
 
 

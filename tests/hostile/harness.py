@@ -11,7 +11,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -199,7 +199,3 @@ def table(verdicts: Sequence[Verdict]) -> str:
             f"{kind:14}{len(mine):8}{refused:9}{taken:7}{faults:8}{seconds:9.1f}{peak:7.0f}"
         )
     return "\n".join(lines)
-
-
-def as_dicts(verdicts: Sequence[Verdict]) -> list[dict]:
-    return [asdict(verdict) for verdict in verdicts]

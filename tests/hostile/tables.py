@@ -104,8 +104,8 @@ def npy_header(text: str) -> bytes:
     return b"\x93NUMPY\1\0" + len(head).to_bytes(2, "little") + head
 
 
-def good_index(name: str = "m.png") -> np.ndarray:
-    return np.array([(name, 0, 120, 0, 120)], dtype=_box_type(40))
+def good_index() -> np.ndarray:
+    return np.array([("m.png", 0, 120, 0, 120)], dtype=_box_type(40))
 
 
 def refused_indices(world: World) -> Iterator[tuple[str, bytes]]:

@@ -2,6 +2,7 @@
 the file, or reads it. `make hostile` tries more of them (HOSTILE_EXAMPLES)."""
 
 import os
+import shlex
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from elite.text import find_placeholder
 from elite.wording import LONGEST, one_line
+from tests.conftest import REPOSITORY
 from tests.hostile.readers import READERS, feed
 from tests.hostile.seeds import SEEDS
 
@@ -69,3 +71,8 @@ def test_any_prompt_is_refused_or_has_its_placeholder(prompt, placeholder):
 def test_messages_are_one_printable_line(text):
     line = one_line(text * 50)
     assert line.isprintable() and len(line) < 12 * LONGEST
+
+
+def test_every_reader_is_fuzzed_under_guidance_too():
+    listed = (REPOSITORY / "Makefile").read_text().partition("for reader in ")[2].partition(";")[0]
+    assert shlex.split(listed) == list(READERS)

@@ -7,8 +7,12 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-FOLDERS = ("elite", "data_scripts", "small_world", "benchmarks", ".")
-SOURCES = sorted({path for name in FOLDERS for path in (REPOSITORY / name).glob("*.py")})
+SOURCES = sorted(
+    path
+    for places in ("*.py", "[!.]*/*.py", "integrations/*/*.py")
+    for path in REPOSITORY.glob(places)
+    if path.parent.name != "tests"
+)
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 EXECUTES = {"eval", "exec", "compile", "__import__", "os.system", "os.popen"}
 YAML_LOADS = {"yaml.load", "yaml.load_all"}

@@ -2,10 +2,8 @@
 
 from collections.abc import Iterator
 
-import yaml
-
 from elite.config import build_config, read_yaml
-from elite.settings import InferenceLocalConfig, TrainGlobalConfig
+from elite.settings import InferenceLocalConfig
 from tests import tiny
 from tests.hostile.harness import Case, World
 from tests.hostile.tables import feed
@@ -296,11 +294,6 @@ YAMLS: tuple[tuple[str, str | bytes], ...] = (
 
 def settings_file(world: World, content: str | bytes) -> None:
     build_config(InferenceLocalConfig, read_yaml(world.write("c.yaml", content)))
-
-
-def resume_from(world: World, name: str) -> None:
-    config = {"pretrained_model_name_or_path": "x", "train_data_dir": "y"}
-    build_config(TrainGlobalConfig, {**config, **yaml.safe_load(name)})
 
 
 def cases(world: World) -> Iterator[Case]:

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from small_world import score
-from small_world.attributes import verdicts
 from small_world.classifier import Judge, JudgeObjective, disturbed, load_judge
 from small_world.judge import main as judge_main
 from small_world.score import (
@@ -326,11 +325,6 @@ def test_rows_count_what_is_right(cases, monkeypatch):
     assert row["parts"]["accuracy"] == pytest.approx(
         sum(row[part]["right"] for part in PARTS) / (30 * len(PARTS))
     )
-
-
-def test_verdicts_on_one_picture(cases):
-    found = verdicts(Oracle(cases), pictures_of([3]), torch.tensor([cases[3].wanted]))
-    assert all(int(verdict) in (1, -1) for verdict in found.values())
 
 
 def test_a_picture_finds_its_own_among_those_that_follow(monkeypatch):

@@ -16,7 +16,7 @@ from elite.open_images import OpenImagesBoxes
 from elite.shards import open_source
 from elite.stream import TrainingStream, stream_loader
 from tests.open_images import make_open_images
-from tests.shards import bytes_cached, make_shards, served, shard_names
+from tests.shards import bytes_cached, make_shards, same, served, shard_names
 from tests.waiting import wait_until
 
 WINDOW = 2
@@ -65,13 +65,6 @@ def opened(location, vae, window=WINDOW, **options):
     """The dataset of images and latents of a folder or URL."""
     boxes = boxes_of(open_source(location, window=window, **options))
     return CachedBoxes(boxes, f"{location}/latents", vae)
-
-
-def same(a, b):
-    assert a.keys() == b.keys()
-    return all(
-        torch.equal(a[key], b[key]) if torch.is_tensor(a[key]) else a[key] == b[key] for key in a
-    )
 
 
 def latent_names(folder):

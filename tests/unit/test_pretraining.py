@@ -7,10 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from elite.loading import NOISE_SCHEDULE
 from elite.text import encode_text, tokenize
 from small_world.bodies import DIRECTIONS, profile
 from small_world.captions import describe, fill, place
@@ -30,11 +28,10 @@ from small_world.pretrain import (
     encode_all,
     preview_prompts,
     recoloured,
-    token_ids,
 )
 from small_world.render import draw
 from small_world.samples import SIDE
-from small_world.tokenizer import MAX_LENGTH, build_tokenizer
+from small_world.tokenizer import MAX_LENGTH, build_tokenizer, token_ids
 from small_world.world import ATTRIBUTES, SCENES, labels, random_critter
 from tests import tiny
 
@@ -204,9 +201,7 @@ def test_the_image_encoder_learns_from_labels_views_outlines_and_profiles():
 def objective() -> BaseModelObjective:
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
-    scheduler = DDPMScheduler(**NOISE_SCHEDULE)
-    empty_ids = token_ids(tokenizer, [""])[0]
-    return BaseModelObjective(build_text_encoder(tokenizer), nn.Identity(), scheduler, empty_ids)
+    return BaseModelObjective(build_text_encoder(tokenizer), nn.Identity(), tokenizer)
 
 
 def base_batch(seeds: list[int]) -> dict[str, Tensor]:
@@ -283,10 +278,7 @@ def test_the_gradient_reaches_the_word_head(objective):
 
 def test_the_word_head_is_thrown_away(objective, tmp_path):
     whole = BaseModelObjective(
-        tiny.build_models()["text_encoder"],
-        tiny.build_models()["unet"],
-        objective.scheduler,
-        objective.empty_ids,
+        tiny.build_models()["text_encoder"], tiny.build_models()["unet"], build_tokenizer()
     )
     whole.save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["text_encoder", "unet"]
