@@ -6,7 +6,6 @@ own, whose resident memory is read between the floods (Linux).
 
 import argparse
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -14,18 +13,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
+from accelerate.utils.other import get_free_port
 
 from tests.app.conftest import Client, in_parallel
 from tests.conftest import REPOSITORY
 
 REQUESTS = 200
 PICTURE = REPOSITORY / "test_datasets" / "11_turquoise_red_striped_round.jpg"
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
 
 
 def wait_for(url: str) -> SimpleNamespace:
@@ -63,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--floods", type=int, default=14)
     floods = parser.parse_args().floods
-    port = free_port()
+    port = get_free_port()
     url = f"http://127.0.0.1:{port}/"
     command = [sys.executable, "app_gradio.py", "--port", str(port), "--device", "cpu"]
     with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL) as server:

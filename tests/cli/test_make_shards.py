@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from accelerate.utils.other import get_free_port
 from PIL import Image
 
 from data_scripts import make_shards
@@ -553,9 +554,7 @@ def test_the_commands_of_the_page_run(tmp_path, capsys):
     page = (REPOSITORY / "docs/training.md").read_text(encoding="utf-8")
     found = commands(page.split("## From shards\n")[1].split("\n## ")[0])
     make_open_images(tmp_path / "small_world/open_images", n=4)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(get_free_port())
     servers, ran = [], []
     try:
         for words in found:

@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import random
 import re
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +25,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch._dynamo  # torch imports it with the first optimiser, which takes seconds
+from accelerate.utils.other import get_free_port
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -382,18 +382,18 @@ def compare_killed(
 # --- two processes --------------------------------------------------------------------------------
 
 
+def pair_environments() -> list[dict[str, str]]:
+    """Of the two processes that `accelerate launch` would start."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port()), "WORLD_SIZE": "2"}
+    shared |= {"ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": "2"}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+
+
 def start_pair(call: Call, folder: Path) -> list[BaseProcess]:
     """The two processes that `accelerate launch` would start, without it to end one for the
     other."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    shared |= {"ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": "2"}
-    return [
-        start(call, folder / f"{rank}.log", {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
-    ]
+    environments = enumerate(pair_environments())
+    return [start(call, folder / f"{rank}.log", each) for rank, each in environments]
 
 
 def finish_pair(processes: list[BaseProcess], folder: Path) -> None:

@@ -1,7 +1,6 @@
 """Runs on shards of a server that are killed and resumed end as uninterrupted ones, whatever reads
 the shards."""
 
-import socket
 import time
 from collections.abc import Iterator, Mapping
 from multiprocessing.process import BaseProcess
@@ -17,7 +16,7 @@ from elite.open_images import OpenImagesMasks
 from elite.run_state import checkpoints
 from elite.shards import open_source
 from tests.faults import runs
-from tests.faults.runs import finish, finish_well, metrics, wait_for_step
+from tests.faults.runs import finish, finish_well, metrics, pair_environments, wait_for_step
 from tests.faults.toy import train
 from tests.open_images import make_open_images
 from tests.shards import Server, make_shards, served
@@ -101,13 +100,7 @@ def test_a_killed_run_ends_in_the_bits_of_an_uninterrupted_one(workers, server, 
 
 def test_two_processes_of_which_one_is_killed_are_resumed_by_one(server, whole, tmp_path):
     folder = tmp_path / "run"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    shared |= {"ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": "2"}
-    ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    pair = [start(server, folder, environment, batch_size=2) for environment in ranks]
+    pair = [start(server, folder, each, batch_size=2) for each in pair_environments()]
     wait_for_step(folder, 5)
     pair[1].kill()
     assert finish(pair[0]) != 0, "the other ends, too"

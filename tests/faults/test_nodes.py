@@ -5,7 +5,6 @@ itself."""
 import itertools
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Self
 
 import pytest
+from accelerate.utils.other import get_free_port
 
 from tests.cli.test_docs import commands
 from tests.faults.runs import (
@@ -84,12 +84,6 @@ def ip(words: str) -> bool:
         return False
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 # --- the run --------------------------------------------------------------------------------------
 
 
@@ -104,7 +98,7 @@ class Cluster:
 
     @contextmanager
     def served(self, shards: Path) -> Iterator[Self]:
-        port, log, node = free_port(), self.folder / "server.log", self.nodes[0]
+        port, log, node = get_free_port(), self.folder / "server.log", self.nodes[0]
         self.world.extra |= {"train_data_dir": f"http://{node.address}:{port}"}
         command = ["-m", "http.server", port, "--bind", node.address, "--directory", shards]
         server = node.start(command, log)
@@ -125,7 +119,7 @@ class Cluster:
     @contextmanager
     def started(self) -> Iterator[list[tuple[subprocess.Popen, Path]]]:
         """The launchers of the run, or of what is left of it, and their logs."""
-        part, port, launchers = next(self.parts), free_port(), []
+        part, port, launchers = next(self.parts), get_free_port(), []
         (words,) = self.world.call("stage 1", self.run_of(0))[1]
         for rank, node in enumerate(self.nodes):
             launch = ["-m", "accelerate.commands.launch", *launcher_flags(rank)]
