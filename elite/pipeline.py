@@ -132,7 +132,11 @@ class Elite(PromptConditioning):
                 "(--global_mapper_path)"
             )
         made: Any = of_family if cls is Elite else cls
-        return made(**parts, **mappers).to(torch_dtype)
+        pipe = made(**parts, **mappers)
+        for part in pipe.components.values():  # `pipe.to` warns of each, whatever its type
+            if isinstance(part, torch.nn.Module) and part.dtype != torch_dtype:
+                part.to(torch_dtype)
+        return pipe
 
     def install(self, attention_norm: AttentionNorm | None = None) -> None:
         """Plugs the mappers into this pipeline's UNet; done by the constructor. None keeps the
