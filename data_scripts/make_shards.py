@@ -15,7 +15,6 @@ import hashlib
 import io
 import itertools
 import json
-import os
 import sys
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -147,7 +146,7 @@ class PackedPairs:
         pairs = [each for pair in PairFolder(folder).pairs for each in (pair, *pair.others)]
         self.pairs: dict[str, Pair] = {}
         for pair in pairs:
-            key = key_for(str(pair.image_path.relative_to(folder).with_suffix("")))
+            key = key_for(pair.image_path.relative_to(folder).with_suffix("").as_posix())
             if (other := self.pairs.setdefault(key, pair)) is not pair:
                 raise ValueError(
                     f"{pair.image_path}: has the name of {other.image_path.name}; rename one of "
@@ -164,8 +163,8 @@ class PackedPairs:
 
 
 def key_for(name: str) -> str:
-    """A name without dots, which would end a key, and without folders."""
-    return name.replace("%", "%25").replace(".", "%2E").replace(os.sep, "%2F")
+    """A name without dots, which would end a key."""
+    return name.replace("%", "%25").replace(".", "%2E")
 
 
 def open_packed(source: Path, set_name: str) -> Packed:
