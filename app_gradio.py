@@ -8,6 +8,8 @@ ELITE_APP_AUTH=me:secret python app_gradio.py --host 0.0.0.0      others may use
 Only this machine reaches the page unless --host or --share say otherwise, which need a password.
 """
 
+import signal
+
 from elite.config import parse_config
 from elite.console import OK, quiet_libraries, run
 from elite.settings import AppConfig
@@ -25,6 +27,7 @@ def main() -> int:
     from elite.previews import fit_preview
     from elite.sam import Sam
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # uploads are removed then, too
     auth = read_auth(config.auth)
     check_exposure(config.host, config.share, auth)  # before the model is loaded
     examples = PairFolder(config.test_data_dir)

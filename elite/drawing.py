@@ -31,6 +31,7 @@ from elite.named_concepts import Words
 from elite.pipeline import Elite, initial_noise, make_generators
 from elite.sheets import SHEET_COLUMNS, SHEET_ROWS, fit_tile, tile_rows
 from elite.speed import EXACT, Speed
+from elite.wording import note
 
 WRITES_WAITING = 64  # pictures kept in memory until they are written
 # Metadata of some pictures, which others must not have.
@@ -227,6 +228,11 @@ def draw_folder(
     count = len(jobs)
     if skip_existing:
         jobs = [job for job in jobs if not is_drawn(output_dir / f"{job.stem}.png", job.metadata)]
+        if others := sum((output_dir / f"{job.stem}.png").exists() for job in jobs):
+            note(
+                f"{output_dir}: pictures of another prompt or setting are replaced ({others}); "
+                "give another --suffix or --output_dir to keep them"
+            )
     left = {index: list(group) for index, group in groupby(jobs, lambda job: job.index)}
     progress = progress_bar("draw", "picture", count, len(jobs))
     with ThreadPoolExecutor(max_workers=2) as pool, progress as bar:

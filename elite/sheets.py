@@ -1,8 +1,10 @@
 """Contact sheets: rows of pictures as one."""
 
 import textwrap
+from functools import cache
+from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 TILE = 160  # side of a sheet's pictures in pixels
 HEADER = 18
@@ -16,9 +18,9 @@ def tile_rows(rows: list[list[Image.Image]], columns: list[str], title: str = ""
     top = HEADER * (2 if title else 1)
     sheet = Image.new("RGB", (len(columns) * TILE, top + len(rows) * TILE), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((4, 3), title, fill="black")
+    draw.text((4, 3), title, fill="black", font=_font())
     for i, name in enumerate(columns):
-        draw.text((i * TILE + 4, top - HEADER + 3), name, fill="black")
+        draw.text((i * TILE + 4, top - HEADER + 3), name, fill="black", font=_font())
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
             sheet.paste(fit_tile(picture), (x * TILE, top + y * TILE))
@@ -42,5 +44,14 @@ def label_tile(text: str) -> Image.Image:
     lines = [
         part.replace("_ ", "_") for line in spaced for part in textwrap.wrap(line, LABEL_WIDTH)
     ]
-    ImageDraw.Draw(tile).multiline_text((4, 4), "\n".join(lines), fill="black")
+    draw = ImageDraw.Draw(tile)
+    draw.multiline_text((4, 4), "\n".join(lines), fill="black", font=_font())
     return tile
+
+
+@cache
+def _font() -> ImageFont.FreeTypeFont:
+    """Of Matplotlib, since Pillow's own lacks letters with accents."""
+    from matplotlib import get_data_path
+
+    return ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 11)

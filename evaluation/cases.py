@@ -220,15 +220,16 @@ def score_batch(
 
 
 def summarise(rows: Sequence[Mapping]) -> dict[str, dict]:
-    """Per column mean and 95 % interval (bootstrap over subjects), and how many pictures count."""
+    """Per column mean and 95 % interval (bootstrap over subjects), and how many pictures and
+    subjects count."""
     summary = {}
     for name in rows[0].keys() - set(KEYS) if rows else ():
         known = [row for row in rows if row[name] is not None]
         if known:
-            mean, low, high = bootstrap(
-                [row[name] for row in known], [row["subject"] for row in known]
-            )
-            summary[name] = {"mean": mean, "interval": [low, high], "pictures": len(known)}
+            subjects = [row["subject"] for row in known]
+            mean, low, high = bootstrap([row[name] for row in known], subjects)
+            counts = {"pictures": len(known), "subjects": len(set(subjects))}
+            summary[name] = {"mean": mean, "interval": [low, high], **counts}
     return dict(sorted(summary.items()))
 
 
@@ -257,12 +258,12 @@ def report(
         more: what else belongs into results.json.
         text_below: what else belongs into results.md.
     """
-    summary, subjects = summarise(rows), len({row["subject"] for row in rows})
-    counts = {"subjects": subjects, "pictures": len(rows)}
+    summary = summarise(rows)
+    counts = {"subjects": len({row["subject"] for row in rows}), "pictures": len(rows)}
     scores = {"settings": dict(settings), **counts, "scores": summary, **(more or {})}
     write_json(output_dir / "results.json", scores)
     write_atomically(output_dir / "results.csv", partial(_write_csv, rows))
-    text = markdown(summary, subjects) + text_below
+    text = markdown(summary) + text_below
     write_text(output_dir / "results.md", text + "\n")
     for number, sheet in enumerate(contact_sheets(cases, output_dir)):
         write_atomically(output_dir / f"grid_{number:02d}.png", sheet.save)
@@ -276,13 +277,13 @@ def _write_csv(rows: Sequence[dict], path: Path) -> None:
         writer.writerows(rows)
 
 
-def markdown(summary: Mapping[str, Mapping], subjects: int) -> str:
-    """A table: metric, mean, interval, pictures."""
+def markdown(summary: Mapping[str, Mapping]) -> str:
+    """A table: metric, mean, interval, pictures, subjects."""
     rows = []
     for name, score in summary.items():
         low, high = score["interval"]
-        interval, pictures = f"{low:.4f} to {high:.4f}", str(score["pictures"])
-        rows.append([name, f"{score['mean']:.4f}", interval, pictures, str(subjects)])
+        counts = str(score["pictures"]), str(score["subjects"])
+        rows.append([name, f"{score['mean']:.4f}", f"{low:.4f} to {high:.4f}", *counts])
     return table(["metric", "mean", "95 % interval", "pictures", "subjects"], rows)
 
 

@@ -1,10 +1,14 @@
 """Who may reach the app, and how much they may send."""
 
 import os
+import signal
 import socket
+import subprocess
+import sys
 
 import gradio as gr
 import pytest
+from accelerate.utils.other import get_free_port
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -13,7 +17,7 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from app.server import BodyLimit, check_exposure, is_loopback, private_files, read_auth, serve
-from tests.conftest import run_script
+from tests.conftest import REPOSITORY, run_script
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "localhost"])
@@ -81,6 +85,30 @@ def test_files_lie_in_a_folder_of_their_own(monkeypatch):
     with private_files():
         pass
     assert "GRADIO_TEMP_DIR" not in os.environ
+
+
+def test_what_people_upload_is_removed_however_the_app_is_ended(tmp_path):
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    for sent in (signal.SIGTERM, signal.SIGINT):
+        command = [
+            sys.executable,
+            "app_gradio.py",
+            "--device",
+            "cpu",
+            "--port",
+            str(get_free_port()),
+        ]
+        app = subprocess.Popen(
+            command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True
+        )
+        assert app.stdout is not None
+        for line in app.stdout:
+            if "http://127.0.0.1" in line:
+                break
+        assert list(tmp_path.glob("elite_app_*"))
+        app.send_signal(sent)
+        app.communicate(timeout=60)
+        assert not list(tmp_path.glob("elite_app_*"))
 
 
 async def length(request: Request) -> PlainTextResponse:

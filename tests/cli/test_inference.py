@@ -259,6 +259,12 @@ def test_release_checkpoints_draw_the_same(script, tmp_path, model_folder, relea
     assert same_pictures(tmp_path / "ours" / "object_l0p8", tmp_path / "release" / "object_l0p8")
 
 
+def test_a_missing_release_file_is_named_before_the_model_is_read(script, tmp_path, capsys):
+    nowhere = ("--pretrained_model_name_or_path", tmp_path / "nowhere")
+    assert script(*nowhere, "--global_mapper_path", tmp_path / "no.pt") == 2
+    assert "no.pt: no such file; expected a mapper of the release" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["inference_local.py", "inference_global.py"])
 def test_help(name, capsys):
     assert run_script(name, "--help") == 0

@@ -1,6 +1,7 @@
 """Drawing a folder: reading ahead, encoding together, writing behind."""
 
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from elite.data import PairFolder
 from elite.drawing import Drawing, draw_folder, write_png
 from elite.encoding import ahead
 from elite.speed import RUNGS, Speed
+from elite.wording import Note
 from tests import tiny
 
 QUICK = Drawing(num_inference_steps=2)
@@ -167,6 +169,16 @@ def test_what_is_there_is_kept_and_what_is_missing_drawn(pipe, drawn):
         "00001_00002", "00000_00003", "00001_00003"
     )
     assert (output_dir / "00001_00002.png").read_bytes() == content
+
+
+def test_pictures_of_another_prompt_are_replaced_and_that_is_said(pipe, drawn):
+    pairs, output_dir = drawn
+    in_snow = {"prompt": "a S in the snow", "skip_existing": True}
+    with pytest.warns(Note, match=r"pictures of another prompt .*\(4\); give another --suffix"):
+        draw(pipe, pairs, output_dir, **in_snow)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Note)
+        draw(pipe, pairs, output_dir, seeds=[1, 2, 3], **in_snow)
 
 
 def test_without_skip_existing_all_is_drawn_anew(pipe, drawn):

@@ -220,6 +220,6 @@ def test_summary_leaves_out_what_does_not_apply():
     ]
     summary = summarise(rows)
     assert summary["body"]["mean"] == 0.5 and summary["body"]["pictures"] == 2
-    assert summary["second"] == {"mean": 1.0, "interval": [1.0, 1.0], "pictures": 1}
-    assert "| second | 1.0000 | 1.0000 to 1.0000 | 1 | 2 |" in markdown(summary, 2)
+    assert summary["second"] == {"mean": 1.0, "interval": [1.0, 1.0], "pictures": 1, "subjects": 1}
+    assert "| second | 1.0000 | 1.0000 to 1.0000 | 1 | 1 |" in markdown(summary)
     assert summarise([]) == {}
