@@ -181,7 +181,7 @@ def _read_dreambench(path: Path) -> Prompts:
 
     Its prompts name a token and a class word, '{0} {1}'; ELITE's word stands for both.
     """
-    text = read_text(path, "expected prompts_and_classes.txt")
+    text = read_text(path, "expected DreamBench's file, which github.com/google/dreambooth has")
     table, _, lists = text.partition("Prompts")
     rows = ([part.strip() for part in line.split(",")] for line in table.splitlines())
     classes = {row[0]: row[1] for row in rows if _is_class_row(row)}
