@@ -28,6 +28,7 @@ LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "at_most": ("at most", operator.le),
     "above": ("more than", operator.gt),
     "below": ("less than", operator.lt),
+    "multiple_of": ("a multiple of", lambda value, of: value % of == 0),
 }
 
 Config = TypeVar("Config")

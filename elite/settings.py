@@ -34,10 +34,10 @@ LR_SCHEDULERS = (
 def setting(default: Any, help: str, **checks: Any) -> Any:
     """A field with a default: `help` is one sentence for the user.
 
-    Checks: `choices` (a tuple), `at_least`, `at_most`, `above`, `below` (numbers), `pattern` (a
-    regular expression for the whole text) with `expected` (its description). `secret` fields are
-    never printed nor saved; the default of a `shipped` field is found in the repository from any
-    working directory.
+    Checks: `choices` (a tuple), `at_least`, `at_most`, `above`, `below`, `multiple_of` (numbers),
+    `pattern` (a regular expression for the whole text) with `expected` (its description). `secret`
+    fields are never printed nor saved; the default of a `shipped` field is found in the repository
+    from any working directory.
     """
     metadata = {"help": help, **checks}
     if isinstance(default, list):
@@ -53,7 +53,7 @@ def word_setting(default: str, help: str) -> Any:
 def side_setting() -> Any:
     """The size of what is drawn."""
     text = "Side of the pictures in pixels; None means what the model draws."
-    return setting(None, text, at_least=8, at_most=MAX_SIDE)
+    return setting(None, text, at_least=8, at_most=MAX_SIDE, multiple_of=8)
 
 
 def batch_setting() -> Any:

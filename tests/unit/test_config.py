@@ -245,6 +245,7 @@ def test_stage_2_needs_a_global_mapper(capsys) -> None:
         (["--guidance_stop", "0"], "more than 0"),
         (["--deep_every", "0"], "at least 1"),
         (["--deep_first", "0"], "at least 1"),
+        (["--resolution", "100"], "a multiple of 8"),
         (["--llambda", "-1"], "at least 0"),
         (["--token_index", "0"], "unknown flag"),  # of the other script
     ],
