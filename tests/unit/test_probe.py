@@ -42,12 +42,11 @@ def test_the_probe_reads_what_features_tell_and_leaves_out_what_has_no_name() ->
     assert (pattern == (features[:, 1] > 0)).float().mean() > 0.97
 
 
-@pytest.mark.parametrize("samples", [8, 1])  # of one critter some attributes are not there
-def test_the_command_writes_a_table_and_its_numbers(samples, tmp_path) -> None:
-    main(["--output_dir", str(tmp_path), "--fitted", "30", "--samples", str(samples)])
+def test_the_command_writes_a_table_and_its_numbers(tmp_path) -> None:
+    main(["--output_dir", str(tmp_path), "--fitted", "30", "--samples", "8"])
     numbers = json.loads((tmp_path / "probe.json").read_text())
     assert numbers["attributes"].keys() == ATTRIBUTES.keys()
-    assert numbers["attributes"]["scene"]["total"] == samples
+    assert numbers["attributes"]["scene"]["total"] == 8
     head, _, row = (tmp_path / "probe.md").read_text().splitlines()
     assert head.startswith("| VAE, dB | body |")
     assert row.startswith(f"| {numbers['psnr']:.1f} |")
