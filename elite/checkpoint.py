@@ -24,6 +24,21 @@ WANTED = ["config.json", "*.safetensors"]  # of a mapper on the hub
 WIDEST, MOST_LAYERS = 16_384, 1024  # of a mapper that is worth building
 
 
+def check_mapper(cls: type[Mapper], path: Path | str) -> None:
+    """Raises ValueError where there is no such file or folder, nor a hub name of its form."""
+    if Path(path).suffix.lower() in TORCH_FILES:
+        if not is_file(path):
+            raise ValueError(
+                f"{path}: no such file; expected a mapper of the release, which "
+                "https://github.com/csyxwei/ELITE links"
+            )
+    elif not Path(path).exists() and not may_be_on_hub(path):
+        raise ValueError(
+            f"{path}: no such folder; expected the {cls.__name__} that training writes "
+            "(config.json with safetensors), or a .pt file of the release"
+        )
+
+
 def load_mapper(
     cls: type[M], path: Path | str, unet: UNet2DConditionModel, image_encoder: CLIPVisionModel
 ) -> M:
@@ -33,14 +48,10 @@ def load_mapper(
     Raises:
         ValueError: no such file, or its tensors do not fit these models; one message lists them.
     """
+    check_mapper(cls, path)
     if Path(path).suffix.lower() in TORCH_FILES:
         return mapper_from_state_dict(cls, load_official(path), unet, image_encoder, name=str(path))
     folder = Path(path)
-    if not folder.exists() and not may_be_on_hub(path):
-        raise ValueError(
-            f"{path}: no such folder; expected the {cls.__name__} that training writes "
-            "(config.json with safetensors), or a .pt file of the release"
-        )
     try:
         if not folder.exists():  # a name on the hub
             folder = Path(snapshot_download(str(path), allow_patterns=WANTED))

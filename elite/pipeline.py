@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModel
 
 from elite.attention import AttentionNorm, install, uninstall
-from elite.checkpoint import load_mapper
+from elite.checkpoint import check_mapper, load_mapper
 from elite.compat import (
     call_options,
     callback_arguments,
@@ -41,7 +41,6 @@ from elite.conditioning import Conditioning, PromptConditioning, contexts_of, lo
 from elite.deep_features import deep_features_reused
 from elite.defaults import DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
 from elite.families import SDXL, STABLE_DIFFUSION, family_of
-from elite.files import is_file
 from elite.images import ImageLike, as_image, as_mask, doubt, fit_mask, object_views
 from elite.loading import inside, load_parts, pixels_per_latent
 from elite.mappers import GlobalMapper, LocalMapper, fingerprint_of, words_and_tokens
@@ -108,13 +107,9 @@ class Elite(PromptConditioning):
             ValueError: a part is missing or does not fit; the message names it. Or the model is of
                 the other family.
         """
-        for given in (global_mapper, local_mapper):  # before gigabytes are read
-            is_release = isinstance(given, str | Path) and Path(given).suffix == ".pt"
-            if is_release and not is_file(str(given)):
-                raise ValueError(
-                    f"{given}: no such file; expected a mapper of the release, which "
-                    "https://github.com/csyxwei/ELITE links"
-                )
+        for kind, given in ((GlobalMapper, global_mapper), (LocalMapper, local_mapper)):
+            if isinstance(given, str | Path):  # before gigabytes are read
+                check_mapper(kind, given)
         parts = load_parts(
             model, image_encoder, variant=variant, single_file_config=single_file_config
         )

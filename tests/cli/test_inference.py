@@ -263,6 +263,8 @@ def test_a_missing_release_file_is_named_before_the_model_is_read(script, tmp_pa
     nowhere = ("--pretrained_model_name_or_path", tmp_path / "nowhere")
     assert script(*nowhere, "--global_mapper_path", tmp_path / "no.pt") == 2
     assert "no.pt: no such file; expected a mapper of the release" in capsys.readouterr().err
+    assert script(*nowhere, "--local_mapper_path", tmp_path / "no") == 2
+    assert "no: no such folder; expected the LocalMapper that training" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["inference_local.py", "inference_global.py"])
