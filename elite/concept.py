@@ -234,6 +234,9 @@ class ConceptFolder:
             )
         return concept
 
+    def name(self, index: int) -> str:
+        return self.paths[index].stem
+
     def digest(self, index: int) -> str:
         """A short name for the object of a file; empty where there is none."""
         try:

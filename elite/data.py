@@ -132,6 +132,9 @@ class PairFolder:
         pair = self.pairs[index]
         return [each.read() for each in (pair, *pair.others)]
 
+    def name(self, index: int) -> str:
+        return self.pairs[index].name
+
     def digest(self, index: int) -> str:
         """A short name for image and mask of a pair; see `Pair.digest`."""
         return self.pairs[index].digest

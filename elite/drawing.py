@@ -29,7 +29,7 @@ from elite.images import read_image
 from elite.loading import side_in_pixels
 from elite.named_concepts import Words
 from elite.pipeline import Elite, initial_noise, make_generators
-from elite.sheets import SHEET_COLUMNS, SHEET_ROWS, fit_tile, tile_rows
+from elite.sheets import SHEET_COLUMNS, SHEET_ROWS, fit_tile, label_tile, tile_rows
 from elite.speed import EXACT, Speed
 from elite.wording import note
 
@@ -153,6 +153,7 @@ class Job:
 
     index: int
     seed: int
+    name: str  # of the object
     metadata: Mapping[str, str] = field(repr=False)  # all that the picture depends on
 
     @property
@@ -199,7 +200,7 @@ def draw_folder(
     share of them.
 
     Writes per picture `INDEX_SEED.png` (settings in its metadata), for pairs `INDEX_SEED.jpg` too
-    (generated | input), and at last `grid.png`: input and cut-out or the concept's name, generated.
+    (generated | input), and at last `grid.png`: name, for pairs input and cut-out, generated.
     Pairs are read ahead of the drawing and files written behind it.
 
     Args:
@@ -224,7 +225,8 @@ def draw_folder(
     jobs: list[Job] = []
     for index in share:
         source = {**settings, "source": folder.digest(index)}
-        jobs += [Job(index, seed, {**source, "seed": str(seed)}) for seed in seeds]
+        name = folder.name(index)
+        jobs += [Job(index, seed, name, {**source, "seed": str(seed)}) for seed in seeds]
     count = len(jobs)
     if skip_existing:
         jobs = [job for job in jobs if not is_drawn(output_dir / f"{job.stem}.png", job.metadata)]
@@ -350,7 +352,8 @@ def write_picture(folder: Path, job: Job, picture: Image.Image, image: np.ndarra
         seen = Image.fromarray(image).resize(picture.size, Image.Resampling.BICUBIC)
         side_by_side = Image.fromarray(np.hstack([np.asarray(x) for x in (picture, seen)]))
         write_atomically(both, lambda path: side_by_side.save(path, quality=95, subsampling=0))
-    write_png(folder / f"{job.stem}.png", picture, {**job.metadata, **VERSIONS})
+    metadata = {**job.metadata, "object": job.name, **VERSIONS}
+    write_png(folder / f"{job.stem}.png", picture, metadata)
 
 
 def contact_sheet(
@@ -369,9 +372,9 @@ def contact_sheet(
         if not drawn:
             continue
         try:
-            row = shown(folder, index)
+            row = [label_tile(folder.name(index)), *shown(folder, index)]
         except ValueError:
             continue
         rows.append([*row, *(fit_tile(Image.fromarray(read_image(path))) for path in drawn)])
-    names = [*columns(folder), *(f"seed {seed}" for seed in seeds)]
+    names = ["name", *columns(folder), *(f"seed {seed}" for seed in seeds)]
     return tile_rows(rows, names, title) if rows else None

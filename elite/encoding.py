@@ -25,7 +25,6 @@ from elite.pipeline import Elite, stack_views
 from elite.sheets import SHEET_ROWS, fit_tile, label_tile, tile_rows
 
 T = TypeVar("T")
-PAIR_COLUMNS, CONCEPT_COLUMNS = ("input", "object"), ("concept",)
 ReadPair = tuple[int, np.ndarray, list[dict[str, Tensor]]]  # index, picture, views of each
 
 
@@ -173,26 +172,26 @@ def _write_sheet(pairs: PairFolder, path: Path) -> None:
     rows = []
     for index in range(min(SHEET_ROWS, len(pairs))):
         try:
-            rows.append([label_tile(pairs.pairs[index].name), *shown(pairs, index)])
+            rows.append([label_tile(pairs.name(index)), *shown(pairs, index)])
         except ValueError:
             continue
     if rows:
-        write_atomically(path, tile_rows(rows, ["name", *PAIR_COLUMNS]).save)
+        write_atomically(path, tile_rows(rows, ["name", *columns(pairs)]).save)
 
 
 def shown(folder: PairFolder | ConceptFolder, index: int) -> list[Image.Image]:
-    """What a contact sheet shows of an object beside its pictures, as tiles: the pair's picture and
-    cut-out, or the concept file's name.
+    """What a contact sheet shows of an object besides its name, as tiles: picture and cut-out of a
+    pair, nothing of a concept file.
 
     Raises:
         ValueError: the pair cannot be read.
     """
     if isinstance(folder, ConceptFolder):
-        return [label_tile(folder.paths[index].stem)]
+        return []
     image, mask = folder.read(index)
     return [fit_tile(Image.fromarray(picture)) for picture in (image, cut_out(image, mask))]
 
 
 def columns(folder: PairFolder | ConceptFolder) -> tuple[str, ...]:
     """The names of what `shown` gives."""
-    return CONCEPT_COLUMNS if isinstance(folder, ConceptFolder) else PAIR_COLUMNS
+    return () if isinstance(folder, ConceptFolder) else ("input", "object")

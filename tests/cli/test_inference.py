@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from elite import ElitePipeline, GlobalMapper
 from elite.pipeline import load_parts
+from elite.sheets import label_tile
 from tests import tiny
 from tests.conftest import FAST, REPOSITORY, files, pixels, run_script, same_pictures
 
@@ -74,6 +75,7 @@ def test_files_of_the_local_script(script, tmp_path, pairs, capsys):
         text = dict(picture.text)
         assert picture.size == (32, 32)
     assert text["prompt"] == "close-up of a S, far away" and text["seed"] == "42"
+    assert text["object"] == "pair1"
     assert text["lambda"] == "0.6" and text["scheduler"] == "unipc"
     assert text["num_inference_steps"] == "2" and text["guidance_scale"] == "5.0"
     assert text["diffusers"] and text["transformers"] and text["torch"] == torch.__version__
@@ -187,12 +189,15 @@ def test_a_bad_lora_is_one_line(script, tmp_path, capsys, name):
     assert f"{bad}: not a LoRA of this model" in line
 
 
-def test_contact_sheet_shows_input_object_and_pictures(script, tmp_path, pairs):
+def test_contact_sheet_shows_name_input_object_and_pictures(script, tmp_path, pairs):
     assert script("--num_images", "2") == 0
     sheet = pixels(tmp_path / "out" / "object_l0p8" / "grid.png")
     tile = 160
-    assert sheet.shape[1] == 4 * tile and sheet.shape[0] >= 2 * tile
-    rows = sheet[-2 * tile :]
+    assert sheet.shape[1] == 5 * tile and sheet.shape[0] >= 2 * tile
+    names, rows = sheet[-2 * tile :, :tile], sheet[-2 * tile :, tile:]
+    for index, name in enumerate(("pair0", "pair1")):
+        tile_of_name = np.asarray(label_tile(name))
+        np.testing.assert_array_equal(names[index * tile : (index + 1) * tile], tile_of_name)
     for index in (0, 1):
         row = rows[index * tile : (index + 1) * tile]
         image = pixels(pairs / f"pair{index}.png")  # 40 px: each pixel is 4 x 4 on the sheet
