@@ -10,14 +10,18 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from data_scripts.index_shards import index_shards, write_index
 from data_scripts.make_shards import open_packed, pack
 from elite.open_images import OpenImagesBoxes, OpenImagesMasks
 from elite.stream import stream_loader
+from tests.open_images import as_jpeg, draw_object, encoded
 
+PACK, INDEX = "data_scripts/make_shards.py", "data_scripts/index_shards.py"
 SHARD_BYTES = 40_000  # two pictures or so
 ALL = 1000  # more shards than there are
 SIZES = {"resolution": 32, "clip_size": 28}
@@ -48,6 +52,12 @@ def make_shards(source: Path, target: Path, side: int | None = None) -> Path:
     assert pack(open_packed(source, "test"), target, side, SHARD_BYTES, workers=1)[1] == []
     write_index(target, index_shards(target, whole=False, workers=1), whole=False)
     return target
+
+
+def picture(seed: int = 0) -> tuple[bytes, bytes, list[float]]:
+    """An image as JPEG, its mask as PNG, its box."""
+    image, mask, box = draw_object(np.random.default_rng(seed), 160, 200)
+    return as_jpeg(image), encoded(Image.fromarray(mask), "PNG"), box
 
 
 def shard_names(folder: Path) -> list[str]:
