@@ -137,7 +137,7 @@ def _object_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
     )
     with gr.Column(visible=False) as controls["mask_part"]:
         controls["mask"] = picture_input(
-            label="Mask of the picture: white where the object is, black elsewhere", height=160
+            label="Mask of the picture: white where the object is, black elsewhere", height=240
         )
     controls["marks"] = _asset("marker", picture="", method="centre", clicks=handlers.takes_clicks)
     controls["object_message"] = gr.HTML()
