@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -26,6 +27,11 @@ from tests.conftest import REPOSITORY
 
 FOLDER = REPOSITORY / "integrations" / "comfyui"
 COMFYUI = os.environ.get("COMFYUI")
+OF_COMFYUI = (
+    *("comfy", "comfy.conds", "comfy.model_management", "comfy.utils", "comfy.patcher_extension"),
+    "folder_paths",
+)
+OF_OURS = tuple(f"integrations.comfyui{name}" for name in ("", ".nodes", ".models", ".patches"))
 CLOSE = 1e-5  # of float32: sums are taken in another order
 PROMPT, NEGATIVE = "a photo of a S, in the snow", "blurry"
 
@@ -106,6 +112,28 @@ def test_casts_leave_what_was_read(patches, parts, mappers):
     assert again.dtype == torch.float32 and torch.equal(again, first)
     cast = [branch.of(layer, rows.half(), attn.heads).K for _ in range(2)]
     assert cast[0].data_ptr() == cast[1].data_ptr(), "cast once"
+
+
+@pytest.mark.skipif(bool(COMFYUI), reason="ComfyUI's own modules are imported")
+@pytest.mark.parametrize("crop", [False, True])
+def test_a_concept_is_read_as_the_pipeline_reads_it(crop, pipe, monkeypatch):
+    """By the node, with stand-ins of what its module imports of ComfyUI."""
+    for name in (*OF_COMFYUI, *OF_OURS):
+        monkeypatch.setitem(sys.modules, name, MagicMock())
+    for name in OF_OURS:
+        del sys.modules[name]
+    nodes = importlib.import_module("integrations.comfyui.nodes")
+    pipe.global_mapper.register_to_config(crop_to_object=crop)
+    mappers = pipe.global_mapper, pipe.local_mapper
+    elite = nodes.Elite(pipe.image_encoder, *mappers, pipe.fingerprint)
+    image, mask = tiny.picture(0)
+    pixels, given = (torch.from_numpy(x)[None] for x in (image, mask))
+    (concept,) = nodes.EncodeConcept().elite(elite, pixels / 255, given.float())
+    expected = pipe.encode_concept(image, mask)
+    assert torch.equal(concept.words, expected.words)
+    assert torch.equal(concept.feature_tokens, expected.feature_tokens)
+    pipe.global_mapper.register_to_config(crop_to_object=not crop)
+    assert not torch.equal(concept.words, pipe.encode_concept(image, mask).words)
 
 
 # --- ComfyUI itself -------------------------------------------------------------------------------
