@@ -83,7 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
             UNet2DConditionModel, model, "unet", loader="load_config", revision=revision
         )
     resolution = side_for_training(args.resolution, unet_config, vae)
-    source = open_source(args.train_data_dir, cache=args.shard_cache, cache_gb=args.shard_cache_gb)
+    cache = {"cache": args.shard_cache, "cache_gb": args.shard_cache_gb}
+    source = open_source(args.train_data_dir, **cache, window=1)  # shard by shard, in order
     boxes = OpenImagesBoxes(source, resolution=resolution)
     failures = cache_latents(
         boxes,

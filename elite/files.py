@@ -63,6 +63,8 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
 
 def check_writable(folder: Path | str) -> None:
     """Raises ValueError where a folder cannot be made or written into; creates nothing."""
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(folder), re.IGNORECASE):
+        raise ValueError(f"{folder}: a URL; expected a folder of this machine to write to")
     folder = Path(folder).absolute()
     for path in (folder, *folder.parents):
         try:

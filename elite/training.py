@@ -120,6 +120,7 @@ def fit(
     optimizer = _adamw(
         _by_rate(trained, learning_rate, own_rates or {}),
         sharded=shard_optimizer and accelerator.num_processes > 1,
+        lr=learning_rate,  # diffusers' polynomial schedule asks for it
         betas=adam_betas,
         eps=adam_epsilon,
         weight_decay=weight_decay,

@@ -108,7 +108,8 @@ class PictureFolder:
             pixels: float32 (3, resolution, resolution) in [-1, 1].
             caption: e.g. "a photo of a <cat>".
             size_and_crop: float32 (6,), what SDXL is told: height and width of the picture, top
-                and left of the crop, height and width of the square.
+                and left of the crop, height and width of the square; of a mirrored one, in the
+                mirrored picture.
 
         Raises:
             ValueError: the picture cannot be read; the message names it.
@@ -129,7 +130,7 @@ class PictureFolder:
             top, left = (int(rng.integers(space + 1)) for space in room)
         square = image[top : top + side, left : left + side]
         if rng.random() < 0.5:
-            square = np.ascontiguousarray(square[:, ::-1])
+            square, left = np.ascontiguousarray(square[:, ::-1]), room[1] - left
         caption = self.templates[rng.integers(len(self.templates))]
         return {
             "pixels": to_pixels(square),

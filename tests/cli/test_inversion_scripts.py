@@ -248,6 +248,10 @@ def test_squares_are_cut_from_wide_pictures(tmp_path):
     assert len(lefts) > 8 and min(lefts) >= 0 and max(lefts) <= 16
     mirrored = [bool(s["pixels"][0, 0, 0] > s["pixels"][0, 0, -1]) for s in samples]
     assert 5 < sum(mirrored) < 35
+    for square, is_mirrored in zip(samples, mirrored, strict=True):  # the ramp tells where it lies
+        darkest = (float(square["pixels"][0].min()) + 1) / 2 * 255 / 10
+        left = 16 - darkest if is_mirrored else darkest
+        assert int(square["size_and_crop"][3]) == round(left)
     assert len({s["caption"] for s in samples}) > 10
     assert all("<cat>" in s["caption"] and "{}" not in s["caption"] for s in samples)
 

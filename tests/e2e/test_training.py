@@ -172,6 +172,12 @@ def test_logged_rate_is_that_of_the_step(tmp_path):
     assert [line["lr"] for line in metrics(tmp_path)] == [1.0, 0.75, 0.5, 0.25]
 
 
+def test_a_polynomial_schedule_ends_where_diffusers_ends_it(tmp_path):
+    train_toy(tmp_path, max_steps=4, learning_rate=1e-6, lr_scheduler="polynomial")
+    expected = pytest.approx([1e-6, 7.75e-7, 5.5e-7, 3.25e-7])
+    assert [line["lr"] for line in metrics(tmp_path)] == expected
+
+
 def test_waiting_for_slow_samples_is_logged(tmp_path):
     class SlowNumbers(Numbers):
         def sample(self, index, rng):

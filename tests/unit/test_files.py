@@ -6,6 +6,7 @@ import json
 import os
 import resource
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,6 +60,9 @@ def test_where_nothing_can_be_written_is_seen_before(tmp_path, monkeypatch):
             check_writable(folder)
     with pytest.raises(ValueError, match="File name too long"):
         check_writable(tmp_path / ("x" * 1000))
+    for url in ("s3://bucket/run", Path("s3://bucket/run"), "https://a.b/c"):
+        with pytest.raises(ValueError, match=r"^(s3|https):/.* a URL; expected a folder of this"):
+            check_writable(url)
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
     with pytest.raises(ValueError, match=r"new: cannot be written .*Permission denied"):
         check_writable(tmp_path / "new")
