@@ -22,14 +22,14 @@ from tqdm import tqdm
 from elite.concept import Concept, ConceptFolder
 from elite.data import PairFolder
 from elite.defaults import DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
-from elite.encoding import Entry, batches, columns, progress_bar, read_entries, shown
+from elite.encoding import Entry, batches, columns, progress_bar, read_entries, sheet_rows
 from elite.files import check_writable, write_atomically
 from elite.hardware import decodes_in_tiles
 from elite.images import read_image
 from elite.loading import side_in_pixels
 from elite.named_concepts import Words
 from elite.pipeline import Elite, initial_noise, make_generators
-from elite.sheets import SHEET_COLUMNS, SHEET_ROWS, fit_tile, label_tile, tile_rows
+from elite.sheets import SHEET_COLUMNS, SHEET_ROWS, fit_tile, tile_rows
 from elite.speed import EXACT, Speed
 from elite.wording import note
 
@@ -365,16 +365,16 @@ def contact_sheet(
 ) -> Image.Image | None:
     """The first pairs or concepts of which there are pictures, with the first of these; None if
     there is none."""
-    rows, seeds = [], seeds[:SHEET_COLUMNS]
-    for index in indices[:SHEET_ROWS]:
-        drawn = [output_dir / f"{stem_of(index, seed)}.png" for seed in seeds]
-        drawn = [path for path in drawn if path.exists()]
-        if not drawn:
-            continue
-        try:
-            row = [label_tile(folder.name(index)), *shown(folder, index)]
-        except ValueError:
-            continue
-        rows.append([*row, *(fit_tile(Image.fromarray(read_image(path))) for path in drawn)])
-    names = ["name", *columns(folder), *(f"seed {seed}" for seed in seeds)]
+    seeds = seeds[:SHEET_COLUMNS]
+
+    def drawn(index: int) -> list[Path]:
+        paths = (output_dir / f"{stem_of(index, seed)}.png" for seed in seeds)
+        return [path for path in paths if path.exists()]
+
+    with_pictures = [index for index in indices[:SHEET_ROWS] if drawn(index)]
+    rows = [
+        [*row, *(fit_tile(Image.fromarray(read_image(path))) for path in drawn(index))]
+        for index, row in sheet_rows(folder, with_pictures)
+    ]
+    names = [*columns(folder), *(f"seed {seed}" for seed in seeds)]
     return tile_rows(rows, names, title) if rows else None

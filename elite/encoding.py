@@ -169,14 +169,22 @@ def progress_bar(what: str, unit: str, total: int, left: int) -> tqdm:
 
 def _write_sheet(pairs: PairFolder, path: Path) -> None:
     """The first pairs as they were read; no sheet where none could be."""
-    rows = []
-    for index in range(min(SHEET_ROWS, len(pairs))):
+    rows = [row for _, row in sheet_rows(pairs, range(len(pairs)))]
+    if rows:
+        write_atomically(path, tile_rows(rows, columns(pairs)).save)
+
+
+def sheet_rows(
+    folder: PairFolder | ConceptFolder, indices: Sequence[int]
+) -> Iterator[tuple[int, list[Image.Image]]]:
+    """The first objects of a contact sheet with their tiles: name, and what `shown` gives. Pairs
+    that cannot be read are left out."""
+    for index in indices[:SHEET_ROWS]:
         try:
-            rows.append([label_tile(pairs.name(index)), *shown(pairs, index)])
+            row = [label_tile(folder.name(index)), *shown(folder, index)]
         except ValueError:
             continue
-    if rows:
-        write_atomically(path, tile_rows(rows, ["name", *columns(pairs)]).save)
+        yield index, row
 
 
 def shown(folder: PairFolder | ConceptFolder, index: int) -> list[Image.Image]:
@@ -192,6 +200,6 @@ def shown(folder: PairFolder | ConceptFolder, index: int) -> list[Image.Image]:
     return [fit_tile(Image.fromarray(picture)) for picture in (image, cut_out(image, mask))]
 
 
-def columns(folder: PairFolder | ConceptFolder) -> tuple[str, ...]:
-    """The names of what `shown` gives."""
-    return () if isinstance(folder, ConceptFolder) else ("input", "object")
+def columns(folder: PairFolder | ConceptFolder) -> list[str]:
+    """The names of what `sheet_rows` gives."""
+    return ["name"] if isinstance(folder, ConceptFolder) else ["name", "input", "object"]

@@ -415,9 +415,10 @@ def check_room(
     tables = sum(table.bytes for table in index.tables.values())
     needed = tables + sum(sizes[: 2 * window])
     if needed > limit:
+        remedy = "raise it, or lower --shard_window" if window > 1 else "raise it"
         raise ValueError(
             f"--shard_cache_gb {limit / 1e9:g}: two windows of {window} {what} and the index take "
-            f"{needed / 1e9:.3g} GB; raise it, or lower --shard_window"
+            f"{needed / 1e9:.3g} GB; {remedy}"
         )
 
 

@@ -48,6 +48,11 @@ def run_script(name: str, *arguments: str | Path) -> int:
     return int(exit.value.code or 0)
 
 
+def error_of(capsys: pytest.CaptureFixture[str]) -> str:
+    """The last line on stderr."""
+    return capsys.readouterr().err.splitlines()[-1]
+
+
 def files(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 

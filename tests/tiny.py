@@ -50,28 +50,11 @@ from elite.loading import load_parts
 from elite.mappers import Mapper
 from elite.pipeline import pipeline_of
 from small_world.tokenizer import build_tokenizer
-from small_world.world import Body, Critter
 
 HIDDEN_LAYERS = (4, 8)  # as a release checkpoint of three levels has them
 TEXT_LENGTH = 77
 STEPS = 3  # of `draw`
 LORA_LAYERS = r"to_[qkv]$|to_out\.0$|conv1$|time_emb_proj$|[qkv]_proj$|out_proj$|fc[12]$"
-CRITTER = Critter(
-    body="round",
-    numbers=Body(),
-    pattern="solid",
-    angle=0.0,
-    colour="purple",
-    second=None,
-    trim=None,
-    head="none",
-    top="none",
-    eyes="two eyes",
-    mouth="smile",
-    side="none",
-    bottom="none",
-    tail="none",
-)
 
 
 def build_models(

@@ -13,7 +13,7 @@ from data_scripts.index_shards import index_shard
 from elite.images import read_image
 from elite.open_images import OpenImagesBoxes, OpenImagesMasks
 from elite.shards import open_source
-from tests.conftest import run_script
+from tests.conftest import error_of, run_script
 from tests.open_images import encoded
 from tests.shards import INDEX, picture
 
@@ -24,10 +24,6 @@ def add(tar, name, content=b"", **attributes):
     for key, value in attributes.items():
         setattr(member, key, value)
     tar.addfile(member, io.BytesIO(content))
-
-
-def error_of(capsys):
-    return capsys.readouterr().err.splitlines()[-1]
 
 
 def foreign(path, with_boxes=True):

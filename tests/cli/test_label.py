@@ -17,7 +17,8 @@ from elite.shards import open_source
 from small_world.render import Pose, draw
 from tests.cli.test_docs import commands
 from tests.conftest import REPOSITORY, run_script
-from tests.tiny import CRITTER, save_dino_folder, save_owl_folder, save_sam_folder
+from tests.critters import CRITTER
+from tests.tiny import save_dino_folder, save_owl_folder, save_sam_folder
 
 SCRIPT = "data_scripts/label.py"
 SIDE = 256

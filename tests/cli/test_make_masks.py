@@ -15,7 +15,8 @@ from elite.sam import Sam
 from elite.sheets import TILE
 from small_world.render import Pose, draw
 from tests.conftest import pixels, run_script
-from tests.tiny import CRITTER, save_sam_folder
+from tests.critters import CRITTER
+from tests.tiny import save_sam_folder
 
 SCRIPT = "data_scripts/make_masks.py"
 HEADER = "name,left,top,right,bottom\n"

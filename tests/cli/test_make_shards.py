@@ -16,7 +16,7 @@ from elite.files import try_lock
 from elite.images import read_image, read_mask
 from elite.open_images import OpenImagesBoxes, OpenImagesMasks
 from elite.shards import open_source
-from tests.conftest import run_script
+from tests.conftest import error_of, run_script
 from tests.open_images import UNREADABLE, make_open_images
 from tests.shards import INDEX, PACK, picture
 
@@ -55,10 +55,6 @@ def digests(folder):
 
 def written(folder):
     return {path.name: path.stat().st_mtime_ns for path in tars(folder)}
-
-
-def error_of(capsys):
-    return capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_files_are_those_of_the_folder(open_images, shards):

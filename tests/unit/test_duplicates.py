@@ -9,7 +9,7 @@ from PIL import Image
 from data_scripts.duplicates import perceptual_hash, repeats
 from small_world.render import draw
 from small_world.world import SCENES
-from tests.tiny import CRITTER
+from tests.critters import CRITTER
 
 
 def bits(one, other):

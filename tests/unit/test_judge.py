@@ -47,7 +47,7 @@ from small_world.world import (
     random_critter,
     unseen_kinds,
 )
-from tests import tiny
+from tests import critters
 from tests.tiny import save_mappers, save_model_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,7 +152,7 @@ def test_cases_change_the_scene_and_keep_to_their_kind():
 
 
 CRITTER = replace(
-    tiny.CRITTER,
+    critters.CRITTER,
     body="pear",
     colour="orange",
     trim="blue",

@@ -13,7 +13,7 @@ from elite.masks import Box, centred_prior, find_object, grab_cut, prior_of_box,
 from small_world import masks
 from small_world.render import Pose, draw
 from small_world.world import Critter
-from tests.tiny import CRITTER
+from tests.critters import CRITTER
 
 
 def render(

@@ -27,7 +27,7 @@ from small_world.world import (
     Ears,
     _within,
 )
-from tests.critters import PLAIN
+from tests.critters import DRESSED
 
 
 def phrases(noun: str) -> tuple[list[str], list[str]]:
@@ -54,11 +54,13 @@ def test_a_description_names_every_part_and_no_other(critters):
 
 
 def test_descriptions():
-    assert describe(PLAIN) == (
+    assert describe(DRESSED) == (
         "red and white dotted round critter with blue cat ears, two eyes, a smile, arms, two legs "
         "and a long tail"
     )
-    other = replace(PLAIN, body=None, pattern="solid", second=None, trim="green", head="round head")
+    other = replace(
+        DRESSED, body=None, pattern="solid", second=None, trim="green", head="round head"
+    )
     other = replace(other, top="leaf", eyes="one eye", mouth="open mouth", side="none")
     other = replace(other, bottom="four legs", tail="none")
     assert describe(other) == (
@@ -68,7 +70,7 @@ def test_descriptions():
 
 def test_what_has_no_name_is_not_named():
     numbers = _within(EAR_RANGES, np.random.default_rng(0))
-    between = replace(PLAIN, pattern="mixed", patterns=("striped", "dipped"), tail="tail")
+    between = replace(DRESSED, pattern="mixed", patterns=("striped", "dipped"), tail="tail")
     assert describe(replace(between, body=None, top="ears", ears=Ears(**numbers))) == (
         "red and white critter with blue ears, two eyes, a smile, arms, two legs and a tail"
     )
@@ -87,7 +89,7 @@ def test_random_nouns_never_name_what_is_not_there(critters):
 
 def test_random_nouns_vary_in_detail_and_order():
     rng = np.random.default_rng(0)
-    nouns = [random_noun(PLAIN, rng) for _ in range(1000)]
+    nouns = [random_noun(DRESSED, rng) for _ in range(1000)]
     counts = Counter(nouns)
     assert BARE - 0.03 < counts[CLASS_WORD] / 1000 < BARE + 0.05  # some come to no more by chance
     assert len(counts) > 300

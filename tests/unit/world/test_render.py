@@ -9,7 +9,7 @@ import pytest
 
 from small_world.render import CREAM, LEAF, LINE, WHEEL, Pose, draw, draw_scene
 from small_world.world import ATTACHED, ATTRIBUTES, COLOURS, FAMILIES, SCENES, Body, has_trim
-from tests.critters import PLAIN, POSE
+from tests.critters import DRESSED, POSE
 
 
 def test_mask_covers_all_that_differs_from_the_scene(critters, on_magenta):
@@ -38,7 +38,7 @@ def test_critters_lie_inside_the_picture(critters, on_magenta):
 
 def test_the_longer_side_is_that_of_the_pose():
     for half in (0.3, 0.45):
-        _, mask = draw(PLAIN, "grass", np.random.default_rng(0), 200, replace(POSE, half=half))
+        _, mask = draw(DRESSED, "grass", np.random.default_rng(0), 200, replace(POSE, half=half))
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         longer = max(np.ptp(rows), np.ptp(columns)) + 1
         assert longer == pytest.approx(2 * half * 200, abs=3 * 200 * LINE)
@@ -46,7 +46,7 @@ def test_the_longer_side_is_that_of_the_pose():
 
 @pytest.mark.parametrize(("pattern", "second"), [("solid", None), ("striped", "white")])
 def test_colours_are_those_of_the_critter(pattern, second):
-    critter = replace(PLAIN, pattern=pattern, second=second, trim="green")
+    critter = replace(DRESSED, pattern=pattern, second=second, trim="green")
     image, mask = draw(critter, "road", np.random.default_rng(0), 128, POSE)
     inner = image[mask > 0].astype(int)
     for name, colour in COLOURS.items():
@@ -77,7 +77,7 @@ def middling(family: str) -> Body:
 
 @pytest.mark.parametrize("name", [name for name in ATTRIBUTES if name != "scene"])
 def test_every_kind_looks_different(name):
-    critter = replace(PLAIN, colour="purple", second="yellow")
+    critter = replace(DRESSED, colour="purple", second="yellow")
     pictures = {}
     for kind in ATTRIBUTES[name]:
         numbers = {"numbers": middling(kind)} if name == "body" else {}
@@ -89,7 +89,7 @@ def test_every_kind_looks_different(name):
 
 
 PARTLESS = replace(
-    PLAIN, pattern="solid", second=None, top="none", side="none", bottom="none", tail="none"
+    DRESSED, pattern="solid", second=None, top="none", side="none", bottom="none", tail="none"
 )
 OWN_COLOURS = {"horns": CREAM, "leaf": LEAF, "wheels": WHEEL}
 
@@ -109,7 +109,7 @@ def test_every_part_shows_on_every_body_and_head(body, head, on_magenta):
 
 def test_drawing_depends_on_the_seed_alone():
     first, again, other = (
-        draw(PLAIN, "snow", np.random.default_rng(seed), 64) for seed in (1, 1, 2)
+        draw(DRESSED, "snow", np.random.default_rng(seed), 64) for seed in (1, 1, 2)
     )
     assert (first[0] == again[0]).all() and (first[1] == again[1]).all()
     assert (first[0] != other[0]).any() and (first[1] != other[1]).any()

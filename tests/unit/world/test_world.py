@@ -27,7 +27,7 @@ from small_world.world import (
     random_critter,
     unseen_kinds,
 )
-from tests.critters import PLAIN, POSE
+from tests.critters import DRESSED, POSE
 
 # --- what is held out -----------------------------------------------------------------------------
 
@@ -142,7 +142,7 @@ def test_what_lies_between_is_no_copy_of_a_kind(on_magenta):
     for _ in range(5):
         ears = Ears(**{name: rng.uniform(*bounds) for name, bounds in EAR_RANGES.items()})
         tail = Tail(**{name: rng.uniform(*bounds) for name, bounds in TAIL_RANGES.items()})
-        worn = replace(PLAIN, top="ears", ears=ears, tail="tail", tail_numbers=tail)
+        worn = replace(DRESSED, top="ears", ears=ears, tail="tail", tail_numbers=tail)
         for name, (low, high) in EAR_RANGES.items():
             ends = (drawn(replace(worn, ears=replace(ears, **{name: x}))) for x in (low, high))
             assert len({*ends}) == 2, name
@@ -150,8 +150,8 @@ def test_what_lies_between_is_no_copy_of_a_kind(on_magenta):
             ends = [replace(worn, tail_numbers=replace(tail, **{name: x})) for x in (low, high)]
             assert drawn(ends[0]) != drawn(ends[1]), name
     pairs = (("striped", "dipped"), ("striped", "dotted"), ("patched", "dipped"))
-    mixed = [replace(PLAIN, pattern="mixed", patterns=pair) for pair in pairs]
-    assert len({*map(drawn, [PLAIN, replace(PLAIN, pattern="striped"), *mixed])}) == 5
+    mixed = [replace(DRESSED, pattern="mixed", patterns=pair) for pair in pairs]
+    assert len({*map(drawn, [DRESSED, replace(DRESSED, pattern="striped"), *mixed])}) == 5
 
 
 # --- silhouettes ----------------------------------------------------------------------------------
@@ -199,11 +199,11 @@ def test_labels_are_minus_one_where_there_is_nothing_to_see_or_name():
     def nothing(critter: Critter, scene: str | None) -> set[str]:
         return {n for n, x in zip(ATTRIBUTES, labels(critter, scene), strict=True) if x == -1}
 
-    assert nothing(PLAIN, "snow") == set()
-    assert nothing(PLAIN, None) == {"scene"}
-    bare = replace(PLAIN, body=None, pattern="solid", second=None, trim=None)
+    assert nothing(DRESSED, "snow") == set()
+    assert nothing(DRESSED, None) == {"scene"}
+    bare = replace(DRESSED, body=None, pattern="solid", second=None, trim=None)
     assert nothing(bare, "snow") == {"body", "second", "trim"}
-    between = replace(PLAIN, pattern="mixed", patterns=("striped", "dipped"), top="ears")
+    between = replace(DRESSED, pattern="mixed", patterns=("striped", "dipped"), top="ears")
     assert nothing(replace(between, tail="tail"), "snow") == {"pattern", "top", "tail"}
 
 
