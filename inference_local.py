@@ -78,7 +78,7 @@ def draw_several(config: InferenceLocalConfig, pipe: Any, output_dir: Path) -> i
         **model_metadata(config),
         **metadata_of_several(concepts, weights, masks),
     }
-    return draw_grid(config, draw, [config.template], output_dir, metadata)
+    return draw_grid(config, draw, [config.template], output_dir, metadata, config.skip_existing)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ installation in a UNet.
 What goes with the text reaches the processors as diffusers hands on image prompts:
 `encoder_hidden_states` arrives as `(context, image_embeds)`. `image_embeds` is either `[f,
 placeholder, lambda]` of each concept (see `local_inputs`), or the `KeysValues` of every layer,
-computed once for all steps of a generation. So no state hides in the UNet and two pipelines cannot
-disturb each other.
+computed once for all steps of a generation. So no state of a call hides in the UNet; of pipelines
+that share one, each plugs in its own mappers before it draws (`pipeline.Elite.take_unet`).
 
 Shapes: B rows of the batch, with guidance the unconditional ones first; R, the last of them, with a
 local branch; N concepts; h heads of width c; q queries; 77 tokens with Stable Diffusion, with
@@ -205,16 +205,21 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def _lora_weights(layer: Any) -> list[Tensor]:
-    """What the active LoRA adapters of a projection add to its weight, merged into it or not."""
+def _lora_weights(layer: Any, scale: float = 1.0) -> list[Tensor]:
+    """What LoRA adapters add to a projection's weight: those merged into it, as they were, else
+    the active ones times the scale."""
     if getattr(layer, "disable_adapters", True):  # a plain Linear has none
         return []
-    return [layer.get_delta_weight(a) for a in layer.active_adapters if a in layer.lora_A]
+    if layer.merged_adapters:
+        names, scale = layer.merged_adapters, 1.0
+    else:
+        names = layer.active_adapters
+    return [scale * layer.get_delta_weight(name) for name in names if name in layer.lora_A]
 
 
 def _lora(layer: Any, x: Tensor, scale: float) -> Tensor | float:
     """What they add to its output."""
-    return sum((scale * F.linear(x, weight.to(x)) for weight in _lora_weights(layer)), 0.0)
+    return sum((F.linear(x, weight.to(x)) for weight in _lora_weights(layer, scale)), 0.0)
 
 
 def _attend(
@@ -329,6 +334,7 @@ def install(
             processor.V_l = _projection(local_mapper, layer, "to_v", attn)
         processors[layer] = processor
     uninstall(unet)
+    unet._elite_installed = global_mapper, local_mapper, attention_norm
     unet._elite_restore = {
         "processors": {layer: attn.processor for layer, attn in layers.items()},
         "encoder_hid_proj": unet.encoder_hid_proj,
@@ -338,7 +344,9 @@ def install(
         processors[layer]._attention_backend = getattr(attn.processor, "_attention_backend", None)
         attn.set_processor(processors[layer])
     unet.encoder_hid_proj = nn.Identity()  # hands `image_embeds` to the processors as they are
-    unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
+    # As diffusers' own IP-Adapters do: the config that is saved stays what it was.
+    unet.config.encoder_hid_dim_type = "ip_image_proj"
+    unet._elite_hook = unet.register_forward_pre_hook(_image_embeds_given, with_kwargs=True)
 
 
 def uninstall(unet: UNet2DConditionModel) -> None:
@@ -354,8 +362,15 @@ def uninstall(unet: UNet2DConditionModel) -> None:
             plain._attention_backend = backend
         attn.set_processor(plain)
     unet.encoder_hid_proj = restore["encoder_hid_proj"]
-    unet.register_to_config(encoder_hid_dim_type=restore["encoder_hid_dim_type"])
-    del unet._elite_restore
+    unet.config.encoder_hid_dim_type = restore["encoder_hid_dim_type"]
+    unet._elite_hook.remove()
+    del unet._elite_restore, unet._elite_installed, unet._elite_hook
+
+
+def _image_embeds_given(unet: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Stock pipelines give none with a plain prompt."""
+    beside = kwargs.get("added_cond_kwargs") or {}
+    return args, {**kwargs, "added_cond_kwargs": {"image_embeds": [], **beside}}
 
 
 @torch.no_grad()
@@ -371,6 +386,17 @@ def add_lora_to_mappers(unet: UNet2DConditionModel) -> None:
 
 def is_installed(unet: UNet2DConditionModel) -> bool:
     return hasattr(unet, "_elite_restore")
+
+
+def is_installed_with(
+    unet: UNet2DConditionModel,
+    global_mapper: GlobalMapper,
+    local_mapper: LocalMapper | None,
+    attention_norm: AttentionNorm,
+) -> bool:
+    """Whether the last `install` was of these."""
+    given = global_mapper, local_mapper, attention_norm
+    return getattr(unet, "_elite_installed", None) == given
 
 
 def local_inputs(

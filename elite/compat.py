@@ -1,20 +1,22 @@
 """What a pipeline owes to diffusers and the method does not need: the hub, saving, exchanges of
 attention processors, clip_skip, callbacks."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from inspect import signature
+from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from elite.attention import KeysValues, conditional_rows, is_installed
 from elite.cards import Carded, pipeline_card
-from elite.families import Family
+from elite.families import Family, text_encoders
 from elite.loading import side_in_pixels
 from elite.speed import Speed
 from elite.text import read_prompt
@@ -97,16 +99,33 @@ class DiffusersPipeline(Carded, DiffusionPipeline):
         """As diffusers', whose clip_skip looks for the `text_model` that transformers 5 has
         dissolved."""
         encoder = self.text_encoder
-        if kwargs.get("clip_skip") is None or hasattr(encoder, "text_model"):
-            return super().encode_prompt(*args, **kwargs)
-        encoder.__dict__["text_model"] = encoder  # past nn.Module, which would register it
+        lends_itself = kwargs.get("clip_skip") is not None and not hasattr(encoder, "text_model")
+        if lends_itself:
+            encoder.__dict__["text_model"] = encoder  # past nn.Module, which would register it
         try:
-            return super().encode_prompt(*args, **kwargs)
+            with lora_scales_kept(text_encoders(self.components)):
+                return super().encode_prompt(*args, **kwargs)
         finally:
-            del encoder.__dict__["text_model"]
+            if lends_itself:
+                del encoder.__dict__["text_model"]
+
+
+@contextmanager
+def lora_scales_kept(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Behind it LoRA adapters weigh what they did before: diffusers leaves a scale that it has set
+    for a prompt where that cannot be encoded."""
+    layers: list[Any] = [layer for model in models for layer in model.modules()]
+    before = [(layer, dict(layer.scaling)) for layer in layers if hasattr(layer, "lora_A")]
+    try:
+        yield
+    finally:
+        for layer, scaling in before:
+            layer.scaling.update(scaling)
 
 
 # --- the arguments of a call ----------------------------------------------------------------------
+
+NEGATIVE_SIZES = "negative_original_size", "negative_target_size"  # of SDXL
 
 CONDITION_OPTIONS = {"clip_skip", "cross_attention_kwargs", "height", "width"}
 
@@ -125,6 +144,29 @@ def check_names(given: Iterable[str], options: Set[str], function: Callable) -> 
             raise ValueError(f"{name}: unknown argument{nearest(name, known)}")
 
 
+def check_numbers(
+    pipe: DiffusersPipeline, num_inference_steps: int, guidance_scale: float, kwargs: dict
+) -> None:
+    """Raises ValueError where a number of a call is none, or one that makes no picture."""
+    check_whole("num_inference_steps", num_inference_steps, least=1)
+    if not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale is {brief(guidance_scale)}; expected a number")
+    of_pipe = text_encoders(pipe.components)
+    deepest = min(e.config.num_hidden_layers for e in of_pipe) - len(of_pipe) + 1
+    for name, least, most in (("height", 8, None), ("width", 8, None), ("clip_skip", 0, deepest)):
+        if (value := kwargs.get(name)) is not None:
+            check_whole(name, value, least, most)
+
+
+def check_whole(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """The value as a whole number. Raises ValueError where it is none, or out of bounds."""
+    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not is_whole or value < least or (most is not None and value > most):
+        bounds = f"{least} or more" if most is None else f"{least} to {most}"
+        raise ValueError(f"{name} is {brief(value)}; expected {bounds}")
+    return int(value)
+
+
 def texts_per_prompt(
     prompt: str | Sequence[str] | None, kwargs: dict, family: Family
 ) -> tuple[list[str], int, dict[str, Any]]:
@@ -140,9 +182,12 @@ def texts_per_prompt(
         raise ValueError("no prompt; pass one, or several")
     texts = {name: _texts(name, kwargs.get(name), count) for name in family.texts}
     each = kwargs.get("num_images_per_prompt")
-    each = 1 if each is None else each
-    if not isinstance(each, int) or each < 1:
-        raise ValueError(f"num_images_per_prompt is {brief(each)}; expected 1 or more")
+    each = check_whole("num_images_per_prompt", 1 if each is None else each, least=1)
+    if count * each > 1 and all(kwargs.get(name) is not None for name in NEGATIVE_SIZES):
+        raise ValueError(
+            f"{', '.join(NEGATIVE_SIZES)}: diffusers mixes up the rows of several pictures; draw "
+            "one a call"
+        )
     return prompts, count, {**kwargs, **texts, "num_images_per_prompt": each}
 
 
@@ -178,6 +223,12 @@ def callback_arguments(kept: dict, kwargs: dict, speed: Speed, family: Family) -
     def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
         given = {name: tensors[name] for name in asked}
         answer = given if callback is None else callback(pipe, step, timestep, given)
+        for name in answer:
+            if "prompt_embeds" in name and name not in asked:
+                raise ValueError(
+                    f"callback_on_step_end gives back {name}, which it was not given; name it in "
+                    "callback_on_step_end_tensor_inputs"
+                )
         is_last = step == pipe.num_timesteps - 1
         stops = step + 1 == speed.guided_steps(pipe.num_timesteps) and not is_last
         if stops and pipe.do_classifier_free_guidance:

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from elite.attention import KeysValues, is_installed, keys_values, local_inputs, visibility
-from elite.compat import CONDITION_OPTIONS, DiffusersPipeline, check_names, text_options
+from elite.compat import (
+    CONDITION_OPTIONS,
+    DiffusersPipeline,
+    check_names,
+    check_numbers,
+    text_options,
+)
 from elite.concept import Concept
 from elite.defaults import GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
 from elite.families import split_words, text_encoders, tokenize_for_each, tokenizers
@@ -81,9 +87,11 @@ class PromptConditioning(DiffusersPipeline):
         if not isinstance(prompt, str):
             raise ValueError(f"expected one prompt, not {prompt!r}; call once per prompt")
         check_names(kwargs, CONDITION_OPTIONS, self.condition)
+        check_numbers(self, 1, guidance_scale, kwargs)
         named = concepts_by_name(concept, concepts, placeholder_token)
         if not named:
             raise ValueError("no concept; pass concept or concepts")
+        self.take_unet()
         embeds, local = self._condition([prompt], named, lambda_, words, regions or {}, kwargs)
         given = {**kwargs, **embeds, "negative_prompt": negative_prompt}
         embeds = self._encode_text([], guidance_scale, given, regions or {})
@@ -94,7 +102,7 @@ class PromptConditioning(DiffusersPipeline):
             index = torch.zeros(1, dtype=torch.int64, device=context.device)
             local = local_inputs(nothing, index, 0.0, context.shape[1])
         if len(contexts) > 1:  # the guidance rows read no feature tokens, and see everything
-            local = [torch.cat([torch.full_like(x, x.ndim == 4), x]) for x in local]
+            local = [torch.cat([torch.full_like(x, neutral(x)), x]) for x in local]
         return {
             **{name: embeds[name] for name in self.family.embeds},
             "ip_adapter_image_embeds": local,
@@ -112,6 +120,7 @@ class PromptConditioning(DiffusersPipeline):
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         """`prompt_embeds` (B, 77, D), with regions 77 for each reading of the prompts, for SDXL
         `pooled_prompt_embeds` (B, P) too, and the local inputs of these prompts."""
+        self._check_installed()
         names, device, count = list(concepts), self._execution_device, len(prompts)
         weights = weights_by_name(lambda_, names)
         sides = (kwargs.get(side) or self.resolution for side in ("height", "width"))
@@ -164,6 +173,10 @@ class PromptConditioning(DiffusersPipeline):
             shares = {n: share.to(device, self.unet.dtype) for n, share in shares.items()}
             local.append(visibility(shares, index, num_words, length))
         return embeds, local
+
+    def _check_installed(self) -> None:
+        if not is_installed(self.unet):
+            raise ValueError("the mappers are not in the UNet; call pipe.install() first")
 
     def check_concept(self, concept: Concept) -> None:
         """Raises ValueError where a concept is not of this pipeline's mappers and model."""
@@ -240,6 +253,8 @@ class PromptConditioning(DiffusersPipeline):
             return x.repeat_interleave(num_images_per_prompt // len(x), dim=0).to(device)
 
         local = [repeated(x) for x in ip_adapter_image.local]
+        if local:
+            self._check_installed()
         if not ip_adapter_image.context or not is_installed(self.unet):
             return local
         context = torch.cat([repeated(x) for x in ip_adapter_image.context])
@@ -255,12 +270,20 @@ def contexts_of(embeds: Mapping[str, Tensor | None]) -> list[Tensor]:
 
 
 def local_of_prompts(local: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Local inputs without the guidance rows that `condition` puts in front. Raises ValueError
-    where they are of another number of prompts."""
+    """Local inputs, a row for each prompt or one for all, without the guidance rows that
+    `condition` puts in front. Raises ValueError where they are of another number of prompts."""
+    if local and all((half == neutral(x)).all() for x in local for half in x.chunk(2)[:-1]):
+        local = [x.chunk(2)[-1] for x in local]
     for rows in map(len, local):
-        if rows not in (count, 2 * count):
+        if rows not in (1, count):
             raise ValueError(
                 f"{rows} rows of ip_adapter_image_embeds for {count} prompts; pass what condition "
                 "gives"
             )
-    return [x[-count:] for x in local]
+    return [x.expand(count, *x.shape[1:]) for x in local]
+
+
+def neutral(local_input: Tensor) -> float:
+    """What a row of a local input is filled with that reads no feature tokens and sees
+    everything."""
+    return float(local_input.ndim == 4)  # a `visibility` is all ones

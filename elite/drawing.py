@@ -23,7 +23,7 @@ from elite.concept import Concept, ConceptFolder
 from elite.data import PairFolder
 from elite.defaults import DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
 from elite.encoding import Entry, batches, columns, progress_bar, read_entries, sheet_rows
-from elite.files import check_writable, write_atomically
+from elite.files import check_writable, digest_files, write_atomically
 from elite.hardware import decodes_in_tiles
 from elite.images import read_image
 from elite.loading import side_in_pixels
@@ -51,7 +51,7 @@ class Drawing:
     resolution: int | None = None  # side in pixels; None means what the model draws
     num_inference_steps: int = DEFAULT_STEPS
     guidance_scale: float = GUIDANCE_SCALE
-    negative_prompt: str | None = None  # of every picture; None means an empty one
+    negative_prompt: str | None = None  # of every picture; None means an empty one, in SDXL zeros
     speed: Speed = EXACT
 
     def __call__(
@@ -125,7 +125,7 @@ class Drawing:
             "guidance_scale": str(self.guidance_scale),
             "dtype": str(pipe.unet.dtype),
             **({"tiled": "True"} if decodes_in_tiles(pipe, self.resolution) else {}),
-            **({"negative_prompt": self.negative_prompt} if self.negative_prompt else {}),
+            **({} if self.negative_prompt is None else {"negative_prompt": self.negative_prompt}),
             **({"speed": str(self.speed)} if self.speed != EXACT else {}),
             **pipe.changed_weights,
         }
@@ -135,9 +135,11 @@ def metadata_of_several(
     concepts: Mapping[str, Concept], weights: Mapping[str, float], regions: Mapping[str, str]
 ) -> dict[str, str]:
     """What a PNG says of several concepts in it, besides `Drawing.metadata`; regions by their
-    names."""
+    files."""
     metadata = {f"concept {word}": concept.digest for word, concept in concepts.items()}
-    metadata |= {f"region of {word}": region for word, region in regions.items()}
+    for word, path in regions.items():
+        metadata[f"region of {word}"] = f"{path} ({digest_files(Path(path))})"
+    metadata["placeholder_token"] = ", ".join(concepts)
     lambdas = ", ".join(f"{word} {weight:g}" for word, weight in weights.items())
     return metadata | {"lambda": lambdas}
 
@@ -291,7 +293,7 @@ def draw_prompts(
         width=side,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
-        negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
+        negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts),
     ).images
 
 
@@ -302,29 +304,34 @@ def draw_prompt_grid(
     output_dir: Path,
     *,
     batch_size: int = 1,
+    skip_existing: bool = False,
     metadata: Mapping[str, object],
 ) -> None:
     """Each prompt once per seed: `PROMPT_SEED.png`, numbered from 0, and `grid.png` of all.
 
     Args:
         draw: gives one picture per prompt and seed.
-        metadata: for the PNGs; what is None is left out.
+        skip_existing: keep pictures whose PNGs are whole and have this metadata.
+        metadata: for the PNGs, all that a picture depends on besides prompt and seed; what is None
+            is left out.
     """
     settings = {key: str(value) for key, value in metadata.items() if value is not None}
-    settings |= VERSIONS
     check_writable(output_dir)
     rows: list[list[Image.Image]] = []
     with tqdm(total=len(prompts) * len(seeds), desc="draw", unit="picture") as progress:
         for number, prompt in enumerate(prompts):
-            row: list[Image.Image] = []
-            for batch in batches(iter(seeds), batch_size):
+            paths = {seed: output_dir / f"{stem_of(number, seed)}.png" for seed in seeds}
+            saying = {seed: {"prompt": prompt, "seed": str(seed), **settings} for seed in seeds}
+            left = [s for s in seeds if not (skip_existing and is_drawn(paths[s], saying[s]))]
+            progress.update(len(seeds) - len(left))
+            for batch in batches(iter(left), batch_size):
                 pictures = draw([prompt] * len(batch), batch)
                 for seed, picture in zip(batch, pictures, strict=True):
-                    path = output_dir / f"{stem_of(number, seed)}.png"
-                    write_png(path, picture, {"prompt": prompt, "seed": str(seed), **settings})
-                row += map(fit_tile, pictures[: SHEET_COLUMNS - len(row)])
+                    write_png(paths[seed], picture, saying[seed] | VERSIONS)
                 progress.update(len(batch))
-            rows += [row] if len(rows) < SHEET_ROWS else []
+            if len(rows) < SHEET_ROWS:
+                shown = [read_image(paths[seed]) for seed in seeds[:SHEET_COLUMNS]]
+                rows.append([fit_tile(Image.fromarray(picture)) for picture in shown])
     names = [f"seed {seed}" for seed in seeds[:SHEET_COLUMNS]]
     sheet = tile_rows(rows, names, "; ".join(prompts))
     write_atomically(output_dir / "grid.png", sheet.save)

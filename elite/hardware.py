@@ -6,6 +6,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from elite.loading import side_in_pixels
 
 FP8 = torch.float8_e4m3fn
+KINDS_COMPILED = 64  # of calls: sizes, rows, numbers of concepts; torch's own limit is 8
 
 
 def decode_in_parts(pipe: DiffusionPipeline) -> None:
@@ -52,8 +53,10 @@ def order_channels_last(pipe: DiffusionPipeline) -> None:
 
 def compile_blocks(unet: UNet2DConditionModel) -> None:
     """Compiles each transformer block, where the attentions are, as one graph when it is first
-    called. Another number of rows, as where guidance ends, is compiled once more.
+    called. Another number of rows, as where guidance ends, is compiled once more, up to
+    KINDS_COMPILED.
 
     The blocks, not the whole: what runs around them may change from step to step.
     """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KINDS_COMPILED)
     unet.compile_repeated_blocks(fullgraph=True, isolate_recompiles=True)

@@ -261,13 +261,20 @@ def draw_grid(
     prompts: Sequence[str],
     output_dir: Path,
     metadata: Mapping[str, object],
+    skip_existing: bool = False,
 ) -> int:
     """Draws each prompt once per seed, by the main process alone. Returns the exit status."""
     if not PartialState().is_main_process:
         return OK
     seeds = range(config.seed, config.seed + config.num_images)
     draw_prompt_grid(
-        draw, prompts, seeds, output_dir, batch_size=config.batch_size, metadata=metadata
+        draw,
+        prompts,
+        seeds,
+        output_dir,
+        batch_size=config.batch_size,
+        skip_existing=skip_existing,
+        metadata=metadata,
     )
     print(f"pictures in {output_dir}; look at {output_dir / 'grid.png'} first")
     return OK

@@ -105,6 +105,8 @@ class TextWithWord(ModularPipelineBlocks):
     def __call__(self, components: ModularPipeline, state: PipelineState) -> Step:
         block = self.get_block_state(state)
         block.concept.check_mappers(_fingerprint(components))
+        if len(block.concept) != 1:
+            raise ValueError(f"concept is of {len(block.concept)} objects; pass one, as concept[0]")
         tokenizer, encoder = components.tokenizer, components.text_encoder
         unet, device = components.unet, components._execution_device
         install(unet, components.global_mapper, components.local_mapper)

@@ -58,11 +58,12 @@ def weights_by_name(
 def as_weight(weight: Weights) -> Tensor:
     """One number, or one per prompt. Raises ValueError where it is something else."""
     try:
-        return torch.as_tensor(weight, dtype=torch.float32)
+        read = torch.as_tensor(weight, dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(
-            f"lambda_ is {brief(weight)}; expected a number, or one per prompt"
-        ) from None
+        read = None
+    if read is None or read.ndim > 1 or not read.isfinite().all():
+        raise ValueError(f"lambda_ is {brief(weight)}; expected a number, or one per prompt")
+    return read
 
 
 def latent_regions(

@@ -27,13 +27,14 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModel
 
-from elite.attention import AttentionNorm, install, uninstall
+from elite.attention import AttentionNorm, install, is_installed, is_installed_with, uninstall
 from elite.checkpoint import check_mapper, load_mapper
 from elite.compat import (
     call_options,
     callback_arguments,
     callback_may_change_context,
     check_names,
+    check_numbers,
     texts_per_prompt,
 )
 from elite.concept import Concept
@@ -147,6 +148,12 @@ class Elite(PromptConditioning):
         self.attention_norm = attention_norm or self.attention_norm
         install(self.unet, self.global_mapper, self.local_mapper, self.attention_norm)
 
+    def take_unet(self) -> None:
+        """Plugs the mappers in anew where another pipeline of this UNet has plugged in its own."""
+        own = self.global_mapper, self.local_mapper, self.attention_norm
+        if is_installed(self.unet) and not is_installed_with(self.unet, *own):
+            self.install()
+
     def uninstall(self) -> None:
         """Gives the plain Stable Diffusion back, bit for bit."""
         uninstall(self.unet)
@@ -198,6 +205,8 @@ class Elite(PromptConditioning):
     ) -> dict[str, Tensor]:
         """What `encode_views` takes, one row, on the CPU; arguments and errors as for
         `encode_concept`."""
+        if self.image_encoder is None:
+            raise ValueError("image_encoder is None; load the pipeline with one to encode concepts")
         pixels = as_image(image)
         views = object_views(
             pixels,
@@ -285,6 +294,8 @@ class Elite(PromptConditioning):
             raise ValueError("ip_adapter_image: not taken; pass what encode_concept makes of it")
         check_names(kwargs, call_options(super().__call__), self.__call__)
         speed = speed_of(speed, guidance_stop, deep_every, deep_first)
+        check_numbers(self, num_inference_steps, guidance_scale, kwargs)
+        self.take_unet()
         concepts = concepts_by_name(concept, concepts, placeholder_token)
         prompts, count, kwargs = texts_per_prompt(prompt, kwargs, self.family)
         local = local_of_prompts(kwargs.get("ip_adapter_image_embeds") or [], count)

@@ -206,6 +206,7 @@ def _tokens(
     check_texts(prompt)
     whole = tokenizer(prompt, return_offsets_mapping=True, verbose=False)
     spans = whole["offset_mapping"]
+    taken: set[int] = set()
     dropped: set[int] = set()
     firsts = []
     for placeholder in placeholders:
@@ -218,6 +219,12 @@ def _tokens(
                 f"{brief(placeholder)} apart from its neighbours; write blanks around it or choose "
                 "another word"
             )
+        if not taken.isdisjoint(covering):
+            raise ValueError(
+                f"prompt {brief(prompt)}: placeholder {brief(placeholder)} and another share a "
+                "word; choose words that are no part of each other"
+            )
+        taken |= set(covering)
         firsts.append(covering[0])
         dropped |= set(covering[1:])
     kept = [i for i in range(len(spans)) if i not in dropped]

@@ -150,7 +150,9 @@ def with_word(clip: Any, placeholder: str, concept: Concept, branch: LocalBranch
         if places and branch is not None:
             conds = extra.get("model_conds", {})
             before = conds[KEY].cond.concepts if KEY in conds else ()
-            shown = Shown((*before, (places[0], branch)))
+            taken = [place for place, _ in before]  # by the same concept under another word
+            free = [(place, branch) for place in places if place not in taken]
+            shown = Shown((*before, *free[:1]))
             extra = {**extra, "model_conds": {**conds, KEY: comfy.conds.CONDConstant(shown)}}
         return context, pooled, extra
 

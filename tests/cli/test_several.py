@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from elite.drawing import Drawing
 from tests import tiny
 from tests.conftest import FAST, run_script
 
@@ -56,6 +57,8 @@ def test_each_flag_changes_the_picture(script, concepts, tmp_path):
         assert script(*common, *flags, "--suffix", name, "--llambda", "1") == 0
         folder = tmp_path / "out" / f"{name}_concepts_l1p0"
         pictures[name], text = drawn(folder)
+        assert text["placeholder_token"] == "S1, S2"
+        assert ("region of S1" in text) == (name == "region")
         assert (folder / "grid.png").exists()
     for name in ("weight", "region", "negative", "turned"):
         assert not np.array_equal(pictures[name], pictures["plain"]), name
@@ -68,6 +71,27 @@ def test_seeds_and_batches(script, concepts, tmp_path):
     folder = tmp_path / "out" / "object_concepts_l0p8"
     seeds = [drawn(folder, f"00000_0004{last}")[1]["seed"] for last in (2, 3, 4)]
     assert seeds == ["42", "43", "44"]
+
+
+def test_what_is_drawn_is_kept(script, concepts, tmp_path, monkeypatch):
+    drawn_seeds = []
+    plain = Drawing.with_concepts
+
+    def counting(self, pipe, concepts, weights, regions, prompts, seeds):
+        drawn_seeds.extend(seeds)
+        return plain(self, pipe, concepts, weights, regions, prompts, seeds)
+
+    monkeypatch.setattr(Drawing, "with_concepts", counting)
+    left = region(tmp_path)
+    flags = ["--template", "S1 and S2", "--concept", *concepts, "--region", left]
+    for number, expected in ((1, [42]), (2, [43]), (2, [])):
+        assert script(*flags, "--num_images", number) == 0
+        assert drawn_seeds == expected
+        drawn_seeds.clear()
+    assert script(*flags, "--no-skip_existing") == 0 and drawn_seeds == [42]
+    with Image.open(tmp_path / "left.png") as mask:
+        mask.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "left.png")
+    assert script(*flags) == 0 and drawn_seeds == [42, 42]  # the file was painted anew
 
 
 @pytest.mark.parametrize(

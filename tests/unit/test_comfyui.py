@@ -8,8 +8,10 @@ import itertools
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
@@ -114,15 +116,58 @@ def test_casts_leave_what_was_read(patches, parts, mappers):
     assert cast[0].data_ptr() == cast[1].data_ptr(), "cast once"
 
 
-@pytest.mark.skipif(bool(COMFYUI), reason="ComfyUI's own modules are imported")
-@pytest.mark.parametrize("crop", [False, True])
-def test_a_concept_is_read_as_the_pipeline_reads_it(crop, pipe, monkeypatch):
-    """By the node, with stand-ins of what its module imports of ComfyUI."""
+@pytest.fixture
+def nodes_alone(monkeypatch) -> ModuleType:
+    """The nodes, with stand-ins of what their modules import of ComfyUI."""
+    if COMFYUI:
+        pytest.skip("ComfyUI's own modules are imported")
     for name in (*OF_COMFYUI, *OF_OURS):
         monkeypatch.setitem(sys.modules, name, MagicMock())
     for name in OF_OURS:
         del sys.modules[name]
-    nodes = importlib.import_module("integrations.comfyui.nodes")
+    return importlib.import_module("integrations.comfyui.nodes")
+
+
+class StandInClip:
+    """A CLIP of ComfyUI whose encoding is nothing but what rides beside it."""
+
+    def __init__(self) -> None:
+        self.patcher = self
+        self.tokenizer = MagicMock(clip="clip_l")
+        self.tokenizer.clip_l.embedding_directory = None
+        self.encode: Callable[..., tuple] = lambda tokens: (None, None, {})
+
+    def clone(self) -> "StandInClip":
+        return self
+
+    def get_model_object(self, name: str) -> Callable[..., tuple]:
+        return self.encode
+
+    def add_object_patch(self, name: str, patch: Callable[..., tuple]) -> None:
+        self.encode = patch
+
+
+def test_one_concept_under_two_words_stands_at_both(nodes_alone, concept, mappers, tmp_path):
+    models = sys.modules["integrations.comfyui.models"]
+    models.folder_paths.get_temp_directory.return_value = str(tmp_path)
+    models.comfy.conds.CONDConstant = lambda cond: SimpleNamespace(cond=cond)
+    clip: Any = StandInClip()
+    for placeholder, lambda_ in (("S1", 0.8), ("S2", 0.5)):
+        branch = models.LocalBranch(mappers[1], concept.feature_tokens, lambda_)
+        clip = models.with_word(clip, placeholder, concept, branch)
+    word = concept.words[0, 0]
+    for tokens, expected in (
+        ([49406, word, 5, word], [(1, 0.8), (3, 0.5)]),
+        ([49406, 5, word], [(2, 0.8)]),
+    ):
+        *_, beside = clip.encode({"l": [[(token, 1.0) for token in tokens]]})
+        shown = beside["model_conds"]["elite"].cond.concepts
+        assert [(place, branch.lambda_) for place, branch in shown] == expected
+
+
+@pytest.mark.parametrize("crop", [False, True])
+def test_a_concept_is_read_as_the_pipeline_reads_it(crop, pipe, nodes_alone):
+    nodes = nodes_alone
     pipe.global_mapper.register_to_config(crop_to_object=crop)
     mappers = pipe.global_mapper, pipe.local_mapper
     elite = nodes.Elite(pipe.image_encoder, *mappers, pipe.fingerprint)

@@ -137,6 +137,12 @@ def test_metadata_says_what_a_speed_does(pipe):
     assert fast == {**exact, "speed": "guidance_stop 0.5, deep_every 3"}
 
 
+def test_metadata_tells_an_empty_negative_prompt_from_none(pipe):
+    """Which SDXL draws as zeros."""
+    assert replace(QUICK, negative_prompt="").metadata(pipe)["negative_prompt"] == ""
+    assert "negative_prompt" not in QUICK.metadata(pipe)
+
+
 # --- a run that goes on ---------------------------------------------------------------------------
 
 

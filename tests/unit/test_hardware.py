@@ -1,6 +1,7 @@
 """Less memory and faster kernels change no picture, or as little as they say."""
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -123,6 +124,19 @@ def test_each_block_is_compiled_once_and_draws_the_same(pipe, concept):
         assert relative(draw(pipe, **options), wanted) < CLOSE
         counts.append(len(graphs))
     assert counts[:2] == [blocks] * 2 and blocks < counts[2] <= 2 * blocks
+
+
+@torch._dynamo.config.patch(recompile_limit=3)
+def test_more_kinds_of_calls_are_compiled_than_torch_allows(pipe, concept, monkeypatch):
+    torch._dynamo.reset()
+    compiled = partial(pipe.unet.compile_repeated_blocks, backend=counting([]))
+    monkeypatch.setattr(pipe.unet, "compile_repeated_blocks", compiled)
+    compile_blocks(pipe.unet)
+    for count in range(1, 6):  # each number of pictures is another kind
+        for guidance_scale in (1.0, 5.0):
+            options = {"concept": concept, "num_inference_steps": 1, "seed": list(range(count))}
+            drawn = draw(pipe, ["a S"] * count, guidance_scale=guidance_scale, **options)
+            assert torch.isfinite(drawn).all()
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="no C++ compiler")

@@ -98,6 +98,36 @@ def test_fused_lora_draws_as_a_loaded_one(pipe, concept, make_lora):
     assert relative(draw(pipe, concept=concept), expected) < CLOSE
 
 
+@pytest.mark.parametrize(
+    "options", [{"cross_attention_kwargs": {"scale": 0.5}}, EACH_STEP], ids=len
+)
+def test_a_fused_lora_has_no_scale_of_a_call(pipe, concept, make_lora, options):
+    pipe.load_lora_weights(make_lora(CROSS_KV))
+    pipe.fuse_lora()
+    expected = draw(pipe, concept=concept)
+    assert relative(draw(pipe, concept=concept, **options), expected) < CLOSE
+
+
+def test_of_several_loras_the_fused_ones_count(pipe, concept, make_lora):
+    file = make_lora(CROSS_KV)
+    pipe.load_lora_weights(file, adapter_name="first")
+    expected = draw(pipe, concept=concept)
+    pipe.load_lora_weights(file, adapter_name="second")
+    pipe.set_adapters(["first", "second"])
+    assert relative(draw(pipe, concept=concept), expected) > 1e-3
+    pipe.fuse_lora(adapter_names=["first"])
+    assert relative(draw(pipe, concept=concept), expected) < CLOSE
+
+
+def test_a_refused_prompt_leaves_the_weight_of_a_lora(pipe, concept, make_lora):
+    pipe.load_lora_weights(make_lora(TEXT))
+    pipe.load_textual_inversion({"<cat>": torch.randn(1, 24)}, token="<cat>")
+    expected = draw(pipe, concept=concept)
+    with pytest.raises(ValueError, match="runs past"):
+        draw(pipe, "a " * 80 + "<cat>", cross_attention_kwargs={"scale": 0.25})
+    assert torch.equal(draw(pipe, concept=concept), expected)
+
+
 def test_a_lora_that_was_fused_and_unloaded_is_not_in_elites_projections(pipe, concept, make_lora):
     """It has gone into weights that ELITE does not read: a limit that docs/diffusers.md names."""
     expected = draw(pipe, concept=concept)
@@ -185,6 +215,14 @@ def test_a_callback_may_stop_the_drawing(pipe, concept):
 
     stopped = draw(pipe, concept=concept, callback_on_step_end=stop)
     assert steps == [0] and relative(stopped, draw(pipe, concept=concept)) > 1e-3
+
+
+def test_a_callback_changes_no_text_that_it_was_not_given(pipe, concept):
+    def changed(pipe, step, timestep, tensors):
+        return {"prompt_embeds": torch.zeros(2, 77, 24)}
+
+    with pytest.raises(ValueError, match="gives back prompt_embeds, which it was not given; name"):
+        draw(pipe, concept=concept, callback_on_step_end=changed)
 
 
 # --- savers of memory -----------------------------------------------------------------------------

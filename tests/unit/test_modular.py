@@ -55,6 +55,8 @@ def test_a_concept_takes_the_place_of_its_block(pipe, concept):
     other = type(concept)(concept.words, concept.feature_tokens, "another")
     with pytest.raises(ValueError, match="concept was made by other mappers"):
         modular(concept=other, **GIVEN)
+    with pytest.raises(ValueError, match=r"concept is of 2 objects; pass one, as concept\[0\]"):
+        modular(concept=type(concept).stack([concept, concept]), **GIVEN)
 
 
 def test_blocks_load_a_saved_pipeline(tmp_path, pipe, concept):

@@ -120,10 +120,49 @@ def test_a_number_of_pictures_below_one_is_refused(pipe, concept):
         assert message == f"num_images_per_prompt is {number!r}; expected 1 or more"
 
 
-@pytest.mark.parametrize("lambda_", ["0.8", None, [0.1, "x"]])
+@pytest.mark.parametrize("lambda_", ["0.8", None, [0.1, "x"], [[0.8]], float("nan"), float("inf")])
 def test_a_lambda_that_is_no_number_is_refused(pipe, concept, lambda_):
     message = complaint(pipe, "a S", concept=concept, lambda_=lambda_)
     assert message == f"lambda_ is {lambda_!r}; expected a number, or one per prompt"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        *((("num_inference_steps"), value, "1 or more") for value in (0, -1, "20", 2.5, True)),
+        *((("guidance_scale"), value, "a number") for value in (None, "5", float("nan"))),
+        *((("height"), value, "8 or more") for value in ("64", 0)),
+        ("width", 32.0, "8 or more"),
+        ("clip_skip", 50, "0 to 2"),
+        ("clip_skip", -1, "0 to 2"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(pipe, concept, name, value, expected):
+    message = complaint(pipe, "a S", concept=concept, **{name: value})
+    assert message == f"{name} is {value!r}; expected {expected}"
+    if name in ("height", "clip_skip", "guidance_scale"):
+        with pytest.raises(ValueError, match=f"{name} is "):
+            pipe.condition("a S", concept, **{name: value})
+
+
+def test_the_deepest_clip_skip_draws(pipe, concept):
+    assert torch.isfinite(draw(pipe, concept=concept, clip_skip=2)).all()
+
+
+def test_concepts_need_the_mappers_in_the_unet(pipe, concept):
+    given = pipe.condition("a S", concept)
+    pipe.uninstall()
+    message = "the mappers are not in the UNet; call pipe.install() first"
+    assert complaint(pipe, "a S", concept=concept) == message
+    assert complaint(pipe, None, **given) == message
+    with pytest.raises(ValueError, match="the mappers are not in the UNet"):
+        pipe.condition("a S", concept)
+
+
+def test_encoding_needs_an_image_encoder(pipe):
+    pipe.register_modules(image_encoder=None)
+    with pytest.raises(ValueError, match="image_encoder is None; load the pipeline with one"):
+        pipe.encode_concept(*tiny.picture(0))
 
 
 @pytest.mark.parametrize("other", ["generator", "latents"])

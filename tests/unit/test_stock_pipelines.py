@@ -137,6 +137,29 @@ def test_elites_own_pipeline_takes_it_too(pipe, concept, options):
         draw(pipe, prompt=None, **wrong)
 
 
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_one_condition_serves_every_row_of_embeddings(pipe, concept, guidance_scale):
+    given = pipe.condition(PROMPT, concept, guidance_scale=guidance_scale)
+    texts = ("prompt_embeds", "negative_prompt_embeds")
+    for count in (2, 3):
+        several = {name: x.repeat(count, 1, 1) for name in texts if (x := given[name]) is not None}
+        drawn = draw(pipe, prompt=None, **{**given, **several}, seed=list(range(count)))
+        for seed, row in enumerate(drawn):
+            alone = draw(pipe, prompt=None, **given, seed=seed)
+            assert relative(row[None], alone) < CLOSE
+
+
+def test_conditions_one_after_the_other_are_no_batch(pipe, concept):
+    """Each has its guidance row first, so that every second row would be taken for a prompt's."""
+    given = pipe.condition(PROMPT, concept)
+    several = {
+        name: given[name].repeat(2, 1, 1) for name in ("prompt_embeds", "negative_prompt_embeds")
+    }
+    local = [torch.cat([x, x]) for x in given["ip_adapter_image_embeds"]]
+    with pytest.raises(ValueError, match="4 rows of ip_adapter_image_embeds for 2 prompts"):
+        draw(pipe, prompt=None, **{**given, **several, "ip_adapter_image_embeds": local})
+
+
 def test_inpainting_keeps_what_is_outside_the_mask(model_folder, pipe, concept):
     made = stock("inpainting", pipe, model_folder)
     other = pipe.encode_concept(*tiny.picture(1))
@@ -167,6 +190,38 @@ def test_another_scheduler_of_a_stock_pipeline_is_its_own(model_folder, pipe, co
         draw_stock("image-to-image", made, **pipe.condition(PROMPT, concept))
     ).all()
     assert torch.equal(draw(pipe, concept=concept), expected)
+
+
+def test_a_plain_prompt_is_drawn_as_elite_draws_it(model_folder, pipe):
+    made = stock("text-to-image", pipe, model_folder)
+    noise = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(7))
+    options = {"prompt": PROMPT, "guidance_scale": 5.0, "num_inference_steps": 3, "latents": noise}
+    assert relative(draw_stock("text-to-image", made, **options), draw(pipe)) < CLOSE
+
+
+def test_what_a_stock_pipeline_saves_can_be_loaded(tmp_path, model_folder, pipe):
+    stock("text-to-image", pipe, model_folder).save_pretrained(tmp_path)
+    loaded = StableDiffusionPipeline.from_pretrained(tmp_path)
+    assert loaded.unet.config.encoder_hid_dim_type is None
+
+
+@pytest.mark.parametrize("how", ["call", "condition"])
+def test_pipelines_of_one_unet_draw_with_their_own_mappers(model_folder, pipe, concept, how):
+    def drawn(by: ElitePipeline, given) -> torch.Tensor:
+        if how == "call":
+            return draw(by, concept=given)
+        made = stock("text-to-image", by, model_folder)
+        return draw_stock("text-to-image", made, **by.condition(PROMPT, given))
+
+    expected = drawn(pipe, concept)
+    global_mapper, local_mapper = tiny.build_mappers(model_folder, seed=9)
+    others = {"global_mapper": global_mapper, "local_mapper": local_mapper}
+    second = ElitePipeline(**{**pipe.components, **others})
+    second.set_progress_bar_config(disable=True)
+    its = second.encode_concept(*tiny.picture(0))
+    different = drawn(second, its)
+    assert torch.equal(drawn(pipe, concept), expected)
+    assert torch.equal(drawn(second, its), different) and relative(different, expected) > 1e-3
 
 
 def test_mistakes_are_named(pipe, concept):

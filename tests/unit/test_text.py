@@ -123,6 +123,8 @@ def test_placeholder_of_several_tokens_takes_one(tokenizer):
 def test_placeholder_that_is_no_whole_tokens_is_refused(tokenizer):
     with pytest.raises(ValueError, match="does not keep the placeholder 'S ' apart"):
         tokenize(tokenizer, ["a S , far away"], "S ")
+    with pytest.raises(ValueError, match="placeholder 'S1 cat' and another share a word"):
+        tokenize(tokenizer, ["a S1 cat"], ["S1", "S1 cat"])
 
 
 def prompt_with_placeholder_at(index: int) -> str:

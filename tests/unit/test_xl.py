@@ -138,6 +138,14 @@ def test_each_region_reads_the_prompt_for_itself(xl, xl_concept):
     assert relative(draw(xl, concept=xl_concept, regions=left), expected) > 1e-3
 
 
+def test_sizes_of_the_negative_prompt_are_refused_for_several_pictures(xl, xl_concept):
+    """Diffusers would give every second picture the other row's."""
+    sizes = {"negative_original_size": (64, 64), "negative_target_size": (32, 32)}
+    assert torch.isfinite(draw(xl, concept=xl_concept, **sizes)).all()
+    with pytest.raises(ValueError, match="diffusers mixes up the rows of several pictures"):
+        draw(xl, concept=xl_concept, **sizes, num_images_per_prompt=2)
+
+
 def test_prompt_2_is_no_place_for_a_concept(xl, xl_concept):
     with pytest.raises(ValueError, match="prompt_2: a concept goes with prompt alone"):
         draw(xl, concept=xl_concept, prompt_2="a photo")
