@@ -51,7 +51,7 @@ def main() -> int:
         **options,
         "scheduler": config.scheduler,
         "model": model_name(config),
-        **pipe.changed_weights,
+        **pipe.named_weights,
     }
     draw = partial(draw_prompts, pipe, **options)
     return draw_grid(config, draw, config.prompt, Path(config.output_dir), metadata)

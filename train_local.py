@@ -16,7 +16,7 @@ def main() -> int:
     config = parse_config(TrainLocalConfig)
     quiet_libraries()
     from elite.loading import pixels_per_latent
-    from elite.mappers import GlobalMapper, LocalMapper
+    from elite.mappers import GlobalMapper, LocalMapper, fingerprint_of
     from elite.objectives import LocalObjective
     from elite.open_images import OpenImagesMasks
     from elite.stages import (
@@ -50,7 +50,10 @@ def main() -> int:
     )
 
     preview = pair_preview(config, objective, parts, words=0)
-    fit_as_configured(config, objective, dataset, parts, preview, config.validation_steps)
+    held = {"global_mapper": fingerprint_of(global_mapper)}
+    fit_as_configured(
+        config, objective, dataset, parts, preview, config.validation_steps, held=held
+    )
     publish(config, objective)
     return OK
 

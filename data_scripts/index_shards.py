@@ -86,7 +86,11 @@ def index_shard(path: Path, whole: bool) -> Contents:
     rows: dict[str, list[tuple]] = {"images": [], "boxes": [], "masks": []}
     try:
         with tarfile.open(path, "r:") as tar:
-            for key, sample in group_members(tar).items():
+            samples, doubled = group_members(tar)
+            failures += [
+                f"{path}/{name}: another picture has its name; rename it" for name in doubled
+            ]
+            for key, sample in samples.items():
                 try:
                     for name, new in rows_of(tar, sample, len(rows["images"]), whole).items():
                         rows[name] += new
@@ -102,10 +106,11 @@ def index_shard(path: Path, whole: bool) -> Contents:
     return Contents(listed, tables, failures)
 
 
-def group_members(tar: tarfile.TarFile) -> dict[str, Sample]:
-    """The files of a tar by key; links, devices and sparse files are none. Raises ReadError where
-    it is damaged."""
+def group_members(tar: tarfile.TarFile) -> tuple[dict[str, Sample], list[str]]:
+    """The files of a tar by key; links, devices and sparse files are none. And the pictures whose
+    key another one has. Raises ReadError where it is damaged."""
     samples: dict[str, Sample] = {}
+    doubled: list[str] = []
     for member in tar:
         if member.size < 0:  # with which tarfile would read the same member for ever
             raise tarfile.ReadError("a member of negative size")
@@ -114,7 +119,9 @@ def group_members(tar: tarfile.TarFile) -> dict[str, Sample]:
         key = key_of(member.name)
         ending = member.name[len(key) :].lower()
         sample = samples.setdefault(key, Sample())
-        if ending in PICTURES:
+        if ending in PICTURES and sample.image is not None:
+            doubled.append(member.name)
+        elif ending in PICTURES:
             sample.image = member
         elif ending == ".json":
             sample.labels = member
@@ -122,7 +129,8 @@ def group_members(tar: tarfile.TarFile) -> dict[str, Sample]:
             number = ending[len(".mask.") : -len(".png")]
             if number.isdecimal() and len(number) < 6:
                 sample.masks[int(number)] = member
-    return {key: sample for key, sample in samples.items() if sample.image is not None}
+    whole = {key: sample for key, sample in samples.items() if sample.image is not None}
+    return whole, doubled
 
 
 def rows_of(

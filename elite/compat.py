@@ -30,8 +30,8 @@ class DiffusersPipeline(Carded, DiffusionPipeline):
     family: Family
     # The UNet reads their K and V; a hook on the whole mapper would not see that.
     _exclude_from_cpu_offload = ["global_mapper", "local_mapper"]  # noqa: RUF012
-    # What metadata says of a change of its weights: {"lora": ..., "weights": ...}.
-    changed_weights: Mapping[str, str] = MappingProxyType({})
+    # What metadata says of its weights: {"base": ..., "lora": ..., "weights": ...}.
+    named_weights: Mapping[str, str] = MappingProxyType({})
 
     @property
     def resolution(self) -> int:

@@ -127,7 +127,7 @@ class Drawing:
             **({"tiled": "True"} if decodes_in_tiles(pipe, self.resolution) else {}),
             **({} if self.negative_prompt is None else {"negative_prompt": self.negative_prompt}),
             **({"speed": str(self.speed)} if self.speed != EXACT else {}),
-            **pipe.changed_weights,
+            **pipe.named_weights,
         }
 
 

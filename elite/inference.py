@@ -10,11 +10,13 @@ import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from PIL import Image
+from torch import nn
 
 from elite.concept import Concept, ConceptFolder
 from elite.console import BAD_INPUT, OK, PARTLY_FAILED, complain
 from elite.data import PairFolder
 from elite.drawing import Drawing, draw_prompt_grid
+from elite.files import sampled_digest
 from elite.gallery import push_gallery, repository_of, save_gallery
 from elite.hardware import (
     FP8,
@@ -95,7 +97,7 @@ def prepare_to_draw(pipe: DiffusionPipeline, config: DrawingModelConfig) -> None
     """Adds a configuration's LoRA files to the pipeline's weights, and places it as told: whole, in
     little memory, compiled.
 
-    Metadata then says what of this changed its weights by `pipe.changed_weights`.
+    Metadata then says what of this changed its weights by `pipe.named_weights`.
 
     Raises:
         ValueError: as `fuse_loras` and `pick_device`, or settings that do not go together.
@@ -122,7 +124,7 @@ def prepare_to_draw(pipe: DiffusionPipeline, config: DrawingModelConfig) -> None
         pipe.to(device)
     if config.compile:
         compile_blocks(pipe.unet)
-    pipe.changed_weights = changed
+    pipe.named_weights = {**getattr(pipe, "named_weights", {}), **changed}
 
 
 def load_pipeline(
@@ -144,6 +146,10 @@ def load_pipeline(
     )
     if not encodes:
         pipe.register_modules(image_encoder=None)
+    named = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    # The mappers have their fingerprint.
+    base = [named[name].state_dict() for name in sorted(named) if not name.endswith("_mapper")]
+    pipe.named_weights = {"base": sampled_digest(base)}
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -56,10 +56,19 @@ class RunFolder:
         dataset: Samples,
         samples_per_step: int,
         config: Mapping[str, Any],
+        held: Mapping[str, Any],
     ) -> None:
         self.folder, self.logging_dir = folder, folder / logging_dir
         self.accelerator, self.is_main = accelerator, accelerator.is_main_process
         self.dataset, self.samples_per_step, self.config = dataset, samples_per_step, config
+        # What all parts of a run have to share, but for `run_state.MAY_CHANGE`.
+        self.settings = {
+            "samples_per_step": samples_per_step,
+            "dataset_size": len(dataset),
+            "precision": accelerator.mixed_precision,
+            **held,
+            **config,
+        }
         self.tally = Tally()
         self._open = ExitStack()
 
@@ -86,9 +95,8 @@ class RunFolder:
     def start(self, state: RunState, resume: str | None, max_steps: int) -> int:
         """Loads the checkpoint to go on from, if any, and opens the logs; their lines beyond it are
         dropped. Returns the step."""
-        settings = {"samples_per_step": self.samples_per_step, **self.config}
-        check_settings(self.folder, settings, resumes=resume is not None)
-        step = self._resume(state, resume) if resume else 0
+        check_settings(self.folder, self.settings, resumes=resume is not None)
+        step = self._resume(state, resume, max_steps) if resume else 0
         if step > max_steps:
             raise ValueError(
                 f"{self.folder}: the checkpoint is of step {step}, the run of {max_steps} steps; "
@@ -97,9 +105,10 @@ class RunFolder:
         if not self.is_main:
             return step
         if self.config:
-            save_config(self.config, self.folder / "config.yaml")
-        lines = read_rows(self.metrics_file) if self.metrics_file.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
+            # With the file as --config a run would go back to where this one went on from.
+            config = {k: v for k, v in self.config.items() if k != "resume_from_checkpoint"}
+            save_config(config, self.folder / "config.yaml")
+        kept = [line for line in self._logged() if json.loads(line)["step"] <= step]
         write_text(self.metrics_file, "".join(line + "\n" for line in kept))
         self.board = SummaryWriter(str(self.logging_dir), purge_step=step + 1)
         self._open.callback(self.board.close)
@@ -107,18 +116,33 @@ class RunFolder:
         self.progress = self._open.enter_context(bar)
         return step
 
-    def _resume(self, state: RunState, resume: str) -> int:
+    def _resume(self, state: RunState, resume: str, max_steps: int) -> int:
         """The main process reads the checkpoint for all, whose nodes may not have its folder."""
         saved: list[Any] = [None]
         if self.is_main:
             try:
-                saved = [state.read(find_checkpoint(self.folder, resume, self.say))]
+                lines = self._logged()
+                reached = json.loads(lines[-1])["step"] if lines else None
+                saved = [state.read(find_checkpoint(self.folder, resume, reached, self.say))]
             except ValueError as error:
                 saved = [error]
         broadcast_object_list(saved)
         if isinstance(saved[0], ValueError):
             raise saved[0]  # in every process, so that none waits for another
-        return state.restore(saved[0])
+        step = state.restore(saved[0])
+        if saved[0]["folder"].resolve().parent != self.folder.resolve():
+            self.tally.load_state_dict(Tally().state_dict())  # the branch's data may be others
+        before, here = saved[0]["schedule"]["_last_lr"][0], state.rate
+        if step < max_steps and not math.isclose(before, here, rel_tol=1e-6):
+            self.say(
+                f"learning rate {here:g} at step {step}, where the checkpoint's schedule had "
+                f"{before:g}: another rate, schedule or --max_train_steps"
+            )
+        return step
+
+    def _logged(self) -> list[str]:
+        """The lines of the metrics so far."""
+        return read_rows(self.metrics_file) if self.metrics_file.exists() else []
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Values that are not finite are left out; counts of what went wrong are added."""
@@ -219,8 +243,7 @@ class RunFolder:
         def write(folder: Path) -> None:
             folder.mkdir()
             state.save(folder, step)
-            settings = {"step": step, "samples_per_step": self.samples_per_step, **self.config}
-            write_json(folder / SETTINGS, settings)
+            write_json(folder / SETTINGS, {"step": step, **self.settings})
             seal(folder)
 
         with self.metrics_file.open(encoding="utf-8") as file:

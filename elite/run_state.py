@@ -101,9 +101,15 @@ class RunState:
         tally: Tally,
     ) -> None:
         self.trained = trained
+        self.schedule = schedule
         # What has a state of its own, by its name in the file.
         parts = {"optimizer": optimizer, "schedule": schedule, "ema": ema, "scaler": scaler}
         self.parts: dict[str, Any] = {**parts, "tally": tally}
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of the next step."""
+        return float(self.schedule.get_last_lr()[0])
 
     def gather(self) -> None:
         """Brings what is sharded to the main process, which saves. For all processes."""
@@ -202,12 +208,16 @@ def fault(checkpoint: Path) -> str | None:
     return None
 
 
-def find_checkpoint(output_dir: Path, resume: str, say: Callable[[str], object] = print) -> Path:
+def find_checkpoint(
+    output_dir: Path, resume: str, reached: int | None = None, say: Callable[[str], object] = print
+) -> Path:
     """The checkpoint to resume from.
 
     Args:
         resume: "latest" for the newest whole one of `output_dir`, or a checkpoint folder.
-        say: called with a line for each damaged one that is passed over.
+        reached: step that the run has come to, where that is known; what is beyond it is of an
+            earlier try, from which the run went back.
+        say: called with a line for each one that is passed over.
 
     Raises:
         ValueError: there is none, or the one named is damaged.
@@ -216,7 +226,10 @@ def find_checkpoint(output_dir: Path, resume: str, say: Callable[[str], object] 
         return _named_checkpoint(output_dir, resume)
     found = checkpoints(output_dir)
     for checkpoint in reversed(found):
-        if (wrong := fault(checkpoint)) is None:
+        wrong = fault(checkpoint)
+        if reached is not None and _step(checkpoint) > reached:
+            wrong = f"is beyond step {reached}, to which the run went back or came since"
+        if wrong is None:
             return checkpoint
         say(f"{checkpoint}: {wrong}; it is passed over for the one before")
     none = f"none of {len(found)} checkpoints is whole" if found else "no checkpoint"

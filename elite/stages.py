@@ -2,6 +2,7 @@
 loop, previews."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from elite.checkpoint import load_mapper
-from elite.config import print_config, to_dict
+from elite.config import default_of, print_config, to_dict
 from elite.console import Stopped, command_again
 from elite.data import PairFolder
 from elite.gallery import repository_of, uploading
@@ -47,10 +48,24 @@ def frozen_parts(config: TrainConfig) -> dict[str, Any]:
 def mapper_to_train(
     kind: type[M], path: str | None, parts: Mapping[str, Any], config: TrainConfig
 ) -> M:
-    """The mapper of a file or folder in float32, or a fresh one where `path` is None."""
+    """The mapper of a file or folder in float32, or a fresh one where `path` is None.
+
+    Raises:
+        ValueError: the file is none, does not fit, or is of another shape than the configuration
+            asks for.
+    """
     unet, image_encoder = parts["unet"], parts["image_encoder"]
     if path is not None:
-        return load_mapper(kind, path, unet, image_encoder).float()
+        mapper = load_mapper(kind, path, unet, image_encoder).float()
+        defaults = {item.name: default_of(item) for item in fields(config)}
+        for name, own in (
+            ("hidden_layers", list(mapper.config.hidden_layers)),
+            ("mapper_hidden_size", mapper.config.hidden_dim),
+        ):
+            asked = getattr(config, name)
+            if asked not in (defaults[name], own):
+                raise ValueError(f"--{name} {asked}: {path} has {own}; leave out --{name}")
+        return mapper
     return kind.for_models(
         unet, image_encoder, config.mapper_hidden_size or 1024, config.hidden_layers
     )
@@ -90,6 +105,7 @@ def fit_as_configured(
     preview: Callable[[], Image.Image] | None,
     preview_steps: int,
     own_rates: Mapping[str, float] | None = None,
+    held: Mapping[str, Any] | None = None,
 ) -> None:
     """`training.fit` as the configuration says.
 
@@ -98,6 +114,7 @@ def fit_as_configured(
         preview: draws a picture of what the model does; None draws none.
         preview_steps: optimiser steps between two previews; 0 means no previews.
         own_rates: learning rates of parameters by how their names end, where these have one.
+        held: what a run may be resumed with alone, besides the configuration.
     """
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
@@ -112,9 +129,8 @@ def fit_as_configured(
     )
     if accelerator.mixed_precision != "no":
         objective.cast_frozen(DTYPES[accelerator.mixed_precision])
-    samples_per_step = (
-        config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-    )
+    accumulation = accelerator.gradient_accumulation_steps  # `accelerate launch` may say another
+    samples_per_step = config.train_batch_size * accumulation * accelerator.num_processes
     latents_side = training_side(config, parts) // pixels_per_latent(parts["vae"])
     max_steps = config.total_steps(steps_per_epoch=-(-len(dataset) // samples_per_step))
     if accelerator.is_main_process:
@@ -154,6 +170,7 @@ def fit_as_configured(
                 validation_steps=0 if config.dry_run else preview_steps,
                 logging_dir="logs" if config.dry_run else config.logging_dir,
                 config=to_dict(config),
+                held=held,
             )
         except Stopped:
             accelerator.print("resume with:", command_again("--resume_from_checkpoint", "latest"))

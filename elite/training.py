@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -101,6 +101,7 @@ def fit(
     validation_steps: int = 0,  # optimiser steps between previews, 0 for none
     logging_dir: str = "logs",
     config: Mapping[str, Any] | None = None,  # embedded in every checkpoint
+    held: Mapping[str, Any] | None = None,  # what else a run may be resumed with alone
 ) -> None:
     """Trains the parameters of `objective` that require gradients.
 
@@ -133,7 +134,9 @@ def fit(
         ema = EMAModel(trained.values(), decay=ema_decay, use_ema_warmup=True, power=0.75)
     accumulation = accelerator.gradient_accumulation_steps
     samples_per_step = batch_size * accumulation * accelerator.num_processes
-    run = RunFolder(output_dir, logging_dir, accelerator, dataset, samples_per_step, config or {})
+    run = RunFolder(
+        output_dir, logging_dir, accelerator, dataset, samples_per_step, config or {}, held or {}
+    )
     state = RunState(trained, optimizer, schedule, ema, accelerator.scaler, run.tally)
     with StopSignals() as stop, run, _attention_kernel(accelerator, attention_positions):
         step = run.start(state, resume, max_steps)
@@ -183,7 +186,7 @@ def fit(
             if finite or accelerator.scaler is not None:  # a scaler skips by itself, and adapts
                 optimizer.step()
             optimizer.zero_grad()
-            rate = schedule.get_last_lr()[0]  # of this step
+            rate = state.rate  # of this step
             schedule.step()
             if ema is not None and finite:
                 ema.step(trained.values())
@@ -201,7 +204,8 @@ def fit(
             # Preview, save and stop.
             ends = step == max_steps or anywhere["stop"]
             if preview is not None and validation_steps and step % validation_steps == 0:
-                run.preview(step, preview)
+                with _exported(ema, trained):
+                    run.preview(step, preview)
                 objective.train()  # which drawing may have switched off
             if ends or (finite and save_steps and step % save_steps == 0):
                 run.save(step, state, checkpoints_total_limit)
@@ -216,6 +220,20 @@ def fit(
                 ema.copy_to(trained.values())
             objective.save_pretrained(output_dir)
         accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _exported(ema: EMAModel | None, trained: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Within it the weights are those that would be exported now."""
+    if ema is None:
+        yield
+        return
+    ema.store(trained.values())
+    ema.copy_to(trained.values())
+    try:
+        yield
+    finally:
+        ema.restore(trained.values())
 
 
 def _by_rate(

@@ -265,8 +265,11 @@ def report(
     write_atomically(output_dir / "results.csv", partial(_write_csv, rows))
     text = markdown(summary) + text_below
     write_text(output_dir / "results.md", text + "\n")
-    for number, sheet in enumerate(contact_sheets(cases, output_dir)):
+    sheets = contact_sheets(cases, output_dir)
+    for number, sheet in enumerate(sheets):
         write_atomically(output_dir / f"grid_{number:02d}.png", sheet.save)
+    for old in sorted(output_dir.glob("grid_[0-9][0-9].png"))[len(sheets) :]:
+        old.unlink()  # of more objects
     return text
 
 

@@ -62,7 +62,8 @@ def read_run(folder: Path) -> Run:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}: damaged results ({error!r}); {RUN_REMEDY}") from None
     rated_by, ratings = read_ratings(folder)
-    for rating in ratings:
+    for rated in ratings:
+        rating = dict(rated.row)
         key = tuple(str(rating.pop(name)) for name in KEYS)
         rows.get(key, {}).update(rating)
     return Run(folder, measured_by, references, rated_by, rows)

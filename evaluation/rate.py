@@ -7,6 +7,7 @@ The program is started once, in the working directory. For each picture it reads
 {"picture": FILE, "reference": FILE, "prompt": TEXT}, and answers with one: numbers by name, such as
 {"concept_preservation": 3, "prompt_following": 4}, the same names each time. The answers lie in
 ratings.jsonl of the run; an interrupted call goes on from there, and `evaluation.compare` reads it.
+Those of pictures that were drawn anew since count no more.
 """
 
 import argparse
@@ -17,17 +18,22 @@ import os
 import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from elite.console import OK, run, script_parser
-from elite.files import is_file, read_text, write_text
+from elite.files import digest_files, is_file, read_text, write_text
 from elite.wording import brief
 from evaluation.cases import KEYS, Case, make_cases, markdown, summarise
 from evaluation.subjects import read_prompts, read_subjects
 
 RATINGS = "ratings.jsonl"
+# What a row of it says besides keys and numbers: the picture's file, a digest of it, and the
+# prompt that the program was given.
+OF = ("picture", "digest", "asked")
 MOST = 2**28  # bytes of it
 RUN_REMEDY = "expected the --output_dir of a finished run of evaluate.py"
 
@@ -63,10 +69,10 @@ class Program:
             self.process.stdin.flush()
         line = self.process.stdout.readline()
         ratings = numbers_of(line)
-        if not ratings or not ratings.keys().isdisjoint(KEYS):
+        if not ratings or not ratings.keys().isdisjoint((*KEYS, *OF)):
             raise ValueError(
                 f"{picture}: the program answered {brief(line)}; expected a line of JSON, numbers "
-                f'by name as {{"concept_preservation": 3}}, none named {", ".join(KEYS)}'
+                f'by name as {{"concept_preservation": 3}}, none named {", ".join((*KEYS, *OF))}'
             )
         return ratings
 
@@ -91,9 +97,26 @@ def numbers_of(line: str) -> dict[str, float]:
 # --- what is written ------------------------------------------------------------------------------
 
 
-def read_ratings(folder: Path) -> tuple[list[str], list[dict]]:
-    """The command that rated a run, and its rows; nothing where nothing did. A line that was cut
-    off is left out.
+@dataclass(frozen=True)
+class Rated:
+    """A picture that was rated."""
+
+    row: dict[str, Any]  # of KEYS and numbers
+    of: dict[str, str]  # by the names in OF; nothing in files of earlier versions
+
+    @property
+    def key(self) -> tuple:
+        return tuple(self.row[name] for name in KEYS)
+
+    def is_of(self, folder: Path) -> bool:
+        """Whether the picture is still the one that was rated, as far as is known."""
+        path = folder / self.of.get("picture", "")
+        return not self.of or (is_file(path) and digest_files(path) == self.of["digest"])
+
+
+def read_ratings(folder: Path) -> tuple[list[str], list[Rated]]:
+    """The command that rated a run, and what it rated; nothing where nothing did. A line that was
+    cut off is left out, and what was drawn anew since.
 
     Raises:
         ValueError: the file is something else.
@@ -104,8 +127,12 @@ def read_ratings(folder: Path) -> tuple[list[str], list[dict]]:
     lines = read_text(path, "remove it", MOST).splitlines(keepends=True)
     try:
         head, *rows = [json.loads(line) for line in lines if line.endswith("\n")]
-        return head["command"], [{name: row[name] for name in KEYS} | row for row in rows]
-    except (ValueError, KeyError, TypeError):
+        command, rated = head["command"], []
+        for row in rows:
+            of = {name: str(row.pop(name)) for name in OF if name in row}
+            rated.append(Rated({name: row[name] for name in KEYS} | row, of))
+        return command, [one for one in rated if one.is_of(folder)]
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path}: no ratings of a run; remove it") from None
 
 
@@ -119,12 +146,13 @@ def cases_of(folder: Path) -> list[Case]:
         prompts, data = settings["prompts"], settings["test_data_dir"]
         seeds = range(settings["seed"], settings["seed"] + settings["num_images"])
         class_word = settings["class_word"]
-        scored = {row["subject"] for row in csv.DictReader(table.splitlines())}
+        scored = {tuple(row[name] for name in KEYS) for row in csv.DictReader(table.splitlines())}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: damaged results.json ({error!r}); {RUN_REMEDY}") from None
     known = read_prompts(prompts)
     cases = make_cases(read_subjects(data, known.classes, class_word), known, seeds)
-    return [case for case in cases if case.subject.name in scored and is_file(folder / case.path)]
+    cases = [case for case in cases if tuple(map(str, case.key.values())) in scored]
+    return [case for case in cases if is_file(folder / case.path)]
 
 
 def rate(folder: Path, command: Sequence[str]) -> list[dict]:
@@ -134,15 +162,21 @@ def rate(folder: Path, command: Sequence[str]) -> list[dict]:
         ValueError: there is nothing to rate, another command rated it before, or the program does
             not answer.
     """
-    cases, (before, rows) = cases_of(folder), read_ratings(folder)
+    cases, (before, before_rated) = cases_of(folder), read_ratings(folder)
     if not cases:
         raise ValueError(f"{folder}: none of its pictures is there; {RUN_REMEDY}")
     if before not in ([], list(command)):
         raise ValueError(f"{folder / RATINGS}: is by {brief(before)}; remove it")
-    kept = [{"command": list(command)}, *rows]
-    write_text(folder / RATINGS, "".join(json.dumps(row) + "\n" for row in kept))
-    rated = {tuple(row[name] for name in KEYS) for row in rows}
-    todo = [case for case in cases if tuple(case.key.values()) not in rated]
+    asked = {tuple(case.key.values()): case.class_prompt for case in cases}
+    kept = [
+        one
+        for one in before_rated
+        if one.key not in asked or one.of.get("asked") in (None, asked[one.key])
+    ]
+    lines = [{"command": list(command)}, *(one.row | one.of for one in kept)]
+    write_text(folder / RATINGS, "".join(json.dumps(line) + "\n" for line in lines))
+    rows = [one.row for one in kept if one.key in asked]
+    todo = [case for case in cases if tuple(case.key.values()) not in {one.key for one in kept}]
     program = Program(command)
     bar = tqdm(todo, "rate", len(cases), initial=len(rows), unit="picture")
     try:
@@ -155,7 +189,8 @@ def rate(folder: Path, command: Sequence[str]) -> list[dict]:
                         f"{brief(sorted(rows[0]))}; expected the same names each time"
                     )
                 rows.append(row)
-                file.write(json.dumps(row) + "\n")
+                of = case.path, digest_files(folder / case.path), case.class_prompt
+                file.write(json.dumps(row | dict(zip(OF, of, strict=True))) + "\n")
                 file.flush()
             os.fsync(file.fileno())
     finally:

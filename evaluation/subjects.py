@@ -140,6 +140,7 @@ def _read_captions(root: Path, pair: Pair) -> Subject:
     path = root / "captions" / place.with_suffix(".txt")
     text = read_text(path, "expected the subject's word, and a prompt a line")
     word, *captions = [line.strip() for line in text.splitlines() if line.strip()] or [""]
+    captions = list(dict.fromkeys(captions))
     usable = [caption for caption in captions if "{" not in caption]
     a_word = re.compile(rf"\b{re.escape(word)}\b", re.IGNORECASE)
     found = [a_word.subn("{}", caption, count=1) for caption in usable]
@@ -215,5 +216,7 @@ def _checked(path: Path | str, templates: Mapping, classes: dict, living: list) 
         for text in texts:
             if not isinstance(text, str) or text.count("{}") != 1:
                 raise ValueError(f"{path}: prompt {brief(text)}: expected {{}} in it once")
+            if texts.count(text) > 1:
+                raise ValueError(f"{path}: prompt {brief(text)} is there twice; leave one out")
     kinds = {kind: tuple(texts) for kind, texts in templates.items()}
     return Prompts(kinds, classes, frozenset(living))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from elite.sheets import HEADER, TILE
 from evaluation.subjects import read_prompts, read_subjects
@@ -127,6 +128,26 @@ def test_another_image_encoder_draws_anew(evaluate, model_folder, tmp_path):
         assert run_script(*evaluate, "--output_dir", out, *options) == 0
         stamps.append(picture.stat().st_mtime_ns)
     assert stamps[0] < stamps[1] == stamps[2]
+
+
+def test_another_base_model_of_the_same_path_draws_anew(
+    evaluate, model_folder, tmp_path, monkeypatch
+):
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(model_folder, model)
+    (out / "grid_01.png").parent.mkdir()
+    (out / "grid_01.png").touch()  # of a run of more objects
+    command = [model if part == model_folder else part for part in evaluate]
+    command += ["--output_dir", out]
+    assert run_script(*command) == 0
+    assert [path.name for path in out.glob("grid_*")] == ["grid_00.png"]
+    before = pictures(out)
+    file = model / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    save_file(weights | {"conv_in.weight": weights["conv_in.weight"] * 1.1}, file)
+    assert run_script(*command) == 0
+    after = pictures(out)
+    assert after.keys() == before.keys() and not set(after.values()) & set(before.values())
 
 
 def test_processes_share_the_work(evaluate, tmp_path):

@@ -60,6 +60,20 @@ def test_pictures_without_boxes_are_one_box_each_on_request(tmp_path, capsys):
     assert boxes.crop(0).shape == (160, 200, 3)
 
 
+def test_of_two_pictures_with_one_name_the_second_is_told(tmp_path, capsys):
+    with tarfile.open(tmp_path / "00000.tar", "w") as tar:
+        for ending, seed in (("jpg", 0), ("png", 1)):
+            add(tar, f"a.{ending}", picture(seed)[0])
+    assert run_script(INDEX, tmp_path, "--workers", "1", "--whole") == 3
+    captured = capsys.readouterr()
+    assert "1 shards, 1 images" in captured.out
+    assert "00000.tar/a.png: another picture has its name; rename it" in captured.err
+    source = open_source(tmp_path)
+    boxes = OpenImagesBoxes(source, resolution=32)
+    first = read_image("a.jpg", content=picture(0)[0])
+    assert np.array_equal(source.read_image(boxes.image_ids[0]), first)
+
+
 def test_a_whole_picture_is_a_box_but_no_other_that_is_too_large(tmp_path):
     """Such as boxes in pixels, of which crops were made outside the picture."""
     with tarfile.open(tmp_path / "a.tar", "w") as tar:

@@ -339,11 +339,32 @@ def test_only_what_was_scored_is_rated(dreambench, tmp_path):
     """Of a subject that broke since, older pictures may lie there."""
     prompts = tmp_path / "prompts_and_classes.txt"
     settings = {"prompts": str(prompts), "test_data_dir": str(dreambench), "class_word": "thing"}
+    prompts.write_text(DREAMBENCH.replace("{0} {1} in the jungle", "{0} {1}, 0"))
     run = save_run(tmp_path / "run", {"backpack": [0.5]}, **settings, seed=42, num_images=1)
     for name in ("backpack", "dog2"):
         (run / name).mkdir()
         Image.new("RGB", (8, 8)).save(run / name / "00_00042.png")
     assert [case.path for case in cases_of(run)] == ["backpack/00_00042.png"]
+    prompts.write_text(DREAMBENCH)  # and so of other prompts than the pictures
+    assert cases_of(run) == []
+
+
+def test_pictures_that_are_drawn_anew_are_rated_anew(evaluate, rater, tmp_path, capsys):
+    evaluate("out", "--metrics", "clip")
+    evaluate("same", "--metrics", "clip")
+    for name in ("out", "same"):
+        assert run_script(RATE, tmp_path / name, *rater()) == 0
+    count = len(asked(tmp_path))
+    evaluate("out", "--metrics", "clip", "--llambda", "0.2")
+    capsys.readouterr()
+    assert run_script(COMPARE, tmp_path / "same", tmp_path / "out") == 0
+    assert "concept" not in capsys.readouterr().out, "the ratings are of other pictures"
+    assert run_script(RATE, tmp_path / "out", *rater()) == 0
+    assert len(asked(tmp_path)) == count + count // 2
+    assert run_script(RATE, tmp_path / "out", *rater()) == 0
+    assert len(asked(tmp_path)) == count + count // 2
+    assert run_script(COMPARE, tmp_path / "same", tmp_path / "out") == 0
+    assert "| concept |" in capsys.readouterr().out
 
 
 NO_RATINGS = ["", "4", "[4]", "{}", '{"a": "x"}', '{"a": true}', '{"a": NaN}', "[" * 100_000]

@@ -35,3 +35,17 @@ def test_k_and_v_learn_at_their_own_rate(
         is_kv = name.endswith(("_to_k.weight", "_to_v.weight"))
         step = float((after[name] - weights).abs().max())
         assert step == pytest.approx(kv_step if is_kv else 1e-3, rel=0.02), name
+
+
+@pytest.mark.parametrize(
+    ("flags", "asked"),
+    [(("--hidden_layers", "2", "4"), "[2, 4]"), (("--mapper_hidden_size", "64"), "64")],
+)
+def test_a_mapper_that_is_there_keeps_its_shape(
+    flags, asked, model_folder, mapper_folder, tmp_path, capsys
+):
+    start = mapper_folder / "global_mapper"
+    given = ("--pretrained_model_name_or_path", model_folder, "--global_mapper_path", start)
+    status = run_script("train_global.py", *given, "--train_data_dir", tmp_path, *flags)
+    said = capsys.readouterr().err
+    assert status == 2 and f"{flags[0]} {asked}: {start} has " in said, said

@@ -8,11 +8,14 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 
 from elite.run_state import checkpoints
 from elite.stream import Failure
+from tests.faults import toy
 from tests.faults.runs import finish, metrics, outcome, start
-from tests.faults.toy import Numbers, train, train_to_a_mistake
+from tests.faults.toy import Numbers, Toy, train, train_to_a_mistake
 
 
 def text_of(capfd) -> str:
@@ -167,3 +170,25 @@ def test_preview_that_fails_does_not_stop_the_run(tmp_path, capfd):
     train(tmp_path / "previewed", preview=preview, validation_steps=2)
     assert outcome(tmp_path / "plain") == outcome(tmp_path / "previewed")
     assert "preview of step 4 failed (RuntimeError: out of memory)" in text_of(capfd)
+
+
+def test_previews_are_of_what_is_exported(tmp_path, monkeypatch):
+    models, shown = [], []
+
+    class Watched(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            models.append(self)
+
+    def preview():
+        shown.append(models[-1].linear.weight.detach().clone())
+        return Image.new("RGB", (1, 1))
+
+    train(tmp_path / "plain", ema_decay=0.9)
+    monkeypatch.setattr(toy, "Toy", Watched)
+    train(tmp_path / "previewed", ema_decay=0.9, preview=preview, validation_steps=2)
+    assert outcome(tmp_path / "plain") == outcome(tmp_path / "previewed")
+    exported = load_file(tmp_path / "previewed" / "toy.safetensors")["linear.weight"]
+    assert len(shown) == 3 and torch.equal(shown[-1], exported)
+    learned = load_file(tmp_path / "previewed/checkpoint-6/weights.safetensors")["linear.weight"]
+    assert not torch.equal(learned, exported)

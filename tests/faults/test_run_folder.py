@@ -10,12 +10,12 @@ from dataclasses import fields
 
 import pytest
 
-from elite.config import to_dict
+from elite.config import read_yaml, to_dict
 from elite.run_folder import LOCK, locked
 from elite.run_state import HASHES, MAY_CHANGE, check_settings, checkpoints, fault
 from elite.settings import TextualInversionConfig, TrainGlobalConfig, TrainLocalConfig
 from tests.faults.runs import leftovers, metrics, outcome
-from tests.faults.toy import train
+from tests.faults.toy import Numbers, train
 
 FILES = ("weights.safetensors", "training_state.pt", "config.json", HASHES)
 
@@ -171,6 +171,52 @@ def test_stage_of_elite_is_held_to_what_it_learns(tmp_path):
             held.add(name)
     assert held == to_dict(config).keys() - MAY_CHANGE
     assert {"seed", "learning_rate", "train_data_dir", "lr_scheduler", "ema"} <= held
+
+
+def test_latest_is_of_the_try_that_went_on(whole, tmp_path, capfd):
+    """The run went back from step 6 to 2 and on to 4: checkpoints 5 and 6 are of the try before."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    train(folder, resume="checkpoint-2", max_steps=4)
+    capfd.readouterr()
+    train(folder, resume="latest")
+    said = capfd.readouterr().out
+    for step in (5, 6):
+        assert f"checkpoint-{step}: is beyond step 4, to which the run went back" in said
+    assert [line["step"] for line in metrics(folder)] == [1, 2, 3, 4, 5, 6]
+    assert outcome(folder) == outcome(whole)
+
+
+def test_other_data_of_the_same_name_are_refused(stopped):
+    with pytest.raises(ValueError, match="dataset_size is 100 there, 99 here"):
+        train(stopped, Numbers(99), resume="latest")
+
+
+def test_what_a_run_is_held_to_besides_its_settings(tmp_path):
+    train(tmp_path, held={"global_mapper": "one"}, max_steps=1)
+    with pytest.raises(ValueError, match="global_mapper is 'one' there, 'two' here"):
+        train(tmp_path, held={"global_mapper": "two"}, resume="latest")
+
+
+def test_a_branch_counts_bad_samples_anew(tmp_path):
+    train(tmp_path / "one", Numbers(100, bad=range(4)), max_steps=25, save_steps=0)
+    assert metrics(tmp_path / "one")[-1]["unreadable"] >= 4
+    train(tmp_path / "two", resume=str(tmp_path / "one/checkpoint-25"), max_steps=26)
+    assert "unreadable" not in metrics(tmp_path / "two")[-1]
+
+
+def test_a_schedule_that_begins_anew_is_told(tmp_path, capfd):
+    train(tmp_path, lr_scheduler="linear")
+    assert "learning rate" not in capfd.readouterr().out
+    train(tmp_path, lr_scheduler="linear", resume="latest", max_steps=12)
+    told = "learning rate 0.005 at step 6, where the checkpoint's schedule had 0: another rate"
+    assert told in capfd.readouterr().out
+
+
+def test_the_saved_settings_do_not_lead_back(tmp_path):
+    config = {"seed": 0, "resume_from_checkpoint": "elsewhere"}
+    train(tmp_path, config=config, max_steps=1)
+    assert read_yaml(tmp_path / "config.yaml") == {"seed": 0}
 
 
 # --- another run ----------------------------------------------------------------------------------

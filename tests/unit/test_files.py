@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from elite.files import check_writable, digest_weights, write_atomically, write_json
+from elite.files import check_writable, digest_weights, sampled_digest, write_atomically, write_json
 
 TENSORS = {"weight": torch.arange(20_000.0)}  # 80 kB
 
@@ -220,6 +220,20 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch
 
 
 # --- digests --------------------------------------------------------------------------------------
+
+
+def test_a_sampled_digest_tells_any_training_and_no_copy():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(300, 300)
+    state = {name: value.detach().clone() for name, value in linear.state_dict().items()}
+    before = sampled_digest([state])
+    assert sampled_digest([{name: value.clone() for name, value in state.items()}]) == before
+    optimizer = torch.optim.AdamW(linear.parameters(), 1e-6)
+    linear(torch.ones(1, 300)).sum().backward()
+    optimizer.step()
+    assert sampled_digest([linear.state_dict()]) != before
+    renamed = {f"x.{name}": value for name, value in state.items()}
+    assert sampled_digest([renamed]) != before
 
 
 def test_digest_is_of_names_and_float32_values():

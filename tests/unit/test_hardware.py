@@ -195,7 +195,7 @@ def prepared(pipe, **settings) -> None:
 def test_by_default_nothing_is_changed(pipe, concept):
     expected = draw(pipe, concept=concept)
     prepared(pipe)
-    assert torch.equal(draw(pipe, concept=concept), expected) and not pipe.changed_weights
+    assert torch.equal(draw(pipe, concept=concept), expected) and not pipe.named_weights
 
 
 def test_settings_are_followed(pipe, concept):
@@ -203,7 +203,7 @@ def test_settings_are_followed(pipe, concept):
     assert pipe.vae.use_slicing and pipe.vae.use_tiling
     assert pipe.unet.conv_in.weight.dtype == FP8
     assert pipe.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    assert pipe.changed_weights == {"weights": "torch.float8_e4m3fn"}
+    assert pipe.named_weights == {"weights": "torch.float8_e4m3fn"}
     pipe.scheduler = make_scheduler("dpm++")
     assert draw(pipe, concept=concept).isfinite().all()
 

@@ -68,6 +68,7 @@ def test_bundled_prompts(name):
     [
         ("prompts: {object: [a mug]}", r"prompt 'a mug': expected \{\} in it once"),
         ("prompts: {object: []}", "no prompts for object"),
+        ("prompts: {object: ['a {}', 'a {}']}", r"prompt 'a \{\}' is there twice; leave one out"),
         ("prompts: ['a {}']", "expected lists under object and living"),
         ("prompts: {object: ['a {}']}\nliving: [dog]", "no prompts for living"),
         ("prompts: {object: ['a {}']}\nclasses: [dog]", "expected classes as NAME: WORD"),
