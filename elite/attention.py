@@ -334,11 +334,12 @@ def install(
             processor.V_l = _projection(local_mapper, layer, "to_v", attn)
         processors[layer] = processor
     uninstall(unet)
-    unet._elite_installed = global_mapper, local_mapper, attention_norm
     unet._elite_restore = {
+        "of": (global_mapper, local_mapper, attention_norm),
         "processors": {layer: attn.processor for layer, attn in layers.items()},
         "encoder_hid_proj": unet.encoder_hid_proj,
         "encoder_hid_dim_type": unet.config.encoder_hid_dim_type,
+        "hook": unet.register_forward_pre_hook(_image_embeds_given, with_kwargs=True),
     }
     for layer, attn in layers.items():
         processors[layer]._attention_backend = getattr(attn.processor, "_attention_backend", None)
@@ -346,7 +347,6 @@ def install(
     unet.encoder_hid_proj = nn.Identity()  # hands `image_embeds` to the processors as they are
     # As diffusers' own IP-Adapters do: the config that is saved stays what it was.
     unet.config.encoder_hid_dim_type = "ip_image_proj"
-    unet._elite_hook = unet.register_forward_pre_hook(_image_embeds_given, with_kwargs=True)
 
 
 def uninstall(unet: UNet2DConditionModel) -> None:
@@ -363,8 +363,8 @@ def uninstall(unet: UNet2DConditionModel) -> None:
         attn.set_processor(plain)
     unet.encoder_hid_proj = restore["encoder_hid_proj"]
     unet.config.encoder_hid_dim_type = restore["encoder_hid_dim_type"]
-    unet._elite_hook.remove()
-    del unet._elite_restore, unet._elite_installed, unet._elite_hook
+    restore["hook"].remove()
+    del unet._elite_restore
 
 
 def _image_embeds_given(unet: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -396,7 +396,7 @@ def is_installed_with(
 ) -> bool:
     """Whether the last `install` was of these."""
     given = global_mapper, local_mapper, attention_norm
-    return getattr(unet, "_elite_installed", None) == given
+    return is_installed(unet) and unet._elite_restore["of"] == given
 
 
 def local_inputs(
