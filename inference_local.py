@@ -53,6 +53,7 @@ def main() -> int:
 def draw_several(config: InferenceLocalConfig, pipe: Any, output_dir: Path) -> int:
     """Draws the concepts of --concept in one picture. Returns the exit status."""
     from elite.drawing import metadata_of_several
+    from elite.files import digest_files
     from elite.images import read_mask
     from elite.inference import draw_grid, drawing_of, model_metadata, read_concept
 
@@ -71,12 +72,13 @@ def draw_several(config: InferenceLocalConfig, pipe: Any, output_dir: Path) -> i
     drawing = drawing_of(config, words=0, lambda_=config.llambda)
     concepts = {word: read_concept(word, path) for word, path in files.items()}
     regions = {word: read_mask(path) for word, path in masks.items()}
+    named = {word: f"{path} ({digest_files(Path(path))})" for word, path in masks.items()}
     draw = partial(drawing.with_concepts, pipe, concepts, weights, regions)
     metadata = {
         **drawing.metadata(pipe),
         "scheduler": config.scheduler,
         **model_metadata(config),
-        **metadata_of_several(concepts, weights, masks),
+        **metadata_of_several(concepts, weights, named),
     }
     return draw_grid(config, draw, [config.template], output_dir, metadata, config.skip_existing)
 

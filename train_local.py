@@ -25,13 +25,14 @@ def main() -> int:
         mapper_to_train,
         pair_preview,
         publish,
+        trained_mapper,
         training_data,
         training_side,
     )
 
     # Frozen: all of Stable Diffusion, CLIP, and the global mapper of stage 1.
     parts = frozen_parts(config)
-    global_mapper = mapper_to_train(GlobalMapper, config.global_mapper_path, parts, config)
+    global_mapper = trained_mapper(GlobalMapper, config.global_mapper_path, parts)
 
     # Learned: the MLPs that give the feature tokens f, and K_l, V_l.
     mapper = mapper_to_train(LocalMapper, config.local_mapper_path, parts, config)

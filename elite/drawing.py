@@ -23,7 +23,7 @@ from elite.concept import Concept, ConceptFolder
 from elite.data import PairFolder
 from elite.defaults import DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
 from elite.encoding import Entry, batches, columns, progress_bar, read_entries, sheet_rows
-from elite.files import check_writable, digest_files, write_atomically
+from elite.files import check_writable, write_atomically
 from elite.hardware import decodes_in_tiles
 from elite.images import read_image
 from elite.loading import side_in_pixels
@@ -135,10 +135,9 @@ def metadata_of_several(
     concepts: Mapping[str, Concept], weights: Mapping[str, float], regions: Mapping[str, str]
 ) -> dict[str, str]:
     """What a PNG says of several concepts in it, besides `Drawing.metadata`; regions by their
-    files."""
+    names."""
     metadata = {f"concept {word}": concept.digest for word, concept in concepts.items()}
-    for word, path in regions.items():
-        metadata[f"region of {word}"] = f"{path} ({digest_files(Path(path))})"
+    metadata |= {f"region of {word}": region for word, region in regions.items()}
     metadata["placeholder_token"] = ", ".join(concepts)
     lambdas = ", ".join(f"{word} {weight:g}" for word, weight in weights.items())
     return metadata | {"lambda": lambdas}

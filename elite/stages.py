@@ -45,6 +45,11 @@ def frozen_parts(config: TrainConfig) -> dict[str, Any]:
     )
 
 
+def trained_mapper(kind: type[M], path: str, parts: Mapping[str, Any]) -> M:
+    """The mapper of a file or folder in float32."""
+    return load_mapper(kind, path, parts["unet"], parts["image_encoder"]).float()
+
+
 def mapper_to_train(
     kind: type[M], path: str | None, parts: Mapping[str, Any], config: TrainConfig
 ) -> M:
@@ -54,9 +59,8 @@ def mapper_to_train(
         ValueError: the file is none, does not fit, or is of another shape than the configuration
             asks for.
     """
-    unet, image_encoder = parts["unet"], parts["image_encoder"]
     if path is not None:
-        mapper = load_mapper(kind, path, unet, image_encoder).float()
+        mapper = trained_mapper(kind, path, parts)
         defaults = {item.name: default_of(item) for item in fields(config)}
         for name, own in (
             ("hidden_layers", list(mapper.config.hidden_layers)),
@@ -66,9 +70,8 @@ def mapper_to_train(
             if asked not in (defaults[name], own):
                 raise ValueError(f"--{name} {asked}: {path} has {own}; leave out --{name}")
         return mapper
-    return kind.for_models(
-        unet, image_encoder, config.mapper_hidden_size or 1024, config.hidden_layers
-    )
+    shape = config.mapper_hidden_size or 1024, config.hidden_layers
+    return kind.for_models(parts["unet"], parts["image_encoder"], *shape)
 
 
 def training_data(config: TrainConfig) -> Source:

@@ -160,7 +160,10 @@ def test_what_is_logged(train, tmp_path):
         assert line["lr"] == LEARNING_RATE and 0 < line["waiting_for_data"] < 1
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
     saved = json.loads((tmp_path / "checkpoint-2" / "config.json").read_text())
-    assert saved == {"step": 2, "samples_per_step": 2, "learning_rate": LEARNING_RATE}
+    assert saved == {
+        **{"step": 2, "samples_per_step": 2, "dataset_size": 6, "precision": "no"},
+        "learning_rate": LEARNING_RATE,
+    }
     assert list((tmp_path / "logs").glob("events.out.tfevents.*"))
 
 
