@@ -144,7 +144,7 @@ class Elite(PromptConditioning):
 
     def install(self, attention_norm: AttentionNorm | None = None) -> None:
         """Plugs the mappers into this pipeline's UNet; done by the constructor. None keeps the
-        norm, "sample" at first."""
+        norm, "sample" at first and in a pipeline that was saved and loaded."""
         self.attention_norm = attention_norm or self.attention_norm
         install(self.unet, self.global_mapper, self.local_mapper, self.attention_norm)
 
