@@ -25,11 +25,13 @@ def main() -> int:
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
+    from elite.files import check_apart, sampled_digest
     from elite.inference import build_pipeline, drawing_of, model_metadata
     from evaluation.cases import draw_cases, make_cases, my_share, report, score_cases
     from evaluation.protocol import Setup, by_protocol
     from evaluation.subjects import read_prompts, read_subjects
 
+    check_apart(config.output_dir, config.test_data_dir)
     prompts = read_prompts(config.prompts)
     subjects = read_subjects(config.test_data_dir, prompts.classes, config.class_word)
     seeds = range(config.seed, config.seed + config.num_images)
@@ -62,7 +64,8 @@ def main() -> int:
         for subject in subjects
         if subject.name not in failures
     }
-    more: dict[str, Any] = {"references": references}
+    weights = {m.name: sampled_digest([m.network.state_dict()]) for m in metrics}
+    more: dict[str, Any] = {"references": references, "weights": weights}
     below = ""
     if config.protocol:
         setup = Setup(

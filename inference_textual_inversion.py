@@ -25,12 +25,14 @@ def main() -> int:
     # The words.
     embeddings = merge_embeddings(config.embeddings)
     words = list(embeddings["text_encoder"])
-    texts = [*config.prompt, config.negative_prompt or ""]
-    if not any(contains_word(text, word) for word in words for text in texts):
-        raise ValueError(
-            f"--prompt: none of the learned words {', '.join(words)} is in it, nor in "
-            "--negative_prompt; write one there"
-        )
+    negative = config.negative_prompt if config.guidance_scale > 1 else None  # else nobody reads it
+    for prompt in config.prompt:
+        texts = [prompt, negative or ""]
+        if not any(contains_word(text, word) for word in words for text in texts):
+            raise ValueError(
+                f"--prompt {prompt!r}: none of the learned words {', '.join(words)} is in it, nor "
+                "in a --negative_prompt that is read; write one there"
+            )
 
     # A stock pipeline that knows them.
     parts = load_stable_diffusion(config.pretrained_model_name_or_path, **config.model_files)

@@ -74,7 +74,8 @@ def boxes_of_files(
 
 def find_masks(folder: Path, set_name: str) -> tuple[list[Path], Path]:
     """The mask files of a root, its `segs/` or its `segs/test/`, and the folder they are in."""
-    for place in (folder / "segs" / set_name, folder / set_name, folder):
+    is_above = folder.name == "segs" or (folder / "segs").is_dir()
+    for place in (folder / "segs" / set_name, folder / set_name, *([] if is_above else [folder])):
         if masks := files_in(place, ".png"):
             return masks, place
     raise ValueError(

@@ -229,7 +229,7 @@ def write_index(folder: Path, shards: Sequence[Contents], whole: bool) -> dict[s
             shard.tables[name]["image"] += np.uint32(first[number])
     names = ("images", "boxes", "masks")
     tables = {name: in_order([shard.tables[name] for shard in shards], name) for name in names}
-    boxes = tables["boxes"]["box"]
+    boxes = tables["boxes"]["box"] = tables["boxes"]["box"].clip(0, 1)  # cut to the image
     is_kept = usable_boxes(boxes) | (whole & (boxes == WHOLE).all(1))
     tables["boxes"] = tables["boxes"][is_kept]
     tables["masks"] = usable_masks(tables["masks"])

@@ -41,7 +41,7 @@ from elite.files import (
     write_atomically,
     write_text,
 )
-from elite.images import read_image, read_mask, resize
+from elite.images import fit_mask, read_image, read_mask, resize
 from elite.open_images import OpenImagesFolder
 from elite.shards import key_of, shards_in
 
@@ -169,7 +169,9 @@ def key_for(name: str) -> str:
 
 def open_packed(source: Path, set_name: str) -> Packed:
     """Raises ValueError where the folder holds nothing to pack."""
-    if (source / "annotations").is_dir() or not source.is_dir():
+    if not source.is_dir():
+        raise ValueError(f"{source}: no such folder; expected one of Open Images, or of pairs")
+    if (source / "annotations").is_dir():
         return PackedFolder(OpenImagesFolder(source, set_name))
     return PackedPairs(source)
 
@@ -185,8 +187,11 @@ def packed(item: Item, side: int | None) -> Iterator[tuple[str, bytes]]:
         content, ending = _smaller(image, side), ".jpg"
     labels = item.labels
     if labels is None:
-        named = zip(item.masks, masks, strict=True)
-        labels = labels_of_masks([read_mask(path, content=mask) for path, mask in named])
+        named = list(zip(item.masks, masks, strict=True))
+        read = [read_mask(path, content=mask) for path, mask in named]
+        for (path, _), mask in zip(named, read, strict=True):
+            fit_mask(mask, image, str(path))
+        labels = labels_of_masks(read)
     yield f"{item.key}{ending}", content
     yield f"{item.key}.json", json.dumps(labels).encode()
     for number, mask in enumerate(masks):
@@ -381,6 +386,8 @@ def pack_and_index(
     kept, unreadable = pack(source, target, args.side, shard_bytes, args.workers)
     shards = index_shards(target, whole=False, workers=args.workers)
     told = [*failures, *unreadable, *left_out(source, kept, shards)]
+    if told and not any(len(shard.tables["images"]) for shard in shards):
+        raise ValueError(f"no image of {len(told)} could be packed; {told[0]}")
     return report(target, shards, whole=False, failures=told)
 
 

@@ -72,7 +72,7 @@ def pairs_of(folder: Path, whole: bool = False) -> Pair | None:
     none is left."""
     pairs = [pair_of(path, whole) for path in pictures_in(folder)]
     kept = [pair for pair in pairs if whole or pair.mask_path.exists()]
-    if kept and len(kept) < len(pairs):
+    if len(kept) < len(pairs):
         left_out = [pair.image_path.name for pair in pairs if pair not in kept]
         note(f"{folder}: left out {brief(left_out)}; expected a mask NAME_bg.png for each")
     return replace(kept[0], name=folder.name, others=tuple(kept[1:])) if kept else None
@@ -114,6 +114,7 @@ class PairFolder:
         pairs = [pair_of(path, whole) for path in pictures_in(folder)]
         inside = folder.glob("[!.]*/") if folders else ()
         pairs += filter(None, (pairs_of(path, whole) for path in inside))
+        self.root = folder
         self.pairs = sorted(pairs, key=lambda pair: (pair.name, pair.image_path))
         if not self.pairs:
             raise ValueError(
@@ -143,9 +144,11 @@ class PairFolder:
         """Raises ValueError where two pictures share a NAME, and so the files made from it."""
         for one, other in itertools.pairwise(self.pairs):  # ordered by name
             if one.name == other.name:
-                raise ValueError(
-                    f"{other.image_path}: has the name of {one.image_path.name}; rename one of them"
+                first, second = (
+                    pair.image_path if pair.name == pair.image_path.stem else pair.image_path.parent
+                    for pair in (one, other)
                 )
+                raise ValueError(f"{second}: has the name of {first.name}; rename one of them")
 
 
 def is_picture(path: Path) -> bool:

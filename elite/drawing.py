@@ -23,7 +23,7 @@ from elite.concept import Concept, ConceptFolder
 from elite.data import PairFolder
 from elite.defaults import DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
 from elite.encoding import Entry, batches, columns, progress_bar, read_entries, sheet_rows
-from elite.files import check_writable, write_atomically
+from elite.files import check_apart, check_writable, write_atomically
 from elite.hardware import decodes_in_tiles
 from elite.images import read_image
 from elite.loading import side_in_pixels
@@ -217,6 +217,8 @@ def draw_folder(
     Raises:
         ValueError: the prompt does not fit, or the disk is full.
     """
+    if isinstance(folder, PairFolder):
+        check_apart(output_dir, folder.root)
     check_writable(output_dir)
     state = PartialState()
     indices = range(len(folder)) if indices is None else indices

@@ -83,6 +83,14 @@ def check_writable(folder: Path | str) -> None:
         return
 
 
+def check_apart(folder: Path | str, data: Path | str) -> None:
+    """Raises ValueError where pictures written into a folder would be taken for those of the data,
+    in which each folder is an object."""
+    place, among = Path(folder).resolve(), Path(data).resolve()
+    if among in (place, place.parent):
+        raise ValueError(f"{folder}: lies among the pictures of {data}; choose another folder")
+
+
 def give_usual_rights(path: Path) -> None:
     """Gives a safetensors file, or all those in a folder, the permissions of any other new file;
     safetensors itself lets nobody but their owner read them."""

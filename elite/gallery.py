@@ -9,6 +9,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from PIL import Image
 
 from elite.cards import CARD, GALLERY_TAG, gallery_card
+from elite.concept import Concept
 from elite.data import PairFolder
 from elite.encoding import shown
 from elite.files import write_atomically, write_text
@@ -19,7 +20,7 @@ PICTURES = "pictures"  # folder inside the gallery
 
 def save_gallery(pairs: PairFolder, folder: Path, fingerprint: str, base_model: str) -> list[Path]:
     """Writes README.md and a picture (object and cut-out) for each pair of which the folder has a
-    concept; a README.md that somebody else has written stays.
+    concept of these mappers; a README.md that somebody else has written stays.
 
     Args:
         fingerprint: of the mappers that made the concepts.
@@ -33,7 +34,8 @@ def save_gallery(pairs: PairFolder, folder: Path, fingerprint: str, base_model: 
     """
     names = []
     for index, pair in enumerate(pairs.pairs):
-        if not (folder / f"{pair.name}.safetensors").exists():
+        path = folder / f"{pair.name}.safetensors"
+        if not path.exists() or Concept.load(path).fingerprint != fingerprint:
             continue
         try:
             tiles = shown(pairs, index)

@@ -12,14 +12,14 @@ from typing import Any, Protocol
 
 from accelerate import PartialState
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from elite.concept import Concept
 from elite.defaults import PLACEHOLDER
 from elite.drawing import Drawing, is_drawn, write_png
 from elite.encoding import batches, progress_bar
-from elite.files import write_atomically, write_json, write_text
+from elite.files import digest_files, write_atomically, write_json, write_text
 from elite.images import cut_out, read_image
 from elite.markdown import table
 from elite.pipeline import Elite
@@ -60,6 +60,9 @@ class Case:
 class Metric(Protocol):
     """Scores pictures: {column: one value per picture, None where it does not apply}."""
 
+    name: str
+    network: nn.Module  # whose weights decide the scores
+
     def __call__(
         self, pictures: Sequence[Image.Image], cases: Sequence[Case]
     ) -> Mapping[str, Sequence[float | None]]: ...
@@ -94,8 +97,10 @@ def references(cropped: bool) -> References:
 class ClipScores:
     """CLIP-I, the mean cosine with the references, and CLIP-T, the cosine with the class prompt."""
 
+    name = "clip"
+
     def __init__(self, clip: Clip, read: References) -> None:
-        self.model = clip
+        self.model, self.network = clip, clip.model
         self.references = lru_cache(lambda subject: clip.images(read(subject)))
 
     def __call__(
@@ -112,8 +117,10 @@ class ClipScores:
 class DinoScores:
     """DINO-I, the mean cosine with the references."""
 
+    name = "dino"
+
     def __init__(self, dino: Dino, read: References) -> None:
-        self.model = dino
+        self.model, self.network = dino, dino.model
         self.references = lru_cache(lambda subject: dino.images(read(subject)))
 
     def __call__(
@@ -260,7 +267,14 @@ def report(
     """
     summary = summarise(rows)
     counts = {"subjects": len({row["subject"] for row in rows}), "pictures": len(rows)}
+    scored = {tuple(row[name] for name in KEYS) for row in rows}
+    pictures = [
+        {**case.key, "file": case.path, "digest": digest_files(output_dir / case.path)}
+        for case in cases
+        if tuple(case.key.values()) in scored
+    ]
     scores = {"settings": dict(settings), **counts, "scores": summary, **(more or {})}
+    scores["scored"] = pictures
     write_json(output_dir / "results.json", scores)
     write_atomically(output_dir / "results.csv", partial(_write_csv, rows))
     text = markdown(summary) + text_below

@@ -34,6 +34,7 @@ class Run:
     Args:
         measured_by: what its scores depend on besides the pictures.
         references: class word and references of each subject; none in runs of earlier versions.
+        weights: a digest of those of each metric; none in runs of earlier versions.
         rated_by: the command of its ratings, where there are some.
         rows: scores by subject, prompt and seed; by metric, where it has a value.
     """
@@ -41,6 +42,7 @@ class Run:
     folder: Path
     measured_by: Mapping[str, Any]
     references: Mapping[str, str]
+    weights: Mapping[str, str]
     rated_by: list[str]
     rows: Mapping[tuple[str, ...], Mapping[str, float]]
 
@@ -55,6 +57,7 @@ def read_run(folder: Path) -> Run:
         settings, protocol = results["settings"], results.get("protocol")
         measured_by = protocol or {name: settings[name] for name in MEASURED_BY}
         references = dict(results.get("references") or {})
+        weights = dict(results.get("weights") or {})
         rows = {
             tuple(row.pop(key) for key in KEYS): {k: float(v) for k, v in row.items() if v}
             for row in csv.DictReader(texts["results.csv"].splitlines())
@@ -66,16 +69,17 @@ def read_run(folder: Path) -> Run:
         rating = dict(rated.row)
         key = tuple(str(rating.pop(name)) for name in KEYS)
         rows.get(key, {}).update(rating)
-    return Run(folder, measured_by, references, rated_by, rows)
+    return Run(folder, measured_by, references, weights, rated_by, rows)
 
 
 def check_comparable(one: Run, other: Run) -> None:
     """Raises ValueError where the runs were measured otherwise."""
-    both = [subject for subject in one.references if subject in other.references]
-    measures = [
-        {**run.measured_by, **{f"references of {name}": run.references[name] for name in both}}
-        for run in (one, other)
-    ]
+    measures = [dict(run.measured_by) for run in (one, other)]
+    for what in ("references", "weights"):
+        parts = getattr(one, what), getattr(other, what)
+        for name in parts[0].keys() & parts[1].keys():
+            for measure, part in zip(measures, parts, strict=True):
+                measure[f"{what} of {name}"] = part[name]
     for name in {**measures[0], **measures[1]}:
         values = [measured_by.get(name, "nothing") for measured_by in measures]
         if values[0] != values[1]:

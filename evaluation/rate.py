@@ -11,14 +11,13 @@ Those of pictures that were drawn anew since count no more.
 """
 
 import argparse
-import csv
 import json
 import math
 import os
 import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,8 @@ from tqdm import tqdm
 from elite.console import OK, run, script_parser
 from elite.files import digest_files, is_file, read_text, write_text
 from elite.wording import brief
-from evaluation.cases import KEYS, Case, make_cases, markdown, summarise
-from evaluation.subjects import read_prompts, read_subjects
+from evaluation.cases import KEYS, Case, markdown, summarise
+from evaluation.subjects import read_subjects
 
 RATINGS = "ratings.jsonl"
 # What a row of it says besides keys and numbers: the picture's file, a digest of it, and the
@@ -36,6 +35,7 @@ RATINGS = "ratings.jsonl"
 OF = ("picture", "digest", "asked")
 MOST = 2**28  # bytes of it
 RUN_REMEDY = "expected the --output_dir of a finished run of evaluate.py"
+ANEW = "run evaluate.py again"
 
 
 class Program:
@@ -137,22 +137,31 @@ def read_ratings(folder: Path) -> tuple[list[str], list[Rated]]:
 
 
 def cases_of(folder: Path) -> list[Case]:
-    """What a run has scored. Raises ValueError where it is none, or its objects are gone."""
-    text, table = (
-        read_text(folder / name, RUN_REMEDY, MOST) for name in ("results.json", "results.csv")
-    )
+    """What a run has scored, of which the picture is still there. Raises ValueError where it is no
+    run, or where pictures or objects are others since."""
     try:
-        settings = json.loads(text)["settings"]
-        prompts, data = settings["prompts"], settings["test_data_dir"]
-        seeds = range(settings["seed"], settings["seed"] + settings["num_images"])
-        class_word = settings["class_word"]
-        scored = {tuple(row[name] for name in KEYS) for row in csv.DictReader(table.splitlines())}
+        results = json.loads(read_text(folder / "results.json", RUN_REMEDY, MOST))
+        settings, references = results["settings"], results["references"]
+        data, cropped = settings["test_data_dir"], settings["crop_references"]
+        scored = [
+            (entry["file"], entry["digest"], [entry[name] for name in KEYS])
+            for entry in results["scored"]
+        ]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: damaged results.json ({error!r}); {RUN_REMEDY}") from None
-    known = read_prompts(prompts)
-    cases = make_cases(read_subjects(data, known.classes, class_word), known, seeds)
-    cases = [case for case in cases if tuple(map(str, case.key.values())) in scored]
-    return [case for case in cases if is_file(folder / case.path)]
+    subjects = {one.name: one for one in read_subjects(data, {}, settings["class_word"])}
+    cases = []
+    for file, digest, (name, template, seed) in scored:
+        measured_with = str(references.get(name))
+        class_word, _, _ = measured_with.rpartition(", ")
+        subject = subjects.get(name) and replace(subjects[name], class_word=class_word)
+        if subject is None or subject.measured_with(cropped) != measured_with:
+            raise ValueError(f"{data}: {name} is not what {folder} was measured with; {ANEW}")
+        if is_file(folder / file):
+            if digest_files(folder / file) != digest:
+                raise ValueError(f"{folder / file}: was drawn anew since it was scored; {ANEW}")
+            cases.append(Case(subject, int(Path(file).name.partition("_")[0]), template, seed))
+    return cases
 
 
 def rate(folder: Path, command: Sequence[str]) -> list[dict]:
@@ -165,7 +174,7 @@ def rate(folder: Path, command: Sequence[str]) -> list[dict]:
     cases, (before, before_rated) = cases_of(folder), read_ratings(folder)
     if not cases:
         raise ValueError(f"{folder}: none of its pictures is there; {RUN_REMEDY}")
-    if before not in ([], list(command)):
+    if before_rated and before != list(command):
         raise ValueError(f"{folder / RATINGS}: is by {brief(before)}; remove it")
     asked = {tuple(case.key.values()): case.class_prompt for case in cases}
     kept = [

@@ -36,8 +36,10 @@ class AttributeScores:
         ValueError: a subject is no object of the small world, or a prompt names no scene.
     """
 
+    name = "attributes"
+
     def __init__(self, judge: Judge, cases: Sequence[Case]) -> None:
-        self.judge = judge
+        self.judge = self.network = judge
         self.wanted = {
             case: labels(critter_of(case.subject.name), scene_of(case.template)) for case in cases
         }

@@ -87,6 +87,12 @@ def test_hopeless_calls_give_one_line_and_2(tmp_path, capsys, arguments, message
     assert exit.value.code == 2 and message in error and error.count("\n") == 1
 
 
+def test_a_set_that_is_not_there_is_no_other(masks, capsys):
+    for place in (".", "segs"):
+        with pytest.raises(ValueError, match=r"no masks .* with segs/train/"):
+            main([str(masks / place), "--set_name", "train", "--workers", "1"])
+
+
 def test_scattered_object_has_one_box():
     mask = np.zeros((30, 40), dtype=bool)
     mask[2, 5] = mask[20, 30] = mask[10, 35] = True

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from elite import Concept, ElitePipeline
 from elite.data import PairFolder
@@ -220,6 +221,32 @@ def test_other_number_types_and_encoders_are_encoded_again(encode, concepts, who
         assert encode(*arguments) == 0
         times.append(written(concepts))
         assert times[-1]["pair0"] != times[-2]["pair0"]
+
+
+def test_another_encoder_of_the_same_path_is_seen(encode, concepts, whole_model, tmp_path):
+    encoder = shutil.copytree(whole_model / "image_encoder", tmp_path / "encoder")
+    flags = ("--image_encoder_name_or_path", encoder)
+    times = []
+    for change in (1.0, 1.0, 1.1):
+        file = encoder / "model.safetensors"
+        weights = {name: change * x for name, x in load_file(file).items()}
+        save_file(weights, file, metadata={"format": "pt"})
+        assert encode(*flags) == 0
+        times.append(written(concepts)["pair0"])
+    assert times[0] == times[1] != times[2]
+
+
+@pytest.mark.parametrize("name", ["encode.py", "inference_local.py"])
+def test_nothing_is_written_among_the_pictures(script, tmp_path, capsys, name):
+    """The next run would take the contact sheet for an object."""
+    folder = tiny.save_pairs(tmp_path / "own")
+    out = folder / "concepts" if name == "encode.py" else folder
+    flags = ("--test_data_dir", folder, "--no_mask", "--output_dir", out)
+    assert script(name, *flags) == 2
+    (error,) = errors(capsys)
+    assert f"lies among the pictures of {folder}; choose another folder" in error
+    assert len(list(folder.iterdir())) == 4
+    assert script(name, "--test_data_dir", folder, "--output_dir", folder / "deep" / "er") == 0
 
 
 # --- pictures without masks -----------------------------------------------------------------------

@@ -74,6 +74,16 @@ def test_of_two_pictures_with_one_name_the_second_is_told(tmp_path, capsys):
     assert np.array_equal(source.read_image(boxes.image_ids[0]), first)
 
 
+def test_boxes_are_cut_to_the_picture(tmp_path):
+    boxes = [[0.1, 0.6, 0.1, 0.6], [1.2, 1.7, 0.1, 0.6], [-0.3, 0.7, -0.3, 0.7]]
+    with tarfile.open(tmp_path / "00000.tar", "w") as tar:
+        add(tar, "a.jpg", picture(0)[0])
+        add(tar, "a.json", json.dumps({"boxes": boxes}).encode())
+    assert run_script(INDEX, tmp_path, "--workers", "1") == 0
+    kept = OpenImagesBoxes(open_source(tmp_path), resolution=32).boxes
+    assert kept == pytest.approx(np.array([boxes[0], [0, 0.7, 0, 0.7]]))
+
+
 def test_a_whole_picture_is_a_box_but_no_other_that_is_too_large(tmp_path):
     """Such as boxes in pixels, of which crops were made outside the picture."""
     with tarfile.open(tmp_path / "a.tar", "w") as tar:

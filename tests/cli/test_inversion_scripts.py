@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from elite import stages
 from elite.loading import load_stable_diffusion, stock_pipeline
 from tests import tiny
-from tests.conftest import run_script, same_pictures
+from tests.conftest import files, run_script, same_pictures
 from textual_inversion.files import EMBEDDING_FILES, load_embeddings, load_into, save_embeddings
 from textual_inversion.pictures import PictureFolder, read_templates
 
@@ -306,6 +306,21 @@ def test_prompt_without_a_learned_word(model_folder, photos, tmp_path, capsys):
     arguments = ("--embeddings", tmp_path / "cat", "--prompt", "a photo of a cat")
     assert infer(model_folder, tmp_path / "drawn", *arguments) == 2
     assert "none of the learned words <cat> is in it" in capsys.readouterr().err
+    assert infer(model_folder, tmp_path / "drawn", *arguments[:3], "a <cat>", "a <caat>") == 2
+    assert "--prompt 'a <caat>': none of the learned words" in capsys.readouterr().err
+    unread = ("--negative_prompt", "<cat>", "--guidance_scale", "1")
+    assert infer(model_folder, tmp_path / "drawn", *arguments, *unread) == 2
+    assert not (tmp_path / "drawn").exists()
+
+
+def test_a_word_of_one_text_encoder_replaces_one_of_two(tmp_path):
+    for name, encoders in (("xl", EMBEDDING_FILES), ("sd", ["text_encoder"])):
+        for encoder in encoders:
+            file = tmp_path / name / EMBEDDING_FILES[encoder]
+            save_embeddings(file, {"<cat>": torch.randn(1, 24)})
+        merge = ("--embeddings", tmp_path / name, "--output_dir", tmp_path / "both")
+        assert run_script("merge_embeddings.py", *merge) == 0
+        assert files(tmp_path / "both") == {EMBEDDING_FILES[encoder] for encoder in encoders}
 
 
 def test_text_that_is_cut_off_is_told(model_folder, tmp_path, capsys):

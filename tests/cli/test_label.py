@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from data_scripts.labelling import Limits, overlap
@@ -181,6 +182,9 @@ def test_what_was_found_is_not_looked_for_again(label, pile, detector, tmp_path,
     assert detector.asked == asked + 1 and len(samples(shards)) == 3
     assert label(words=("tree",)) == 2  # other words are looked for
     assert detector.asked == 2 * asked + 1
+    detector.model = torch.nn.Linear(1, 1)  # other weights of the same name
+    assert label("--min_score", "0.15") == 3
+    assert detector.asked == 3 * asked + 1
 
 
 def test_a_damaged_mask_is_made_again(label, pile, tmp_path):

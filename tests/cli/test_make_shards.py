@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from data_scripts import make_shards
 from elite.annotations import load_mask_boxes, mask_boxes_path
@@ -158,6 +159,25 @@ def test_pairs_are_packed_with_the_boxes_of_their_masks(tmp_path):
     assert len(OpenImagesMasks(open_source(tmp_path / "shards"))) == 1
 
 
+def test_masks_that_are_none_are_listed_and_left_out(tmp_path, capsys):
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    for number in range(3):
+        image, mask, _ = picture(number)
+        (folder / f"{number}.jpg").write_bytes(image)
+        (folder / f"{number}_bg.png").write_bytes(mask)
+    Image.new("L", (200, 160)).save(folder / "0_bg.png")
+    Image.new("L", (160, 200), 255).save(folder / "1_bg.png")
+    assert run_script(PACK, folder, tmp_path / "shards", *SMALL) == 3
+    captured = capsys.readouterr()
+    assert "1 images, 1 boxes, 1 masks" in captured.out
+    assert "0_bg.png: mask has no object pixel" in captured.err
+    assert "1_bg.png: mask is 160 x 200, its image 200 x 160" in captured.err
+    (folder / "2_bg.png").write_bytes(b"damaged")
+    assert run_script(PACK, folder, tmp_path / "none", *SMALL) == 2
+    assert "no image of 3 could be packed; " in error_of(capsys)
+
+
 def test_pictures_of_one_object_are_all_packed(tmp_path, capsys):
     cat = tmp_path / "pairs" / "cat"
     cat.mkdir(parents=True)
@@ -185,7 +205,7 @@ def test_a_folder_of_one_stage_is_packed(open_images, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("nowhere", "target"), "nowhere: neither test-annotations-bbox.csv nor masks; expected"),
+        (("nowhere", "target"), "nowhere: no such folder; expected one of Open Images, or"),
         ((".", "target"), "no image + mask pairs in ."),
         (("nowhere", "target", "--side", "9"), "--side 9: expected 64 or more"),
         (("nowhere", "target", "--shard_mb", "0"), "--shard_mb 0.0: expected a number above 0"),

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from elite.data import pair_of
 from elite.files import digest_weights
@@ -335,18 +337,39 @@ def test_a_program_rates_a_run_and_goes_on(evaluate, rater, dreambench, tmp_path
     assert "rate both alike" in capsys.readouterr().err
 
 
-def test_only_what_was_scored_is_rated(dreambench, tmp_path):
-    """Of a subject that broke since, older pictures may lie there."""
+def test_only_what_was_scored_is_rated(evaluate, dreambench, tmp_path):
+    """Of a subject that broke since, older pictures may lie there; prompts and their order may be
+    others."""
+    evaluate("run", "--metrics", "clip")
+    run = tmp_path / "run"
+    before = {case.path: case.class_prompt for case in cases_of(run)}
+    assert before["backpack/00_00042.png"] == "a backpack in the jungle"
+    Image.new("RGB", (8, 8)).save(run / "backpack" / "07_00042.png")
     prompts = tmp_path / "prompts_and_classes.txt"
-    settings = {"prompts": str(prompts), "test_data_dir": str(dreambench), "class_word": "thing"}
-    prompts.write_text(DREAMBENCH.replace("{0} {1} in the jungle", "{0} {1}, 0"))
-    run = save_run(tmp_path / "run", {"backpack": [0.5]}, **settings, seed=42, num_images=1)
-    for name in ("backpack", "dog2"):
-        (run / name).mkdir()
-        Image.new("RGB", (8, 8)).save(run / name / "00_00042.png")
-    assert [case.path for case in cases_of(run)] == ["backpack/00_00042.png"]
-    prompts.write_text(DREAMBENCH)  # and so of other prompts than the pictures
-    assert cases_of(run) == []
+    prompts.write_text(DREAMBENCH.replace("in the jungle", "at sea").replace(",dog", ",cat"))
+    assert {case.path: case.class_prompt for case in cases_of(run)} == before
+    (run / "dog2" / "00_00042.png").unlink()
+    assert {case.path for case in cases_of(run)} == before.keys() - {"dog2/00_00042.png"}
+    image = run / "backpack" / "00_00042.png"
+    Image.new("RGB", (8, 8)).save(image)
+    with pytest.raises(ValueError, match=f"{image}: was drawn anew since it was scored; run eval"):
+        cases_of(run)
+    shutil.copy(dreambench / "backpack/00.png", dreambench / "backpack/02.png")
+    with pytest.raises(ValueError, match="backpack is not what"):
+        cases_of(run)
+
+
+def test_another_clip_of_the_same_path_is_told(evaluate, tmp_path, capsys):
+    evaluate("one", "--metrics", "clip")
+    evaluate("two", "--metrics", "clip", "--llambda", "0.1")
+    assert run_script(COMPARE, tmp_path / "one", tmp_path / "two") == 0
+    file = tmp_path / "clip" / "model.safetensors"
+    weights = load_file(file)
+    save_file({name: x * 1.01 for name, x in weights.items()}, file, metadata={"format": "pt"})
+    evaluate("three", "--metrics", "clip", "--llambda", "0.1")
+    capsys.readouterr()
+    assert run_script(COMPARE, tmp_path / "one", tmp_path / "three") == 2
+    assert "weights of clip is " in capsys.readouterr().err
 
 
 def test_pictures_that_are_drawn_anew_are_rated_anew(evaluate, rater, tmp_path, capsys):
@@ -391,7 +414,7 @@ def test_mistakes_in_rating_are_one_line_and_2(tmp_path, capsys):
     for arguments, message in (
         ((run,), "no program; expected one after the run"),
         ((tmp_path / "none", "true"), "expected the --output_dir of a finished run"),
-        ((run, "true"), f"{run}: damaged results.json (KeyError('prompts'))"),
+        ((run, "true"), f"{run}: damaged results.json (KeyError('references'))"),
     ):
         assert run_script(RATE, *arguments) == 2
         (line,) = capsys.readouterr().err.splitlines()

@@ -163,6 +163,18 @@ def test_encode_uploads_a_gallery(tmp_path, hub, whole_model, pairs, capsys):
     assert Image.open(folder / "pictures" / "pair0.png").size == (2 * TILE, TILE)
 
 
+def test_a_gallery_is_of_one_pair_of_mappers(tmp_path, hub, whole_model):
+    """The concept of a pair that cannot be read any more is an earlier one's."""
+    pairs, folder = tiny.save_pairs(tmp_path / "own"), tmp_path / "concepts"
+    Concept(torch.zeros(1, 3, 24), None, "f00d").save(folder / "pair1.safetensors")
+    (pairs / "pair1.png").write_bytes(b"damaged")
+    given = ("--pretrained_model_name_or_path", whole_model, "--test_data_dir", pairs)
+    given += ("--output_dir", folder, "--device", "cpu", "--push_to_hub")
+    given += ("--hub_model_id", REPOSITORY, "--hub_token", "hf_nothing")
+    assert run_script("encode.py", *given) == 3
+    assert set(hub.files) == {CARD, "pair0.safetensors", "pictures/pair0.png"}
+
+
 def test_a_gallery_that_is_refused_is_one_line(tmp_path, hub, whole_model, pairs, capsys):
     own = shutil.copytree(pairs, tmp_path / "pairs")
     (own / "pair1_bg.png").write_bytes(b"no picture")

@@ -35,8 +35,11 @@ def test_a_folder_of_pictures_is_one_object(tmp_path):
     for name in (".hidden", "empty", "no_mask"):
         (tmp_path / name).mkdir()
     picture(tmp_path / "no_mask/1.png")
-    with pytest.warns(Note, match=r"a: left out \['3.png'\]; expected a mask"):
+    with pytest.warns(Note) as told:
         folder = PairFolder(tmp_path)
+    for name, left_out in (("a", "3.png"), ("no_mask", "1.png")):
+        expected = f"{tmp_path / name}: left out ['{left_out}']; expected a mask NAME_bg.png for"
+        assert any(expected in str(note.message) for note in told), name
     assert [pair.name for pair in folder.pairs] == ["a", "b"]
     assert [len(folder.read_all(i)) for i in range(2)] == [2, 1]
     assert folder.pairs[0].image_path == tmp_path / "a/1.png"
@@ -49,6 +52,14 @@ def test_a_folder_of_pictures_is_one_object(tmp_path):
     assert [pair.name for pair in whole.pairs] == ["a", "b", "no_mask"]
     assert [len(whole.read_all(i)) for i in range(3)] == [3, 1, 1]
     assert [pair.name for pair in PairFolder(tmp_path, folders=False).pairs] == ["b"]
+
+
+def test_a_folder_and_a_picture_of_one_name_are_told_apart(tmp_path):
+    for name in ("mug.png", "mug_bg.png", "mug/0.png", "mug/0_bg.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        picture(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{tmp_path / 'mug.png'}: has the name of mug; rename"):
+        PairFolder(tmp_path).check_names()
 
 
 def test_masks_are_found_by_their_name_and_are_no_pictures(tmp_path):
