@@ -9,6 +9,7 @@ Only this machine reaches the page unless --host or --share say otherwise, which
 """
 
 import signal
+from contextlib import closing
 
 from elite.config import parse_config
 from elite.console import OK, quiet_libraries, run
@@ -27,7 +28,9 @@ def main() -> int:
     from elite.previews import fit_preview
     from elite.sam import Sam
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # uploads are removed then, too
+    for name in ("SIGTERM", "SIGHUP"):  # uploads are removed then, too
+        if number := getattr(signal, name, None):  # Windows has no SIGHUP
+            signal.signal(number, signal.default_int_handler)
     auth = read_auth(config.auth)
     check_exposure(config.host, config.share, auth)  # before the model is loaded
     examples = PairFolder(config.test_data_dir)
@@ -43,7 +46,7 @@ def main() -> int:
     )
     find = None if config.sam_name_or_path is None else Sam(config.sam_name_or_path)
     handlers = AppHandlers(studio, examples, round(config.max_megapixels * 1e6), find)
-    with private_files():
+    with private_files(), closing(handlers):
         serve(
             build_page(handlers),
             host=config.host,

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from app.marking import Shown, read_marks
-from app.several import CONTROLS, Several, numbered
+from app.several import CONTROLS, NEW, Several, numbered
 from app.studio import MAX_PICTURES, Drawn, OnProgress, Order, Studio, save_strip
 from elite.concept import Concept
 from elite.data import PairFolder
@@ -36,7 +36,7 @@ Values = dict[str, Any]
 Tell = Callable[..., Any]  # gr.Progress: (steps done, steps in all), desc=, unit=
 
 EDITOR_SIDE, THUMB_SIDE = 512, 128  # pixels of the picture that is marked, and of its thumbnail
-DIMMED = 0.3  # brightness left to what is not object
+DIMMED = (0.3 * np.arange(256)).astype(np.uint8)  # what is left of values that are not object
 SWEEP = (0.0, 0.3, 0.6, 0.8, 1.0, 1.2, 1.5)
 VIEWS = ("picture", "object", "patches read")
 DRAWN_SEEDS = 100_000  # easy to write down
@@ -108,7 +108,7 @@ def words_of(value: Any) -> Words:
 
 def dimmed(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The picture with what is not object dark."""
-    return np.where(mask[..., None], picture, (picture * DIMMED).astype(np.uint8))
+    return np.where(mask[..., None], picture, DIMMED[picture])
 
 
 class AppHandlers:
@@ -130,6 +130,12 @@ class AppHandlers:
     ) -> None:
         self.studio, self.examples, self.max_pixels = studio, examples, max_pixels
         self.find, self.takes_clicks = find or find_object, find is not None
+        self._at_work: list[Stop] = []
+
+    def close(self) -> None:
+        """Ends all drawing, which would keep the process otherwise."""
+        for stop in tuple(self._at_work):
+            stop.requested = True
 
     # --- the object -------------------------------------------------------------------------------
 
@@ -146,6 +152,9 @@ class AppHandlers:
                 marked = dimmed(marked, mask)
                 doubtful = doubt(mask) if method == "file" else ""
                 said = message(f"mask: {doubtful}") if doubtful else ""
+            if values["concept_file"]:
+                self.studio.load_concept(values["concept_file"])
+                said += message("the object of the file below is drawn, not the picture's")
         except Exception as error:
             said = problem(error)
         return {
@@ -155,13 +164,36 @@ class AppHandlers:
             "object_message": said,
             "square": gr.update(visible=oblong),
             "mask_part": gr.update(visible=method == "file"),
+            "saved": None,  # which is of what was shown before
         }
 
     def new_picture(self, values: Values) -> Values:
-        """`look` for another picture, without the marks on the last one."""
+        """`look` for another picture, without marks and mask of the last one."""
         if values["picture"] and values["picture"] == values["several"].given:
             return self.look(values)  # which brought its own marks
+        has_own_mask = self._is_example(values)
+        if values["method"] == "file" and not has_own_mask:
+            values = {**values, "method": NEW["method"]}
+        mask = {} if has_own_mask else {"mask": None, "method": values["method"]}
+        looked = self.look({**values, "marks": "", **mask})
+        return {**looked, "marks": {**looked["marks"], "value": ""}, **mask}
+
+    def _is_example(self, values: Values) -> bool:
+        """Whether the picture is the example that was picked last, which comes with its mask."""
+        if values["example"] is None or self.examples is None or not values["picture"]:
+            return False
+        try:
+            shown = read_image(values["picture"], self.max_pixels)
+            return np.array_equal(shown, self.examples.read(values["example"])[0])
+        except ValueError:
+            return False
+
+    def look_elsewhere(self, values: Values) -> Values:
+        """`look` at another part of the picture, without the marks, which lie on the last one."""
         looked = self.look({**values, "marks": ""})
+        if values["marks"]:
+            told = message("your marks lay on another part of the picture, and were cleared")
+            looked["object_message"] = told + looked["object_message"]
         return {**looked, "marks": {**looked["marks"], "value": ""}}
 
     def pick_example(self, index: Any) -> Values:
@@ -176,7 +208,7 @@ class AppHandlers:
         mask = mask.astype(np.uint8) * 255
         no_marks = gr.update(value="")  # before the other changes are looked at
         shown = {"picture": picture, "mask": mask, "method": "file", "marks": no_marks}
-        return {**shown, **held(Several())}
+        return {**shown, "example": index, **held(Several())}
 
     def rearrange(self, values: Values) -> Values:
         """Adds pictures of the object, turns to another or removes one, as is wanted."""
@@ -318,6 +350,7 @@ class AppHandlers:
             concept, seen = self._concept(values)
             concepts = {self.studio.placeholder_token: concept, **self._second(values)}
             tiles += own_tiles(seen)
+            self._at_work.append(values["stop"])
             told = teller(values["stop"], tell)
 
             def work(give: Callable[[Values], None]) -> None:
@@ -344,6 +377,8 @@ class AppHandlers:
         except Exception as error:
             yield {"status": problem(error), "preview": ""}
             return
+        finally:
+            self._at_work = [stop for stop in self._at_work if stop is not values["stop"]]
         yield done
 
 

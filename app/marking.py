@@ -75,7 +75,14 @@ class Shown:
             return read_image(self.picture, self.max_pixels)
 
     def square(self, picture: np.ndarray) -> np.ndarray:
-        """The picture (H, W, 3) or mask (H, W) of it, made square (S, S)."""
+        """The picture (H, W, 3) or mask (H, W) of it, made square (S, S). Raises ValueError where
+        white would make it too large."""
+        side = max(picture.shape[:2])
+        if self.squaring == "pad" and self.max_pixels is not None and side**2 > self.max_pixels:
+            raise ValueError(
+                f"a square of {side} x {side} is more than {self.max_pixels / 1e6:g} million "
+                "pixels; cut the longer side off, or make the picture smaller"
+            )
         return make_square(picture, self.squaring, self.position)
 
     def read_mask(self, picture: np.ndarray) -> np.ndarray:

@@ -8,7 +8,14 @@ from typing import Any
 
 import gradio as gr
 
-from app.controls import KEEP_FILES, as_uploaded, gallery, picture_input, uploaded_several
+from app.controls import (
+    KEEP_FILES,
+    DrawnImage,
+    UploadedFile,
+    gallery,
+    picture_input,
+    uploaded_several,
+)
 from app.handlers import AppHandlers, Stop, Tell, Values, example_pictures
 from app.several import CONTROLS, MAX_SHOWN
 from app.studio import MAX_GUIDANCE, MAX_LAMBDA, MAX_STEPS, Pace
@@ -24,23 +31,24 @@ INTRODUCTION = (
     "One picture of an object becomes a word, `{word}`; write it into a prompt and the object "
     "appears there."
 )
-OBJECT = (*CONTROLS, "several", "concept_file")
+OBJECT = (*CONTROLS, "several", "concept_file", "example")
 SECOND = ("second_file", "second_lambda", "where")
 DRAWING = (
     *("prompts", "lambda_", "count", "guidance", "negative"),
     *("steps", "scheduler", "speed", "seed", "words"),
     *SECOND,
 )
-LOOKED = ("marks", "several", "views", "object_message", "square", "mask_part")
+LOOKED = ("marks", "several", "views", "object_message", "square", "mask_part", "saved")
+NEWLY = (*LOOKED, "method", "mask")
+LOOK_ELSEWHERE = (("squaring", "change"), ("position", "release"))
 LOOK_AGAIN = (
-    ("squaring", "change"),
-    ("position", "release"),
+    ("concept_file", "change"),
     ("method", "change"),
     ("mask", "change"),
     ("marks", "input"),
 )
 HELD = ("several", "several_message")
-PICKED = ("picture", "mask", "method", "marks", "object_message", *HELD)
+PICKED = ("picture", "mask", "method", "marks", "object_message", "example", *HELD)
 SAVED = ("saved", "object_message")
 CHECKED = ("second_message", "prompt_message")
 DRAWN = ("gallery", "preview", "status", "strip", "strip_part")
@@ -56,6 +64,7 @@ def build_page(handlers: AppHandlers) -> gr.Blocks:
     ) as page:
         gr.Markdown(INTRODUCTION.format(word=word))
         controls["stop"] = gr.State(Stop())
+        controls["example"] = gr.State(None)  # the last one picked
         with gr.Row():
             with gr.Column(min_width=320):
                 _object_part(controls, handlers)
@@ -148,12 +157,9 @@ def _object_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
     )
     with gr.Accordion("Keep the object as a file, or use one", open=False):
         controls["save"] = gr.Button("Make a file of this object")
-        controls["saved"] = gr.File(label="The object's file, for download", interactive=False)
-        controls["concept_file"] = as_uploaded(
-            gr.File(
-                label="Draw the object of this file instead of the picture",
-                file_types=[".safetensors"],
-            )
+        controls["saved"] = UploadedFile(label="The object's file, for download", interactive=False)
+        controls["concept_file"] = UploadedFile(
+            label="Draw the object of this file instead of the picture", file_types=[".safetensors"]
         )
 
 
@@ -232,7 +238,7 @@ def _prompt_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
     )
     with gr.Column(visible=False) as controls["strip_part"]:
         gr.Markdown("Likeness from 0 to 1.5, left to right, same seed")
-        controls["strip"] = gr.Image(
+        controls["strip"] = DrawnImage(
             show_label=False,
             interactive=False,
             type="filepath",
@@ -249,8 +255,8 @@ def _second_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
         f"Make a file of the other object, load it here, and write `{second}` for it into each "
         f"prompt, beside `{first}`."
     )
-    controls["second_file"] = as_uploaded(
-        gr.File(label="The other object's file", file_types=[".safetensors"], height=120)
+    controls["second_file"] = UploadedFile(
+        label="The other object's file", file_types=[".safetensors"], height=120
     )
     controls["second_message"] = gr.HTML()
     controls["second_lambda"] = _likeness(f"Likeness to {second} (lambda)", studio.has_details)
@@ -315,10 +321,11 @@ def _wire(controls: dict[str, Any], handlers: AppHandlers) -> None:
         return parts(handlers.pick_example(event.index))
 
     changed = controls["picture"].change
-    changed(answer(handlers.new_picture), chosen(OBJECT), listed(LOOKED), **looking)
-    for name, event in LOOK_AGAIN:
-        listener = getattr(controls[name], event)
-        listener(answer(handlers.look), chosen(OBJECT), listed(LOOKED), **looking)
+    changed(answer(handlers.new_picture), chosen(OBJECT), listed(NEWLY), **looking)
+    for events, handler in ((LOOK_ELSEWHERE, handlers.look_elsewhere), (LOOK_AGAIN, handlers.look)):
+        for name, event in events:
+            listener = getattr(controls[name], event)
+            listener(answer(handler), chosen(OBJECT), listed(LOOKED), **looking)
     wished = controls["several"].input
     wished = wished(answer(handlers.rearrange), chosen(OBJECT), listed((*CONTROLS, *HELD)), **quick)
     wished.then(answer(handlers.glance), chosen(OBJECT), listed(HELD), **looking)
@@ -332,10 +339,10 @@ def _wire(controls: dict[str, Any], handlers: AppHandlers) -> None:
     saving = work(lambda values, folder, _: handlers.save_concept(values, folder))
     controls["save"].click(saving, chosen(OBJECT), listed(SAVED), **working)
 
-    for name, handler in (("draw", handlers.draw), ("sweep", partial(handlers.draw, sweep=True))):
+    for name, drawer in (("draw", handlers.draw), ("sweep", partial(handlers.draw, sweep=True))):
         begun = controls[name].click(_begin, None, listed(("stop", *BUTTONS)), **quick)
         everything = chosen(("stop", *OBJECT, *DRAWING))
-        worked = begun.then(work(handler), everything, listed(DRAWN), **working)
+        worked = begun.then(work(drawer), everything, listed(DRAWN), **working)
         worked.then(_end, None, listed(BUTTONS), **quick)
     controls["stop_button"].click(_stop, controls["stop"], None, **quick)
 

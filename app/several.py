@@ -2,9 +2,9 @@
 what becomes of it as pictures are added, turned to and removed."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,19 @@ class Several:
         named = [path for one in self.others for path in (one["picture"], one["mask"])]
         return [path for path in (*named, *self.wanted.get("add", ())) if path]
 
+    def without(self, is_gone: Callable[[str], bool]) -> "Several":
+        """Without files that are gone: pictures, and masks of pictures."""
+        kept = [not is_gone(one["picture"]) for one in self.others]
+        others = [
+            {**one, "mask": None} if one["mask"] and is_gone(one["mask"]) else one
+            for one, is_kept in zip(self.others, kept, strict=True)
+            if is_kept
+        ]
+        wanted = dict(self.wanted)
+        if "add" in wanted:
+            wanted["add"] = [path for path in wanted["add"] if not is_gone(path)]
+        return replace(self, others=tuple(others), at=sum(kept[: self.at]), wanted=wanted)
+
     def pictures(self, controls: Mapping[str, Any]) -> list[Picture]:
         """All pictures in order, with that of the controls where they hold one.
 
@@ -85,8 +98,10 @@ class Several:
             pictures = checked([*pictures, *({**NEW, "picture": path} for path in added)])
             return turned(pictures, len(files))
         file = wanted or controls["picture"]
+        if file not in files and wish == "remove":  # deleted, and so gone already
+            return turned(pictures, min(self.at, max(0, len(pictures) - 1)))
         if file not in files:
-            raise ValueError("no such picture of the object; reload the page")
+            raise ValueError("no such picture of the object; it may have been deleted by now")
         place = files.index(file)
         if wish == "turn":
             return turned(pictures, place)

@@ -300,6 +300,7 @@ class Studio:
             )
         made_by = {"scheduler": order.scheduler, "model": self.model}
         metadata = {**drawing.metadata(self.pipe), **made_by}
+        metadata[f"concept {self.placeholder_token}"] = concepts[self.placeholder_token].digest
         if order.others:
             metadata |= metadata_of_several(concepts, weights, order.regions)
         metadata |= self._counts(concepts)

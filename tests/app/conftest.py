@@ -35,6 +35,7 @@ DEFAULTS = {
     "mask": None,
     "several": "",
     "concept_file": None,
+    "example": None,
     "prompts": "a photo of a S",
     "lambda_": 0.8,
     "count": 1,

@@ -1,6 +1,7 @@
 """What the page's controls do, without a browser."""
 
 import html
+import json
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,7 @@ def test_what_is_no_object_is_dark(handlers, values, pairs):
     shown = dimmed(picture, mask)
     assert answer["marks"]["picture"] == data_url(shown) and answer["mask_part"]["visible"]
     assert np.array_equal(shown[mask], picture[mask])
-    assert shown[~mask].max() <= 255 * DIMMED
+    assert shown[~mask].max() <= DIMMED[255] < 100
 
 
 def test_an_inverted_mask_gets_a_hint(handlers, values, tmp_path):
@@ -90,6 +91,67 @@ def test_another_picture_empties_the_marks(handlers, values):
     answer = handlers.new_picture(marked)
     assert answer["marks"]["value"] == "" and "nothing is marked" in answer["object_message"]
     assert answer["marks"]["picture"].startswith("data:image/jpeg")  # to be painted on
+
+
+def test_another_picture_drops_the_mask_of_the_last(handlers, values, pairs, tmp_path):
+    answer = handlers.pick_example(1)
+    example = tmp_path / "example.png"
+    Image.fromarray(answer["picture"]).save(example)
+    mask = str(pairs / "pair1_bg.png")
+    picked = {**values, "picture": str(example), "method": "file", "mask": mask}
+    shown = handlers.new_picture({**picked, "example": answer["example"]})
+    assert "mask" not in shown and "method" not in shown, "it came with its mask"
+    for example in (None, answer["example"]):
+        own = handlers.new_picture({**picked, "picture": values["picture"], "example": example})
+        assert own["mask"] is None and own["method"] == "centre" and own["saved"] is None
+        assert not own["mask_part"]["visible"]
+
+
+def test_another_part_of_the_picture_has_no_marks_yet(handlers, values, tmp_path):
+    wide = str(noise_file(tmp_path / "wide.png", 60, 40))
+    stroke = {"points": [[0.5, 0.5]], "width": 0.2}
+    painted = {**values, "picture": wide, "method": "brush"}
+    painted["marks"] = json.dumps({"box": None, "strokes": [stroke]})
+    assert handlers.look(painted)["object_message"] == ""
+    moved = handlers.look_elsewhere({**painted, "position": 1.0})
+    assert moved["marks"]["value"] == ""
+    assert (
+        "your marks lay on another part of the picture, and were cleared"
+        in (moved["object_message"])
+    )
+    assert "cleared" not in handlers.look_elsewhere({**painted, "marks": ""})["object_message"]
+
+
+def test_white_makes_no_square_of_too_many_pixels(handlers, values, tmp_path):
+    narrow = str(noise_file(tmp_path / "narrow.png", 2, 4000))
+    answer = handlers.look({**values, "picture": narrow, "squaring": "pad"})
+    assert "a square of 4000 x 4000 is more than 0.1 million pixels" in answer["object_message"]
+    assert handlers.look({**values, "picture": narrow})["object_message"] == ""
+
+
+def test_a_file_that_is_drawn_instead_is_said(handlers, values, tmp_path):
+    (saved,) = [answer["saved"] for answer in handlers.save_concept(values, tmp_path)]
+    answer = handlers.look({**values, "concept_file": saved})
+    assert "the object of the file below is drawn, not the picture" in answer["object_message"]
+    (tmp_path / "junk.safetensors").write_bytes(b"junk")
+    junk = handlers.look({**values, "concept_file": str(tmp_path / "junk.safetensors")})
+    assert "junk.safetensors" in junk["object_message"]
+
+
+def test_who_closes_the_app_ends_the_drawing(handlers, values, tmp_path, monkeypatch):
+    """A thread that draws for nobody would keep the process."""
+    steps = []
+
+    def slow(*arguments, **options):
+        steps.append(None)
+        handlers.close()
+        return plain(*arguments, **options)
+
+    plain = handlers.studio.pipe.unet.forward
+    monkeypatch.setattr(handlers.studio.pipe.unet, "forward", slow)
+    long = {**values, "steps": 20, "count": 3}
+    said = last(handlers.draw(long, tmp_path, silent))["status"]
+    assert "stopped after 0 pictures" in said and len(steps) < 20
 
 
 def test_oblong_pictures_offer_squaring(handlers, values, tmp_path):

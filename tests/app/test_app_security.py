@@ -1,6 +1,7 @@
 """What a stranger sends to the app: paths, large things, floods; and two people at once."""
 
 import io
+import json
 import uuid
 import zlib
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 
 from app.page import build_page
 from app.server import serve
+from app.several import NEW
 from tests.app.conftest import MAX_UPLOAD, QUEUE, Client, file_data, in_parallel, noise_file
 from tests.conftest import REPOSITORY
 
@@ -112,8 +114,46 @@ def test_files_in_use_live_on(client, pairs):
 def test_what_was_deleted_is_to_be_uploaded_again(client, draw, pairs):
     up = client.upload(pairs / "pair0.png")
     Path(up["path"]).unlink()
-    with pytest.raises(RuntimeError, match=r"no uploaded file, or was deleted .*; upload it again"):
-        client.call(draw, picture=up)
+    status, _ = drawn(client, draw, picture=up)
+    assert "no picture yet; upload" in status
+
+
+def test_what_nobody_needs_may_be_deleted(client, draw, pairs):
+    """A mask that the way to mark does not use, and another picture of the object."""
+    look = client.dependency("picture", "change")
+    names = ("pair0.png", "pair0_bg.png", "pair1.png")
+    picture, mask, other = (client.upload(pairs / name) for name in names)
+    others = [{**NEW, "picture": other["path"]}]
+    several = json.dumps({"others": others, "at": 1, "given": None, "thumb": ""})
+    for gone in (mask, other):
+        Path(gone["path"]).unlink()
+    seen = client.call(look, picture=picture, mask=mask, several=several)
+    assert len(seen["views"]) == 3 and seen["object_message"] == ""
+    removed = json.loads(several) | {"wanted": {"remove": other["path"]}}
+    wish = client.dependency("several", "input")
+    kept = client.call(wish, picture=picture, several=json.dumps(removed))
+    assert kept["picture"]["path"] and "role" not in (kept["several_message"] or "")
+
+
+def test_a_mistake_opens_no_other_file(client, draw, pairs, outside):
+    """Gradio builds controls anew for a session that an answer leaves as they are."""
+    up = client.upload(pairs / "pair0.png")
+    again = {"others": [], "at": 0, "given": None, "thumb": "", "wanted": {"add": [up["path"]]}}
+    wish = client.dependency("several", "input")
+    said = client.call(wish, picture=up, several=json.dumps(again))
+    assert "among the pictures of the object already" in said["several_message"]
+    look = client.dependency("picture", "change")
+    for control in ("picture", "mask"):
+        with pytest.raises(RuntimeError, match="this is no uploaded file"):
+            client.call(look, **{"picture": up, "method": "file", control: {"path": outside}})
+
+
+def test_all_that_is_drawn_is_deleted_in_time(client, draw, pairs):
+    up = client.upload(pairs / "pair0.png")
+    for seed in (3, 30):
+        tiles = client.call(draw, picture=up, count=2, seed=seed)["gallery"]
+    known = set().union(*client.page.temp_file_sets)
+    assert len(tiles) == 3 and {tile["image"]["path"] for tile in tiles} <= known
 
 
 def test_errors_name_no_folder(client, draw, tmp_path):

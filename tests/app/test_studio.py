@@ -155,9 +155,8 @@ def test_pictures_of_two_objects_say_both(studio, concepts, tmp_path):
     with Image.open(tmp_path / "strip.png") as sheet:
         assert sheet.text["lambda"] == "S 0, S2 0.6; S 1.2, S2 0.6"
         assert sheet.text["region of S2"] == "right" and sheet.width == 2 * 160
-    assert not any(
-        "concept" in key or "region" in key for key in draw(studio, concepts[0])[0].metadata
-    )
+    alone = draw(studio, concepts[0])[0].metadata
+    assert alone["concept S"] == concepts[0].digest and not any("region" in key for key in alone)
 
 
 def test_batches_change_no_picture(studio, concepts):
