@@ -45,7 +45,7 @@ score() {
 }
 reproduce() {
     step "$python" -m small_world.reproduce --output_dir "$run/reproduce" --samples 300 \
-        --inversions 12
+        --inversions 24
     show reproduce/results.md $results/reproduce.md \
         reproduce/curve.png docs/claims_curve.png reproduce/grid.png docs/claims_grid.png
 }
