@@ -99,9 +99,7 @@ def write_pair(
 def make_open_images(
     root: Path, count: int, seed: int, size: int, workers: int, things: Sequence[Path] = ()
 ) -> None:
-    """The whole folder. Raises ValueError where it is there already."""
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise ValueError(f"{root}: is there already; remove it or choose another folder")
+    """The whole folder."""
     write_atomically(root, partial(_fill_folder, count, seed, size, workers, things))
 
 
@@ -178,16 +176,21 @@ def check_args(args: argparse.Namespace) -> None:
     for folder in (args.out_dir, args.test_datasets):
         if folder is not None:
             check_writable(folder)
+    root = args.out_dir
+    if root is not None and root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise ValueError(f"{root}: is there already; remove it or choose another folder")
+    if None not in (root, args.test_datasets) and root.resolve() == args.test_datasets.resolve():
+        raise ValueError(f"{root}: is given for --test_datasets, too; choose another folder")
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
     check_args(args)
+    things = [file for folder in args.art for file in find_things(folder, held_out=False)]
     if args.test_datasets is not None:
         make_test_datasets(args.test_datasets, args.size)
         print(f"{args.test_datasets}: {NUM_OBJECTS} held-out objects with masks")
     if args.out_dir is not None:
-        things = [file for folder in args.art for file in find_things(folder, held_out=False)]
         make_open_images(args.out_dir, args.count, args.seed, args.size, args.workers, things)
         print(f"{args.out_dir}: {args.count} pictures in Open Images layout")
     return OK

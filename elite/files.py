@@ -38,6 +38,7 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
         OSError: `write` cannot read some other file.
     """
     path = Path(path)
+    path = path if path.name else path.resolve()  # "." has a name, too
     temporary = _hidden(path, "tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -91,7 +91,7 @@ def read_subjects(root: Path | str, classes: Mapping[str, str], default: str) ->
 def _read_layout(root: Path, classes: Mapping[str, str], default: str) -> list[Subject]:
     if (root / "images").is_dir() and (root / "captions").is_dir():
         return _read_plus(root)
-    folders = sorted(path for path in root.glob("*/") if any(map(is_picture, path.iterdir())))
+    folders = sorted(path for path in root.glob("[!.]*/") if any(map(is_picture, path.iterdir())))
     beside = pictures_in(root) if folders else []
     holds_pairs = any(pair_of(path).mask_path.exists() for path in beside)
     if left_out := folders if holds_pairs else beside:
@@ -141,7 +141,7 @@ def _read_captions(root: Path, pair: Pair) -> Subject:
     text = read_text(path, "expected the subject's word, and a prompt a line")
     word, *captions = [line.strip() for line in text.splitlines() if line.strip()] or [""]
     captions = list(dict.fromkeys(captions))
-    usable = [caption for caption in captions if "{" not in caption]
+    usable = [caption for caption in captions if "{" not in caption]  # which would be a template
     a_word = re.compile(rf"\b{re.escape(word)}\b", re.IGNORECASE)
     found = [a_word.subn("{}", caption, count=1) for caption in usable]
     templates = tuple(template for template, count in found if count)
@@ -149,7 +149,7 @@ def _read_captions(root: Path, pair: Pair) -> Subject:
         raise ValueError(f"{path}: no prompt with the subject's word {brief(word)} in it")
     if len(templates) < len(captions):
         missing = len(captions) - len(templates)
-        note(f"{path}: {missing} prompts without the word {brief(word)} are left out")
+        note(f"{path}: {missing} prompts without {brief(word)}, or with a brace, are left out")
     return Subject("_".join(place.parts), word, pair, (pair.image_path,), templates)
 
 

@@ -137,6 +137,8 @@ def _load_file(path: Path) -> dict[str, Embeddings]:
                 f"{path}: concept for another family than {STABLE_DIFFUSION.title}, whose words "
                 "are no embeddings of one text encoder; draw it with inference_local.py"
             )
+        if len(concept) > 1:
+            raise ValueError(f"{path}: holds {len(concept)} objects; expected one")
         return {"text_encoder": {f"<{path.stem}>": concept.words[0, :1]}}
     found: dict[str, dict[str, Any]] = {"text_encoder": content}
     if content and content.keys() <= UNNAMED.keys():
@@ -213,7 +215,7 @@ def merge_embeddings(
         if (following := f"{name}_{len(rows)}".lower()) in owner:
             raise ValueError(
                 f"{owner[following]}: placeholder {following!r} would be read as a vector of "
-                f"{name!r}; give it another name with --rename '{following}=NEW'"
+                f"{name!r}; give one of the two another name by --rename, or merge fewer"
             )
     if pending:
         raise ValueError(
@@ -256,6 +258,11 @@ def load_into(pipe: Any, embeddings: Mapping[str, Embeddings]) -> None:
                 raise ValueError(
                     f"embedding {name!r} is {rows.shape[1]} wide, {encoder} of this model {width}; "
                     "use the model it was learned with"
+                )
+            if name in getattr(pipe, tokenizer).get_vocab():
+                raise ValueError(
+                    f"embedding {name!r} is a word of the tokenizer already; give it another name "
+                    f"by python merge_embeddings.py --rename '{name}=NEW'"
                 )
             pipe.load_textual_inversion(
                 {name: rows}, text_encoder=module, tokenizer=getattr(pipe, tokenizer)

@@ -130,12 +130,19 @@ def starting_rows(
         parts: as `loading.load_stable_diffusion` gives them.
         words, seed: as `initializer` and `seed` of `initial_rows`.
         concept: a concept file of ELITE; see `concept_rows`.
+
+    Raises:
+        ValueError: as these two, or words that nothing starts from beside the concept.
     """
     embeddings = {
         encoder: parts[encoder].get_input_embeddings() for encoder in TOKENIZERS if encoder in parts
     }
     widths = {encoder: known.weight.shape[1] for encoder, known in embeddings.items()}
     of_concept = {} if concept is None else concept_rows(concept, widths, num_vectors)
+    if words is not None and of_concept.keys() == embeddings.keys():
+        raise ValueError(
+            f"--initializer_token {words!r}: {concept} gives all vectors; leave one of them out"
+        )
     return {
         encoder: of_concept[encoder]
         if encoder in of_concept

@@ -158,10 +158,13 @@ def test_two_words_in_one_prompt(model_folder, photos, tmp_path):
     assert not np.array_equal(a, b)
 
 
-def test_concept_starts_a_word_and_becomes_one(model_folder, photos, tmp_path, concept):
+def test_concept_starts_a_word_and_becomes_one(model_folder, photos, tmp_path, concept, capsys):
     path = tmp_path / "corgi.safetensors"
     concept.save(path)
     start = ("--initializer_concept", path, "--num_vectors", "1", "--learning_rate", "1e-9")
+    both = (*start, "--initializer_token", "critter")
+    assert train(model_folder, photos, tmp_path / "both", *both) == 2
+    assert "gives all vectors; leave one of them out" in capsys.readouterr().err
     assert train(model_folder, photos, tmp_path / "run", *start, steps=1) == 0
     learned = load_file(tmp_path / "run" / "learned_embeds.safetensors")["<cat>"]
     assert torch.allclose(learned, concept.words[0, :1], atol=1e-6)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from elite import Concept
 from elite.loading import load_stable_diffusion, stock_pipeline
 from elite.settings import EMBEDDING_FORMATS
 from textual_inversion.files import (
@@ -31,6 +32,19 @@ def test_embeddings_of_another_width_are_refused(model_folder, tmp_path):
     embeddings = load_embeddings(save_word(tmp_path, width=48))
     with pytest.raises(ValueError, match=r"'<cat>' is 48 wide, text_encoder of this model 24"):
         load_into(stock, embeddings)
+
+
+def test_a_word_that_the_tokenizer_has_is_to_be_renamed(model_folder, tmp_path):
+    stock = stock_pipeline(load_stable_diffusion(model_folder))
+    word = next(token for token in stock.tokenizer.get_vocab() if token.isalpha())
+    with pytest.raises(ValueError, match=f"{word!r} is a word of the tokenizer .* --rename"):
+        load_into(stock, load_embeddings(save_word(tmp_path, word)))
+
+
+def test_a_concept_file_of_several_objects_is_no_word(tmp_path, concept):
+    Concept.stack([concept, concept]).save(tmp_path / "two.safetensors")
+    with pytest.raises(ValueError, match=r"two\.safetensors: holds 2 objects; expected one"):
+        load_embeddings(tmp_path / "two.safetensors")
 
 
 def test_xl_needs_both_files(xl_folder, tmp_path):

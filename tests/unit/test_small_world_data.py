@@ -143,6 +143,24 @@ def test_finished_folder_is_not_overwritten(folder):
     assert files_of(folder) == before
 
 
+def test_nothing_is_written_where_something_is_wrong(folder, tmp_path):
+    objects = tmp_path / "objects"
+    for arguments, message in (
+        ([folder], "is there already; remove it"),
+        ([tmp_path / "new", "--art", tmp_path / "none"], "none"),
+        ([objects], "is given for --test_datasets, too; choose another folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            writer.main([*map(str, arguments), "--test_datasets", str(objects)])
+        assert not objects.exists() or not any(objects.iterdir())
+
+
+def test_the_working_directory_may_be_filled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    writer.main([".", "--count", "1", "--size", "32", "--workers", "1"])
+    assert len(list((tmp_path / "images" / "test").iterdir())) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [([], "nothing to make"), (["x", "--count", "0"], "--count 0: expected 1 or more")],

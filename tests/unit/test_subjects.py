@@ -137,7 +137,7 @@ def test_subjects_of_dreambench_plus_plus_have_prompts_of_their_own(plus):
     assert subject.reference_paths == (subject.pair.image_path,)
     told = [str(one.message) for one in notes]
     assert told[0].endswith("1 pictures without a mask are left out")
-    assert told[1].endswith("pair1.txt: 2 prompts without the word 'Kitten' are left out")
+    assert told[1].endswith("pair1.txt: 2 prompts without 'Kitten', or with a brace, are left out")
     prompts = read_prompts(REPOSITORY / "configs/prompts/dreambench.yaml")
     cases = make_cases([subject], prompts, [1, 2])
     assert [case.class_prompt for case in cases[::2]] == [
@@ -207,6 +207,8 @@ def test_pairs_beside_folders_of_pictures_stay_the_subjects(tmp_path):
 
 def test_a_stray_picture_beside_folders_is_left_out(tmp_path):
     tiny.save_pairs(tmp_path / "dog", 1)
+    (tmp_path / ".thumbs").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / ".thumbs" / "dog.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "poster.jpg")
     with pytest.warns(Note, match=r"poster\.jpg is left out, and 0 more"):
         subjects = read_subjects(tmp_path, {}, "object")
