@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any w
 
 from elite.annotations import csv_opened
 from elite.console import OK, add_set_name, run, script_parser
-from elite.files import write_atomically
+from elite.files import sha256_of, write_atomically, write_text
 from elite.open_images import file_key, files_in, image_file
 
 TABLES = ("annotations-bbox", "annotations-object-segmentation")
@@ -46,10 +46,16 @@ def keep(table: Path, root: Path, set_name: str) -> int:
     """Writes a table anew, unless nothing of it is there. Returns the number of rows kept.
 
     Raises:
-        ValueError: it is damaged, or cannot be written.
+        ValueError: it is damaged, was changed by hand since, or cannot be written.
     """
-    whole = table.with_suffix(".all.csv")
+    whole, seal = table.with_suffix(".all.csv"), table.with_suffix(".sha256")
     source = whole if whole.exists() else table
+    is_ours = source is table or not (seal.exists() and table.exists())
+    if not is_ours and sha256_of(table) != seal.read_text(encoding="utf-8").strip():
+        raise ValueError(
+            f"{table}: was changed since it was made of {whole.name}; change that one in the same "
+            f"way and remove this, or remove {whole.name} to go on from this"
+        )
     rows = (row for row, is_there in rows_of(source, root, set_name) if is_there)
     first = list(itertools.islice(rows, 2))  # the header, and a row unless none is kept
     kept = 0
@@ -63,6 +69,7 @@ def keep(table: Path, root: Path, set_name: str) -> int:
 
     if len(first) > 1:
         write_atomically(table, write)
+        write_text(seal, f"{sha256_of(table)}\n")
     return kept
 
 

@@ -102,6 +102,16 @@ def test_annotations_of_what_is_there_are_kept(tmp_path, capsys):
     assert keep_downloaded([str(root)]) == 0
     assert [len(OpenImagesBoxes(root)), len(OpenImagesMasks(root))] == [4, 3]
 
+    table = root / "annotations" / "test-annotations-bbox.csv"
+    corrected = "".join(table.read_text().splitlines(keepends=True)[:-1])
+    table.write_text(corrected)
+    with pytest.raises(ValueError, match=r"was changed since it was made of .*bbox\.all\.csv"):
+        keep_downloaded([str(root)])
+    assert table.read_text() == corrected
+    table.with_suffix(".all.csv").unlink()
+    assert keep_downloaded([str(root)]) == 0
+    assert table.read_text() == table.with_suffix(".all.csv").read_text() == corrected
+
 
 def test_nothing_downloaded_changes_nothing(tmp_path):
     root = make_open_images(tmp_path, n=2)
