@@ -84,6 +84,10 @@ class Order:
     speed: str = "exact"
 
     def __post_init__(self) -> None:
+        each = len(self.seeds) * len(self.lambdas)
+        if self.count > MAX_PICTURES >= each:
+            most = MAX_PICTURES // each
+            raise ValueError(f"{len(self.prompts)} prompts of {each} pictures; at most {most} do")
         _check("number of pictures", self.count, 1, MAX_PICTURES)
         _check("steps", self.num_inference_steps, 1, MAX_STEPS)
         _check("guidance", self.guidance_scale, 0, MAX_GUIDANCE)
@@ -229,7 +233,10 @@ class Studio:
         """
         with folder_hidden(path):
             concept = ConceptFolder(path).read(0)
-            self.pipe.check_concept(concept)
+            try:
+                self.pipe.check_concept(concept)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
             fits = concept.words.shape[1] == self.pipe.global_mapper.num_levels
             if (tokens := concept.feature_tokens) is not None:  # of one picture or several
                 fits = fits and not tokens.shape[1] % self.pipe.grid**2

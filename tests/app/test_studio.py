@@ -200,6 +200,10 @@ def test_people_at_once_get_what_they_would_get_alone(studio, concepts):
     [
         ({"seeds": tuple(range(MAX_PICTURES + 1))}, "number of pictures 33: expected 1 to 32"),
         ({"seeds": ()}, "number of pictures 0"),
+        (
+            {"prompts": ("a S",) * 5, "lambdas": (0.1,) * 7, "seeds": (1,)},
+            "5 prompts of 7 pictures; at most 4 do",
+        ),
         ({"seeds": (-1,)}, "seed -1"),
         ({"others": {"S2": 2}}, "lambda of S2 2: expected 0 to 1.5"),
         ({"regions": {"S2": "inside"}}, "region 'inside' of S2: expected one of left, right"),
@@ -238,7 +242,7 @@ def test_a_concept_file_is_drawn_as_the_concept(studio, concepts, tmp_path):
 def test_concept_files_that_do_not_fit(studio, concepts, tmp_path):
     one = concepts[0]
     bad = {
-        "mappers": (replace(one, fingerprint="other"), "made by other mappers"),
+        "mappers": (replace(one, fingerprint="other"), r"mappers\.safetensors: concept was"),
         "wide": (replace(one, words=one.words.repeat(1, 1, 2)), "wide.*: words or feature tokens"),
         "long": (replace(one, words=one.words.repeat(1, 2, 1)), "concept of other sizes"),
         "several": (Concept.stack(concepts), "holds 2 objects"),
