@@ -61,7 +61,10 @@ class Metric(Protocol):
     """Scores pictures: {column: one value per picture, None where it does not apply}."""
 
     name: str
-    network: nn.Module  # whose weights decide the scores
+
+    @property
+    def network(self) -> nn.Module:
+        """Whose weights decide the scores."""
 
     def __call__(
         self, pictures: Sequence[Image.Image], cases: Sequence[Case]
@@ -100,8 +103,12 @@ class ClipScores:
     name = "clip"
 
     def __init__(self, clip: Clip, read: References) -> None:
-        self.model, self.network = clip, clip.model
+        self.model = clip
         self.references = lru_cache(lambda subject: clip.images(read(subject)))
+
+    @property
+    def network(self) -> nn.Module:
+        return self.model.model
 
     def __call__(
         self, pictures: Sequence[Image.Image], cases: Sequence[Case]
@@ -120,8 +127,12 @@ class DinoScores:
     name = "dino"
 
     def __init__(self, dino: Dino, read: References) -> None:
-        self.model, self.network = dino, dino.model
+        self.model = dino
         self.references = lru_cache(lambda subject: dino.images(read(subject)))
+
+    @property
+    def network(self) -> nn.Module:
+        return self.model.model
 
     def __call__(
         self, pictures: Sequence[Image.Image], cases: Sequence[Case]

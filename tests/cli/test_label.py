@@ -3,6 +3,7 @@
 import json
 import shutil
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,11 +34,13 @@ class Stub:
     """
 
     def __init__(self):
-        self.known, self.asked = {}, 0
+        self.known, self.asked, self.model = {}, 0, None
 
     def __call__(self, name_or_path, words):  # in the place of the class
         self.word = words[0]
-        return self.look
+        look = partial(self.look)
+        look.model = self.model
+        return look
 
     def look(self, image, least):
         self.asked += 1
