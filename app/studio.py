@@ -285,7 +285,7 @@ class Studio:
             resolution=self.resolution,
             num_inference_steps=order.num_inference_steps,
             guidance_scale=order.guidance_scale,
-            negative_prompt=order.negative_prompt,
+            negative_prompt=order.negative_prompt or None,
             speed=speed_of(order.speed),
         )
 

@@ -12,7 +12,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
 from elite.attention import KeysValues, conditional_rows, is_installed
 from elite.cards import Carded, pipeline_card
@@ -95,6 +95,11 @@ class DiffusersPipeline(Carded, DiffusionPipeline):
     ) -> str | list[str]:
         return read_prompt(prompt, tokenizer)
 
+    @property
+    def present_text_encoders(self) -> list[CLIPTextModel]:
+        """None of them where embeddings take their place."""
+        return [one for one in text_encoders(self.components) if one is not None]
+
     def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
         """As diffusers', whose clip_skip looks for the `text_model` that transformers 5 has
         dissolved."""
@@ -103,7 +108,7 @@ class DiffusersPipeline(Carded, DiffusionPipeline):
         if lends_itself:
             encoder.__dict__["text_model"] = encoder  # past nn.Module, which would register it
         try:
-            with lora_scales_kept(text_encoders(self.components)):
+            with lora_scales_kept(self.present_text_encoders):
                 return super().encode_prompt(*args, **kwargs)
         finally:
             if lends_itself:
@@ -151,11 +156,13 @@ def check_numbers(
     check_whole("num_inference_steps", num_inference_steps, least=1)
     if not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale is {brief(guidance_scale)}; expected a number")
-    of_pipe = text_encoders(pipe.components)
-    deepest = min(e.config.num_hidden_layers for e in of_pipe) - len(of_pipe) + 1
-    for name, least, most in (("height", 8, None), ("width", 8, None), ("clip_skip", 0, deepest)):
-        if (value := kwargs.get(name)) is not None:
-            check_whole(name, value, least, most)
+    for side in ("height", "width"):
+        if kwargs.get(side) is not None:
+            check_whole(side, kwargs[side], least=8)
+    of_pipe = pipe.present_text_encoders
+    if kwargs.get("clip_skip") is not None and of_pipe:
+        deepest = min(e.config.num_hidden_layers for e in of_pipe) - len(of_pipe) + 1
+        check_whole("clip_skip", kwargs["clip_skip"], 0, deepest)
 
 
 def check_whole(name: str, value: Any, least: int, most: int | None = None) -> int:

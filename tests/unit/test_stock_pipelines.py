@@ -149,6 +149,14 @@ def test_one_condition_serves_every_row_of_embeddings(pipe, concept, guidance_sc
             assert relative(row[None], alone) < CLOSE
 
 
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_embeddings_need_no_text_encoder(pipe, concept, guidance_scale):
+    given = pipe.condition(PROMPT, concept, guidance_scale=guidance_scale)
+    expected = draw(pipe, prompt=None, **given)
+    pipe.text_encoder = None
+    assert torch.equal(draw(pipe, prompt=None, **given), expected)
+
+
 def test_conditions_one_after_the_other_are_no_batch(pipe, concept):
     """Each has its guidance row first, so that every second row would be taken for a prompt's."""
     given = pipe.condition(PROMPT, concept)
