@@ -34,6 +34,7 @@ from elite.console import add_set_name, add_workers, check_least, run, script_pa
 from elite.data import Pair, PairFolder
 from elite.files import (
     check_writable,
+    digest_files,
     is_file,
     read_text,
     remove_leftovers,
@@ -250,7 +251,8 @@ def plan_shards(source: Packed, side: int | None, shard_bytes: int) -> tuple[np.
     for number in tqdm(range(len(source)), "files", unit="image"):
         item = source.item(number)
         sizes[number] = item.size()
-        digest.update(f"{item.key} {sizes[number]} {item.labels}\n".encode())
+        of_pair = digest_files(item.image, *item.masks) if item.labels is None else ""
+        digest.update(f"{item.key} {sizes[number]} {item.labels}{of_pair}\n".encode())
     sizes = np.round(sizes * _shrinkage(source, side)).astype(np.int64) + OVERHEAD
     starts = np.cumsum(sizes) - sizes
     return np.unique(starts // shard_bytes, return_inverse=True)[1], digest.hexdigest()

@@ -144,7 +144,7 @@ def test_unreadable_images_are_listed_and_left_out(tmp_path, capsys):
     assert np.array_equal(plain.boxes[kept], sharded.boxes)
 
 
-def test_pairs_are_packed_with_the_boxes_of_their_masks(tmp_path):
+def test_pairs_are_packed_with_the_boxes_of_their_masks(tmp_path, capsys):
     folder = tmp_path / "pairs"
     folder.mkdir()
     image, mask, box = picture(3)
@@ -157,6 +157,9 @@ def test_pairs_are_packed_with_the_boxes_of_their_masks(tmp_path):
     assert boxes.boxes[0] == pytest.approx(box, abs=0.013)  # even sides: two pixels of 160
     assert boxes.image_name(0).endswith("000000.tar/my%2Ecat 1.jpg")
     assert len(OpenImagesMasks(open_source(tmp_path / "shards"))) == 1
+    (folder / "my.cat 1.jpg").write_bytes(image[:-1] + b"\0")  # of the same size
+    assert run_script(PACK, folder, tmp_path / "shards", *SMALL) == 2
+    assert "holds shards of another source" in error_of(capsys)
 
 
 def test_masks_that_are_none_are_listed_and_left_out(tmp_path, capsys):
