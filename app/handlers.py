@@ -30,6 +30,7 @@ from elite.drawing import stem_of, write_png
 from elite.images import doubt, read_image
 from elite.masks import Find, find_object
 from elite.named_concepts import Words
+from elite.text import whole_word
 from elite.wording import note
 
 Values = dict[str, Any]
@@ -300,6 +301,9 @@ class AppHandlers:
             self._prompts(values, told.append)
         except Exception as error:
             return {"prompt_message": problem(error)}
+        second = self.studio.second_token
+        if not values["second_file"] and whole_word(second).search(values["prompts"] or ""):
+            told.append(f"{second} is read as a plain word until the other object's file is loaded")
         return {"prompt_message": message("; ".join(told)) if told else ""}
 
     def _others(self, values: Values) -> dict[str, float]:

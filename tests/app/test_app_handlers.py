@@ -363,6 +363,12 @@ def test_prompts_name_both_objects_once_the_file_is_there(handlers, couple):
     assert handlers.check({**alone, "second_file": None}) == {"prompt_message": ""}
 
 
+def test_a_second_word_without_its_object_is_told(handlers, values):
+    asked = {**values, "prompts": "a S next to a S2"}
+    assert "S2 is read as a plain word until" in handlers.check(asked)["prompt_message"]
+    assert handlers.check({**values, "prompts": "a S, S22"})["prompt_message"] == ""
+
+
 def test_a_second_file_that_is_none_is_said_at_once(handlers, couple, tmp_path):
     (tmp_path / "text.safetensors").write_text("no tensors")
     bad = {**couple, "second_file": str(tmp_path / "text.safetensors")}
