@@ -172,12 +172,13 @@ class AppHandlers:
         """`look` for another picture, without marks and mask of the last one."""
         if values["picture"] and values["picture"] == values["several"].given:
             return self.look(values)  # which brought its own marks
-        has_own_mask = self._is_example(values)
-        if values["method"] == "file" and not has_own_mask:
-            values = {**values, "method": NEW["method"]}
-        mask = {} if has_own_mask else {"mask": None, "method": values["method"]}
-        looked = self.look({**values, "marks": "", **mask})
-        return {**looked, "marks": {**looked["marks"], "value": ""}, **mask}
+        dropped: Values = {}  # nothing else, since the person may have chosen something meanwhile
+        if values["mask"] and not self._is_example(values):
+            dropped = {"mask": None}
+            if values["method"] == "file":
+                dropped["method"] = NEW["method"]
+        looked = self.look({**values, "marks": "", **dropped})
+        return {**looked, "marks": {**looked["marks"], "value": ""}, **dropped}
 
     def _is_example(self, values: Values) -> bool:
         """Whether the picture is the example that was picked last, which comes with its mask."""

@@ -105,6 +105,8 @@ def test_another_picture_drops_the_mask_of_the_last(handlers, values, pairs, tmp
         own = handlers.new_picture({**picked, "picture": values["picture"], "example": example})
         assert own["mask"] is None and own["method"] == "centre" and own["saved"] is None
         assert not own["mask_part"]["visible"]
+    late = handlers.new_picture({**values, "method": "box"})
+    assert "method" not in late and "mask" not in late, "what is chosen meanwhile stays"
 
 
 def test_another_part_of_the_picture_has_no_marks_yet(handlers, values, tmp_path):
