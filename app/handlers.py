@@ -172,13 +172,21 @@ class AppHandlers:
         """`look` for another picture, without marks and mask of the last one."""
         if values["picture"] and values["picture"] == values["several"].given:
             return self.look(values)  # which brought its own marks
-        dropped: Values = {}  # nothing else, since the person may have chosen something meanwhile
-        if values["mask"] and not self._is_example(values):
-            dropped = {"mask": None}
-            if values["method"] == "file":
-                dropped["method"] = NEW["method"]
-        looked = self.look({**values, "marks": "", **dropped})
-        return {**looked, "marks": {**looked["marks"], "value": ""}, **dropped}
+        looked = self.look({**values, "marks": "", **self._without_mask(values)})
+        return {**looked, "marks": {**looked["marks"], "value": ""}}
+
+    def drop_mask(self, values: Values) -> Values:
+        """Takes away a mask that is of another picture. At once and by itself: what the person
+        chooses while the picture is looked at stays."""
+        is_given = values["picture"] and values["picture"] == values["several"].given
+        dropped = {} if is_given else self._without_mask(values)
+        return {"mask": gr.skip(), "method": gr.skip(), **dropped}
+
+    def _without_mask(self, values: Values) -> Values:
+        """What becomes of mask and method with a new picture."""
+        if not values["mask"] or self._is_example(values):
+            return {}
+        return {"mask": None, **({"method": NEW["method"]} if values["method"] == "file" else {})}
 
     def _is_example(self, values: Values) -> bool:
         """Whether the picture is the example that was picked last, which comes with its mask."""

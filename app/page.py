@@ -39,7 +39,7 @@ DRAWING = (
     *SECOND,
 )
 LOOKED = ("marks", "several", "views", "object_message", "square", "mask_part", "saved")
-NEWLY = (*LOOKED, "method", "mask")
+DROPPED = ("mask", "method")
 LOOK_ELSEWHERE = (("squaring", "change"), ("position", "release"))
 LOOK_AGAIN = (
     ("concept_file", "change"),
@@ -321,7 +321,8 @@ def _wire(controls: dict[str, Any], handlers: AppHandlers) -> None:
         return parts(handlers.pick_example(event.index))
 
     changed = controls["picture"].change
-    changed(answer(handlers.new_picture), chosen(OBJECT), listed(NEWLY), **looking)
+    changed(answer(handlers.new_picture), chosen(OBJECT), listed(LOOKED), **looking)
+    changed(answer(handlers.drop_mask), chosen(OBJECT), listed(DROPPED), **quick)
     for events, handler in ((LOOK_ELSEWHERE, handlers.look_elsewhere), (LOOK_AGAIN, handlers.look)):
         for name, event in events:
             listener = getattr(controls[name], event)

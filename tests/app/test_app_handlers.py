@@ -2,8 +2,10 @@
 
 import html
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import gradio as gr
 import numpy as np
 import pytest
 import torch
@@ -99,14 +101,16 @@ def test_another_picture_drops_the_mask_of_the_last(handlers, values, pairs, tmp
     Image.fromarray(answer["picture"]).save(example)
     mask = str(pairs / "pair1_bg.png")
     picked = {**values, "picture": str(example), "method": "file", "mask": mask}
-    shown = handlers.new_picture({**picked, "example": answer["example"]})
-    assert "mask" not in shown and "method" not in shown, "it came with its mask"
+    stays = {"mask": gr.skip(), "method": gr.skip()}
+    assert handlers.drop_mask({**picked, "example": answer["example"]}) == stays, "its own"
     for example in (None, answer["example"]):
-        own = handlers.new_picture({**picked, "picture": values["picture"], "example": example})
-        assert own["mask"] is None and own["method"] == "centre" and own["saved"] is None
-        assert not own["mask_part"]["visible"]
-    late = handlers.new_picture({**values, "method": "box"})
-    assert "method" not in late and "mask" not in late, "what is chosen meanwhile stays"
+        own = {**picked, "picture": values["picture"], "example": example}
+        assert handlers.drop_mask(own) == {"mask": None, "method": "centre"}
+        looked = handlers.new_picture(own)
+        assert looked["saved"] is None and not looked["mask_part"]["visible"]
+    assert handlers.drop_mask({**values, "method": "box"}) == stays
+    given = replace(values["several"], given=values["picture"])
+    assert handlers.drop_mask({**picked, "picture": values["picture"], "several": given}) == stays
 
 
 def test_another_part_of_the_picture_has_no_marks_yet(handlers, values, tmp_path):
