@@ -23,7 +23,6 @@ def main() -> int:
     from accelerate import PartialState
 
     from elite.encoding import encode_folder
-    from elite.files import check_apart
     from elite.inference import (
         device_and_dtype,
         load_pipeline,
@@ -36,7 +35,6 @@ def main() -> int:
     pipe = load_pipeline(config, config.local_mapper_path)
     pipe.to(*device_and_dtype(config))
     pairs, output_dir = read_pairs(config), Path(config.output_dir)
-    check_apart(output_dir, config.test_data_dir)
     failures = encode_folder(
         pipe, pairs, output_dir, skip_existing=config.skip_existing, metadata=model_metadata(config)
     )

@@ -170,21 +170,18 @@ class AppHandlers:
 
     def new_picture(self, values: Values) -> Values:
         """`look` for another picture, without marks and mask of the last one."""
-        if values["picture"] and values["picture"] == values["several"].given:
+        if is_turned_to(values):
             return self.look(values)  # which brought its own marks
-        looked = self.look({**values, "marks": "", **self._without_mask(values)})
-        return {**looked, "marks": {**looked["marks"], "value": ""}}
+        return self._look_unmarked({**values, **self._without_mask(values)})
 
     def drop_mask(self, values: Values) -> Values:
         """Takes away a mask that is of another picture. At once and by itself: what the person
         chooses while the picture is looked at stays."""
-        is_given = values["picture"] and values["picture"] == values["several"].given
-        dropped = {} if is_given else self._without_mask(values)
-        return {"mask": gr.skip(), "method": gr.skip(), **dropped}
+        return {"mask": gr.skip(), "method": gr.skip(), **self._without_mask(values)}
 
     def _without_mask(self, values: Values) -> Values:
         """What becomes of mask and method with a new picture."""
-        if not values["mask"] or self._is_example(values):
+        if not values["mask"] or is_turned_to(values) or self._is_example(values):
             return {}
         return {"mask": None, **({"method": NEW["method"]} if values["method"] == "file" else {})}
 
@@ -200,10 +197,15 @@ class AppHandlers:
 
     def look_elsewhere(self, values: Values) -> Values:
         """`look` at another part of the picture, without the marks, which lie on the last one."""
-        looked = self.look({**values, "marks": ""})
+        looked = self._look_unmarked(values)
         if values["marks"]:
             told = message("your marks lay on another part of the picture, and were cleared")
             looked["object_message"] = told + looked["object_message"]
+        return looked
+
+    def _look_unmarked(self, values: Values) -> Values:
+        """`look`, and no marks from now on."""
+        looked = self.look({**values, "marks": ""})
         return {**looked, "marks": {**looked["marks"], "value": ""}}
 
     def pick_example(self, index: Any) -> Values:
@@ -393,6 +395,11 @@ class AppHandlers:
         finally:
             self._at_work = [stop for stop in self._at_work if stop is not values["stop"]]
         yield done
+
+
+def is_turned_to(values: Values) -> bool:
+    """Whether the picture is one of several that was put into the controls, marks, mask and all."""
+    return bool(values["picture"]) and values["picture"] == values["several"].given
 
 
 def held(several: Several, said: str = "") -> Values:

@@ -149,11 +149,8 @@ def check_names(given: Iterable[str], options: Set[str], function: Callable) -> 
             raise ValueError(f"{name}: unknown argument{nearest(name, known)}")
 
 
-def check_numbers(
-    pipe: DiffusersPipeline, num_inference_steps: int, guidance_scale: float, kwargs: dict
-) -> None:
+def check_numbers(pipe: DiffusersPipeline, guidance_scale: float, kwargs: dict) -> None:
     """Raises ValueError where a number of a call is none, or one that makes no picture."""
-    check_whole("num_inference_steps", num_inference_steps, least=1)
     if not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale is {brief(guidance_scale)}; expected a number")
     for side in ("height", "width"):

@@ -87,7 +87,7 @@ class PromptConditioning(DiffusersPipeline):
         if not isinstance(prompt, str):
             raise ValueError(f"expected one prompt, not {prompt!r}; call once per prompt")
         check_names(kwargs, CONDITION_OPTIONS, self.condition)
-        check_numbers(self, 1, guidance_scale, kwargs)
+        check_numbers(self, guidance_scale, kwargs)
         named = concepts_by_name(concept, concepts, placeholder_token)
         if not named:
             raise ValueError("no concept; pass concept or concepts")

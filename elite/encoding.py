@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from elite.concept import Concept, ConceptFolder, is_saved
 from elite.data import PairFolder
-from elite.files import sampled_digest, write_atomically
+from elite.files import check_apart, sampled_digest, write_atomically
 from elite.images import cut_out
 from elite.pipeline import Elite, stack_views
 from elite.sheets import SHEET_ROWS, fit_tile, label_tile, tile_rows
@@ -127,8 +127,9 @@ def encode_folder(
         One line per pair that could not be read, from all processes.
 
     Raises:
-        ValueError: two pictures of one name, or the disk is full.
+        ValueError: two pictures of one name, a folder among the pictures, or the disk is full.
     """
+    check_apart(output_dir, pairs.root)
     pairs.check_names()
     state = PartialState()
     share = range(len(pairs))[state.process_index :: state.num_processes]

@@ -35,6 +35,7 @@ from elite.compat import (
     callback_may_change_context,
     check_names,
     check_numbers,
+    check_whole,
     texts_per_prompt,
 )
 from elite.concept import Concept
@@ -294,7 +295,8 @@ class Elite(PromptConditioning):
             raise ValueError("ip_adapter_image: not taken; pass what encode_concept makes of it")
         check_names(kwargs, call_options(super().__call__), self.__call__)
         speed = speed_of(speed, guidance_stop, deep_every, deep_first)
-        check_numbers(self, num_inference_steps, guidance_scale, kwargs)
+        check_whole("num_inference_steps", num_inference_steps, least=1)
+        check_numbers(self, guidance_scale, kwargs)
         self.take_unet()
         concepts = concepts_by_name(concept, concepts, placeholder_token)
         prompts, count, kwargs = texts_per_prompt(prompt, kwargs, self.family)

@@ -185,7 +185,8 @@ def rate(folder: Path, command: Sequence[str]) -> list[dict]:
     lines = [{"command": list(command)}, *(one.row | one.of for one in kept)]
     write_text(folder / RATINGS, "".join(json.dumps(line) + "\n" for line in lines))
     rows = [one.row for one in kept if one.key in asked]
-    todo = [case for case in cases if tuple(case.key.values()) not in {one.key for one in kept}]
+    rated = {one.key for one in kept}
+    todo = [case for case in cases if tuple(case.key.values()) not in rated]
     program = Program(command)
     bar = tqdm(todo, "rate", len(cases), initial=len(rows), unit="picture")
     try:
