@@ -18,9 +18,10 @@ from elite.files import digest_weights
 from elite.images import read_image
 from elite.sheets import HEADER, TILE, tile_rows
 from evaluation import cases as cases_module
+from evaluation import protocol
 from evaluation.cases import Case, contact_sheets, make_cases
 from evaluation.metrics import Clip, Dino
-from evaluation.protocol import CLIP, DINO, GROUND, Setup, departures
+from evaluation.protocol import CLIP, DINO, GROUND, Setup, departures, digest_prompts
 from evaluation.rate import Program, cases_of, numbers_of, read_ratings
 from evaluation.subjects import Subject, read_prompts, read_subjects
 from tests import tiny
@@ -118,11 +119,21 @@ def test_a_subject_with_a_broken_reference_leaves_the_rest(evaluate, dreambench,
 
 
 @pytest.fixture
-def cases():
-    """As many as DreamBench has."""
+def cases(monkeypatch):
+    """As many as DreamBench has, of prompts that stand for its own."""
     subjects = [Subject(str(n), "mug", pair_of(Path(f"{n}.jpg")), ()) for n in range(30)]
     kinds = [(number, seed) for number in range(25) for seed in range(4)]
-    return [Case(subject, number, "{}", seed) for subject in subjects for number, seed in kinds]
+    cases = [
+        Case(subject, number, f"a {{}} in place {number}", seed)
+        for subject in subjects
+        for number, seed in kinds
+    ]
+    monkeypatch.setitem(protocol.PROMPTS, "object", digest_prompts(cases, subjects[0]))
+    return cases
+
+
+def with_other_words(case):
+    return replace(case, template=case.template.replace("place 3", "no place"))
 
 
 SETUP = Setup("prompts_and_classes.txt", CLIP, DINO, cropped=False)
@@ -136,9 +147,8 @@ def test_what_is_dreambenchs_departs_in_nothing(cases):
     ("fewer", "change", "message"),
     [
         (lambda case: case.subject.name != "7", {}, "29 subjects, not 30"),
-        (lambda case: case.number or case.subject.name != "7", {}, "not 25 prompts for each"),
+        (lambda case: case.number or case.subject.name != "7", {}, "not the 25 prompts of"),
         (lambda case: case.seed, {}, "3 pictures a prompt, not 4"),
-        (bool, {"prompts": "dreambench.yaml"}, "not the prompts of prompts_and_classes.txt"),
         (bool, {"clip": "clip"}, f"CLIP clip, not {CLIP}"),
         (bool, {"dino": "facebook/dinov2-small"}, f"DINO facebook/dinov2-small, not {DINO}"),
         (bool, {"cropped": True}, "cropped references"),
@@ -147,6 +157,11 @@ def test_what_is_dreambenchs_departs_in_nothing(cases):
 def test_each_departure_is_named(cases, fewer, change, message):
     (found,) = departures([case for case in cases if fewer(case)], replace(SETUP, **change))
     assert found.startswith(message)
+
+
+def test_prompts_of_ones_own_in_the_form_of_dreambenchs_are_a_departure(cases):
+    (found,) = departures([with_other_words(case) for case in cases], SETUP)
+    assert found.startswith("not the 25 prompts of prompts_and_classes.txt")
 
 
 # --- comparing runs -------------------------------------------------------------------------------
