@@ -325,7 +325,8 @@ class AppHandlers:
     def _prompts(self, values: Values, tell: Callable[[str], object] = note) -> tuple[str, ...]:
         """Raises ValueError."""
         text, words = values["prompts"] or "", words_of(values["words"])
-        return self.studio.check_prompts(text, words, list(self._others(values)), tell)
+        others, negative = list(self._others(values)), values["negative"] or ""
+        return self.studio.check_prompts(text, words, others, tell, negative)
 
     def _order(self, values: Values, sweep: bool) -> Order:
         others = self._others(values)

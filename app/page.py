@@ -330,7 +330,7 @@ def _wire(controls: dict[str, Any], handlers: AppHandlers) -> None:
     wished = controls["several"].input
     wished = wished(answer(handlers.rearrange), chosen(OBJECT), listed((*CONTROLS, *HELD)), **quick)
     wished.then(answer(handlers.glance), chosen(OBJECT), listed(HELD), **looking)
-    for name in ("prompts", "words"):
+    for name in ("prompts", "words", "negative"):
         listener = controls[name].change
         listener(answer(handlers.check), chosen(DRAWING), listed(["prompt_message"]), **quick)
     listener = controls["second_file"].change

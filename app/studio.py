@@ -26,7 +26,7 @@ from elite.pipeline import Elite
 from elite.previews import Preview
 from elite.sheets import tile_rows
 from elite.speed import speed_of
-from elite.text import tokenize
+from elite.text import read_prompt, tokenize
 from elite.wording import note
 
 MAX_PROMPTS, MAX_PICTURES, MAX_STEPS, MAX_LAMBDA, MAX_GUIDANCE = 8, 32, 150, 1.5, 20.0
@@ -200,11 +200,13 @@ class Studio:
         words: Words = 0,
         others: Sequence[str] = (),
         tell: Callable[[str], object] = note,
+        negative: str = "",
     ) -> tuple[str, ...]:
         """The prompts of a text, one a line.
 
         Args:
             others: what stands for further objects, in each prompt too.
+            negative: the prompt of what should not be seen, of which is told alone.
             tell: told of text that is too long to be read.
 
         Raises:
@@ -218,6 +220,7 @@ class Studio:
         with self._tokenizer_lock:
             names = [self.placeholder_token, *others]
             tokenize(self._tokenizer, prompts, names, num_words, tell)
+            read_prompt(negative, self._tokenizer, tell=tell)
         return prompts
 
     def encode(self, image: np.ndarray, mask: np.ndarray) -> Concept:

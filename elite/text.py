@@ -105,24 +105,28 @@ def _is_inside_word(match: re.Match) -> bool:
 
 
 def read_prompt(
-    prompt: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int | None = None
+    prompt: str | Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int | None = None,
+    tell: Callable[[str], object] = note,
 ) -> str | list[str]:
     """Prompts as a pipeline of diffusers should tokenize them, in place of its own
     `maybe_convert_prompt`: with learned words spelled out, and a note where it is too long.
 
     Args:
         length: tokens that the text encoder reads; None means the tokenizer's own.
+        tell: told of text that is cut off.
 
     Raises:
         ValueError: a learned word is cut off.
     """
     if not isinstance(prompt, str):
-        return [str(read_prompt(one, tokenizer, length)) for one in prompt]
+        return [str(read_prompt(one, tokenizer, length, tell)) for one in prompt]
     text, length = spell_out(prompt, tokenizer), length or tokenizer.model_max_length
     whole = tokenizer(text, return_offsets_mapping=True, verbose=False)
     ids, spans = whole["input_ids"], whole["offset_mapping"]
     if len(ids) > length:
-        _tell_cut(tokenizer, text, ids, spans, length - 1, length, note)
+        _tell_cut(tokenizer, text, ids, spans, length - 1, length, tell)
     return text
 
 

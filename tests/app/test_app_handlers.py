@@ -210,6 +210,8 @@ def test_a_fast_drawing_does_not_flood_the_page(monkeypatch):
 def test_text_that_is_cut_off_is_told(handlers, values):
     answer = handlers.check({**values, "prompts": "a S" + " a" * 73 + " on the beach"})
     assert "leaves out 'on the beach'" in html.unescape(answer["prompt_message"])
+    answer = handlers.check({**values, "prompts": "a S", "negative": "a " * 75 + "blur"})
+    assert "leaves out 'blur'" in html.unescape(answer["prompt_message"])
 
 
 def test_drawing_tells_steps_and_gives_files_with_metadata(handlers, values, tmp_path):
