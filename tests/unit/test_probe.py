@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from small_world.probe import fit_probe, main, psnr
-from small_world.world import ATTRIBUTES
+from small_world.probe import fit_probe, labels_of, main, psnr, read_by_probe
+from small_world.score import make_cases
+from small_world.world import ATTRIBUTES, BODIES, unseen_kinds
 
 
 class Shifted:
@@ -42,11 +43,25 @@ def test_the_probe_reads_what_features_tell_and_leaves_out_what_has_no_name() ->
     assert (pattern == (features[:, 1] > 0)).float().mean() > 0.97
 
 
+def test_of_new_kinds_the_new_kind_is_counted_on_its_own() -> None:
+    """Of features that tell bodies alone, new bodies are read, other new kinds guessed."""
+    cases = make_cases(300, "new kinds", seed=0)
+    bodies = torch.nn.functional.one_hot(labels_of(cases)[:, 0], len(BODIES)).float()
+    scores = read_by_probe(bodies, labels_of(cases), bodies, cases)
+    new = [unseen_kinds(case.critter)[0] for case in cases]
+    assert scores["body"]["accuracy"] == 1 and scores["new kind"]["total"] == 300
+    assert new.count("body") <= scores["new kind"]["right"] < 300
+
+
 def test_the_command_writes_a_table_and_its_numbers(tmp_path) -> None:
     main(["--output_dir", str(tmp_path), "--fitted", "30", "--samples", "8"])
     numbers = json.loads((tmp_path / "probe.json").read_text())
-    assert numbers["attributes"].keys() == ATTRIBUTES.keys()
-    assert numbers["attributes"]["scene"]["total"] == 8
-    head, _, row = (tmp_path / "probe.md").read_text().splitlines()
-    assert head.startswith("| VAE, dB | body |")
-    assert row.startswith(f"| {numbers['psnr']:.1f} |")
+    kinds = "image encoder, held out", "w0, held out", "image encoder, new kinds", "w0, new kinds"
+    assert tuple(numbers["rows"]) == kinds
+    for name, row in numbers["rows"].items():
+        assert list(row) == [*ATTRIBUTES, "new kind"]
+        assert row["scene"]["total"] == 8
+        assert row["new kind"]["total"] == (8 if "new" in name else 0)
+    head, _, *rows, _, vae = (tmp_path / "probe.md").read_text().splitlines()
+    assert head.startswith("| % read by a probe | body |") and len(rows) == 4
+    assert vae == f"VAE: {numbers['psnr']:.1f} dB."
