@@ -97,54 +97,54 @@ def references(cropped: bool) -> References:
     return lru_cache(maxsize=1)(partial(Subject.references, cropped=cropped))
 
 
-class ClipScores:
-    """CLIP-I, the mean cosine with the references, and CLIP-T, the cosine with the class prompt."""
+class ImageScores:
+    """The mean cosine of a picture with the references of its subject.
 
-    name = "clip"
+    Args:
+        read: as `references` gives it.
+    """
 
-    def __init__(self, clip: Clip, read: References) -> None:
-        self.model = clip
-        self.references = lru_cache(lambda subject: clip.images(read(subject)))
+    name: str
+
+    def __init__(self, model: Clip | Dino, read: References) -> None:
+        self.model = model
+        self.references = lru_cache(lambda subject: model.images(read(subject)))
 
     @property
     def network(self) -> nn.Module:
         return self.model.model
+
+    def cosines(self, images: Tensor, cases: Sequence[Case]) -> list[float | None]:
+        """Of the embeddings of pictures, (B, D)."""
+        pairs = zip(images, cases, strict=True)
+        return [mean_cosine(image, self.references(case.subject)) for image, case in pairs]
+
+
+class ClipScores(ImageScores):
+    """CLIP-I, the mean cosine with the references, and CLIP-T, the cosine with the class prompt."""
+
+    name = "clip"
+    model: Clip
 
     def __call__(
         self, pictures: Sequence[Image.Image], cases: Sequence[Case]
     ) -> dict[str, list[float | None]]:
         images = self.model.images(pictures)
         texts = self.model.texts([case.class_prompt for case in cases])
-        return {
-            "clip_i": _mean_cosines(images, cases, self.references),
-            "clip_t": [float(cosine) for cosine in (images * texts).sum(-1)],
-        }
+        cosines: list[float | None] = [float(cosine) for cosine in (images * texts).sum(-1)]
+        return {"clip_i": self.cosines(images, cases), "clip_t": cosines}
 
 
-class DinoScores:
+class DinoScores(ImageScores):
     """DINO-I, the mean cosine with the references."""
 
     name = "dino"
-
-    def __init__(self, dino: Dino, read: References) -> None:
-        self.model = dino
-        self.references = lru_cache(lambda subject: dino.images(read(subject)))
-
-    @property
-    def network(self) -> nn.Module:
-        return self.model.model
+    model: Dino
 
     def __call__(
         self, pictures: Sequence[Image.Image], cases: Sequence[Case]
     ) -> dict[str, list[float | None]]:
-        return {"dino_i": _mean_cosines(self.model.images(pictures), cases, self.references)}
-
-
-def _mean_cosines(
-    images: Tensor, cases: Sequence[Case], references: Callable[[Subject], Tensor]
-) -> list[float | None]:
-    pairs = zip(images, cases, strict=True)
-    return [mean_cosine(image, references(case.subject)) for image, case in pairs]
+        return {"dino_i": self.cosines(self.model.images(pictures), cases)}
 
 
 # --- drawing --------------------------------------------------------------------------------------
