@@ -298,7 +298,8 @@ def train_base(work_dir: Path, scale: float) -> None:
     key = digest_files(samples / "records.json") + digest_weight_files(
         work_dir / "vae" / "vae", folder
     )
-    dataset = Latents(samples, tokenizer, vae, image_encoder, cache, key)
+    with PartialState(cpu=not torch.cuda.is_available()).main_process_first():  # encodes for all
+        dataset = Latents(samples, tokenizer, vae, image_encoder, cache, key)
     objective = BaseModelObjective(build_text_encoder(tokenizer), build_unet(), tokenizer)
 
     def preview() -> Image.Image:

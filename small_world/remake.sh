@@ -28,8 +28,9 @@ step() { printf '\n== %s\n' "$*"; "$@"; }
 launch() { step "$python" -m accelerate.commands.launch --config_file configs/cpu_2.json "$@"; }
 
 # The base model.
-for part in samples vae vae_decoder image_encoder base; do
-    step "$python" -m small_world.pretrain "$part" --work_dir "$run" --scale "$scale"
+step "$python" -m small_world.pretrain samples --work_dir "$run" --scale "$scale"
+for part in vae vae_decoder image_encoder base; do
+    launch -m small_world.pretrain "$part" --work_dir "$run" --scale "$scale"
 done
 step "$python" -m small_world.pretrain assemble --work_dir "$run" --target "$target"
 
