@@ -206,7 +206,7 @@ class Studio:
 
         Args:
             others: what stands for further objects, in each prompt too.
-            negative: the prompt of what should not be seen, of which is told alone.
+            negative: the prompt of what should not be seen: checked, and not among those returned.
             tell: told of text that is too long to be read.
 
         Raises:

@@ -66,7 +66,7 @@ def primary_words_of(elite: ElitePipeline) -> Reader:
 
 
 def drawn(case: Case) -> Picture:
-    """The case's source, which it would keep."""
+    """The source of a case; not its own `source`, which each of thousands would keep."""
     return case.picture(case.source_scene, case.rng, CONCEPT_SIDE)
 
 
