@@ -32,7 +32,7 @@ from small_world.attributes import right_ones
 from small_world.flags import MODEL
 from small_world.pretrain import image_features
 from small_world.samples import small_pixels, whole_view
-from small_world.score import CONCEPT_SIDE, Case, cell, load_elite, make_cases, share
+from small_world.score import CONCEPT_SIDE, Case, cell, make_cases, share
 from small_world.world import ATTRIBUTES, labels, unseen_kinds
 
 SEED = 1  # of the cases, which score and reproduce draw with 0
@@ -60,7 +60,7 @@ def primary_words_of(elite: ElitePipeline) -> Reader:
 
     def read(pictures: Sequence[Picture]) -> Tensor:
         views = stack_views([elite.concept_views(*picture) for picture in pictures])
-        return elite.encode_views(**views).words[:, 0].float().cpu()
+        return elite.encode_views(**views).words[:, 0]
 
     return read
 
@@ -149,7 +149,8 @@ def main(arguments: list[str] | None = None) -> int:
     parts = load_parts(args.model)
     readers = {"image encoder": features_of(parts["image_encoder"])}
     if (args.model / "global_mapper").is_dir():
-        readers["w0"] = primary_words_of(load_elite(args.model))
+        elite = ElitePipeline.from_stable_diffusion(args.model, local_mapper=False)
+        readers["w0"] = primary_words_of(elite)
     known = make_cases(args.fitted, "trained", SEED)
     cases = {"held out": make_cases(args.samples, "held out", SEED)}
     new = make_cases(args.fitted // 2 + args.samples, "new kinds", SEED)

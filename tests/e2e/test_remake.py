@@ -56,15 +56,15 @@ def flag(command: list[str], name: str) -> str:
     return command[command.index(f"--{name}") + 1]
 
 
-def place(command: list[str], argument: str) -> int:
-    """Where an argument stands; 0 where it does not."""
-    return command.index(argument) if argument in command else 0
+def plain(command: list[str]) -> list[str]:
+    """What a launch runs; another command as it is."""
+    return command[4:] if command[1] == "accelerate.commands.launch" else command
 
 
 def test_every_command_of_a_scaled_remake_is_small_and_writes_into_its_folder(remake, tmp_path):
     status, complaint, commands = remake("made", scale="0.002")
     assert (status, complaint) == (0, "")
-    parts = {c[at + 1]: c for c in commands for at in [place(c, "small_world.pretrain")] if at}
+    parts = {plain(c)[2]: c for c in commands if plain(c)[1] == "small_world.pretrain"}
     assert [*parts] == ["samples", "vae", "vae_decoder", "image_encoder", "base", "assemble"]
     long = [command for name, command in parts.items() if name != "assemble"]
     launched = {name for name, command in parts.items() if "configs/cpu_2.json" in command}
@@ -103,11 +103,10 @@ def test_a_share_never_lands_where_the_whole_is(remake):
 def execute(command: list[str]) -> None:
     """A command in this process, so that torch is imported once; one process of a launch will do,
     but where processes wait for each other."""
-    if command[-5:-3] == ["base", "--work_dir"]:
+    if plain(command)[2] == "base":
         subprocess.run([sys.executable, *command], check=True)
         return
-    if command[1] == "accelerate.commands.launch":
-        command = command[4:]
+    command = plain(command)
     sys.argv = [part for part in command if part != "-m"]
     try:
         if command[0] == "-m":
