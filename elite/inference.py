@@ -22,6 +22,7 @@ from elite.hardware import (
     FP8,
     compile_blocks,
     decode_in_parts,
+    note_emulation,
     offload_in_groups,
     order_channels_last,
     store_in_fp8,
@@ -90,7 +91,9 @@ def model_metadata(config: ConceptConfig) -> dict[str, str]:
 def device_and_dtype(config: ModelConfig) -> tuple[torch.device, torch.dtype]:
     """Where a configuration wants to compute, and in which number type."""
     device = pick_device(config.device)
-    return device, DTYPES[config.mixed_precision or ("fp16" if device.type == "cuda" else "no")]
+    precision = config.mixed_precision or ("fp16" if device.type == "cuda" else "no")
+    note_emulation(device, precision)
+    return device, DTYPES[precision]
 
 
 def prepare_to_draw(pipe: DiffusionPipeline, config: DrawingModelConfig) -> None:

@@ -136,7 +136,10 @@ class FitConfig(ModelFilesConfig):
         0.9999, "Share of the old average kept at each step.", at_least=0, below=1
     )
     mixed_precision: str | None = setting(
-        None, "Autocast type; None means accelerate's own setting.", choices=PRECISIONS
+        None,
+        "Autocast type; auto is bf16 where the device computes in it, else no; None means "
+        "accelerate's own setting.",
+        choices=(*PRECISIONS, "auto"),
     )
     gradient_checkpointing: bool = setting(
         False, "Recompute UNet activations in the backward pass: less memory, more time."

@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from elite.console import Stopped, StopSignals
+from elite.hardware import computes_in_bf16, note_emulation
 from elite.run_folder import RunFolder
 from elite.run_state import RunState
 from elite.stream import Samples, TrainingStream, read_batches, stream_loader
@@ -51,7 +52,8 @@ class Objective(Protocol):
 def make_accelerator(
     mixed_precision: str | None = None, accumulation: int = 1, cpu: bool = False
 ) -> Accelerator:
-    """An Accelerator for `fit`; None takes the precision that `accelerate launch` was given.
+    """An Accelerator for `fit`; None takes the precision that `accelerate launch` was given, "auto"
+    is bf16 where the device computes in it.
 
     Raises:
         ValueError: fp16 on a CPU, or `accelerate launch` was told to shard what is trained.
@@ -62,6 +64,10 @@ def make_accelerator(
                 f"distributed_type {sharded} of accelerate's --config_file: every process holds "
                 "all that is trained; use MULTI_GPU, as configs/4_gpu.json, and --shard_optimizer"
             )
+    if mixed_precision == "auto":
+        found = None if cpu else torch.accelerator.current_accelerator(check_available=True)
+        device = found or torch.device("cpu")
+        mixed_precision = "bf16" if computes_in_bf16(device) else "no"
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=accumulation,
@@ -70,6 +76,7 @@ def make_accelerator(
     )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("--mixed_precision fp16: trains on GPUs only; use bf16 or no on this CPU")
+    note_emulation(accelerator.device, accelerator.mixed_precision)
     return accelerator
 
 

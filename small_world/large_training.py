@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
+from elite.hardware import computes_in_bf16
 from small_world.captions import place, with_article
 from small_world.large import Size
 from small_world.mixed import MixedWorld, base_batch, image_encoder_batch, seen_by_vae, vae_batch
@@ -44,8 +45,9 @@ def train(
     device: torch.device,
     seconds: float,
 ) -> None:
-    """Trains a part for its share of the time, at least one step, in bf16; the learning rate falls
-    as a cosine of the time, and what remains is the weights' moving average.
+    """Trains a part for its share of the time, at least one step, in bf16 where the device
+    computes in it; the learning rate falls as a cosine of the time, and what remains is the
+    weights' moving average.
 
     Raises:
         ValueError: the loss is not finite.
@@ -64,7 +66,7 @@ def train(
         warm = min(1.0, (step + 1) / WARMUP_STEPS)
         optimizer.param_groups[0]["lr"] = rate * warm * (1 + math.cos(math.pi * done)) / 2
         batch = make_batch()
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bf16(device)):
             out = objective(batch)
         out["loss"].backward()
         nn.utils.clip_grad_norm_(trained, 1.0)

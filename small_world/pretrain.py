@@ -221,7 +221,7 @@ def train(
     """Fits a part by a share of its recipe, from the last checkpoint in WORK_DIR/PART where there
     is one; processes of `accelerate launch` share the batch."""
     folder = work_dir / part
-    accelerator = make_accelerator("bf16", cpu=not torch.cuda.is_available())
+    accelerator = make_accelerator("auto", cpu=not torch.cuda.is_available())
     fit(
         objective,
         dataset,

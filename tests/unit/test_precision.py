@@ -1,16 +1,23 @@
 """What makes training cheaper must not make it another training: frozen parts in half precision,
 one pass for both views, a compiled UNet."""
 
+import warnings
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
+from elite.hardware import BF16_INSTRUCTIONS
+from elite.inference import device_and_dtype
 from elite.loading import load_parts
 from elite.mappers import clip_levels, clip_levels_of_views
 from elite.objectives import EliteObjective, GlobalObjective, LocalObjective
+from elite.settings import InferenceLocalConfig
+from elite.training import make_accelerator
+from elite.wording import Note
 from tests import tiny
-from tests.conftest import run_script
+from tests.conftest import forget_accelerate, run_script
 from tests.open_images import make_open_images
 
 BATCH = {
@@ -107,3 +114,40 @@ def test_compiled_training_is_the_same_training(tmp_path, model_folder, capsys, 
         assert status == 0, capsys.readouterr().err
         results.append((run_folder / "metrics.jsonl").read_text().split('"grad_norm"')[0])
     assert len(compiled) == 1 and results[0] == results[1]
+
+
+def with_instructions(monkeypatch, *names: str) -> None:
+    """The CPU says that it has these instructions alone."""
+    capabilities = {name: name in names for name in ("avx2", *BF16_INSTRUCTIONS)}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+
+
+@pytest.mark.parametrize(
+    ("instruction", "precision"),
+    [("avx2", "no"), ("avx512_bf16", "bf16"), ("amx_bf16", "bf16"), ("bf16", "bf16")],
+)
+def test_auto_is_bf16_where_the_cpu_computes_in_it(instruction, precision, monkeypatch):
+    with_instructions(monkeypatch, instruction)
+    forget_accelerate()
+    assert make_accelerator("auto", cpu=True).mixed_precision == precision
+
+
+@pytest.mark.parametrize("asked", [{"config": "bf16"}, {"launch": "bf16"}])
+def test_emulated_bf16_is_noted_in_training(asked, monkeypatch):
+    """It took thirteen times as long as float32, without a word."""
+    with_instructions(monkeypatch, "avx2")
+    forget_accelerate()
+    if "launch" in asked:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked["launch"])
+    with pytest.warns(Note, match="--mixed_precision bf16: this CPU only emulates it.*use .* no"):
+        make_accelerator(asked.get("config"), cpu=True)
+
+
+def test_emulated_bf16_is_noted_in_drawing(monkeypatch):
+    config = InferenceLocalConfig(mixed_precision="bf16", device="cpu")
+    with_instructions(monkeypatch, "avx2")
+    with pytest.warns(Note, match="this CPU only emulates it"):
+        assert device_and_dtype(config)[1] == torch.bfloat16
+    with_instructions(monkeypatch, "amx_bf16")
+    with warnings.catch_warnings(action="error"):
+        device_and_dtype(config)
