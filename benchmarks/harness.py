@@ -9,6 +9,7 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -286,7 +287,7 @@ def parse(parser: argparse.ArgumentParser, name: str, argv: list[str] | None) ->
         for number in value if isinstance(value, list) else [value]:
             if type(number) in (int, float) and number < least:  # a switch is a bool
                 raise ValueError(f"--{key} {number}: expected {least} or more")
-    args.command = " ".join(["python -m", f"benchmarks.{name}", *argv])
+    args.command = shlex.join(["python", "-m", f"benchmarks.{name}", *argv])
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     return args

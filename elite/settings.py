@@ -58,7 +58,7 @@ def side_setting() -> Any:
 
 def batch_setting() -> Any:
     """How many pictures are drawn at once."""
-    text = "Pictures drawn at once; changes no picture."
+    text = "Pictures drawn at once; changes them by rounding at most."
     return setting(1, text, at_least=1, at_most=10_000)
 
 

@@ -2,8 +2,10 @@
 
 import json
 import math
+import shlex
 import time
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -24,7 +26,7 @@ from benchmarks import (
     table,
     training,
 )
-from benchmarks.harness import Goal, Row, Table, alternate, default_output, spread, timed
+from benchmarks.harness import RESULTS, Goal, Row, Table, alternate, default_output, spread, timed
 from elite.console import BAD_INPUT, run
 from elite.mappers import GlobalMapper
 from elite.shards import open_source
@@ -508,3 +510,15 @@ def test_gpu_needs_a_gpu(monkeypatch, capsys):
     assert capsys.readouterr().err == (
         "error: no CUDA device here; run this on a machine with an NVIDIA GPU\n"
     )
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_the_command_under_a_table_measures_that_table(path, monkeypatch):
+    """Cases that hold blanks stood there without quotes."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    monkeypatch.chdir(RESULTS.parents[1])
+    found = json.loads(path.read_text(encoding="utf-8"))
+    _, _, module, *argv = shlex.split(found["command"])
+    args = import_module(module).parse_args(argv)
+    assert args.output.resolve() == path
+    assert args.command == found["command"]
