@@ -47,7 +47,7 @@ def main() -> int:
         batch_size=config.batch_size,
         metadata={"scheduler": config.scheduler, **model_metadata(config)},
     )
-    # Of what could not be read, older pictures may be there.
+    # A subject that cannot be read may still have pictures of an earlier run: not scored.
     drawn = [case for case in mine if case.subject.name not in failures]
     rows, unmeasured = score_cases(drawn, output_dir, metrics)
     failures = dict(gather_object(list((failures | unmeasured).items())))

@@ -10,8 +10,6 @@ could be done; 3: some masks could not be read (they are listed, the rest is wri
 
 import argparse
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import cv2
@@ -25,6 +23,7 @@ from elite.console import add_set_name, add_workers, check_least, list_failures,
 from elite.files import check_writable
 from elite.images import read_mask
 from elite.open_images import files_in
+from elite.workers import worker_pool
 
 Box = tuple[int, int, int, int]  # hs, he, ws, we: mask[hs:he, ws:we] is the object
 CHUNK = 64  # masks handed to a process at a time
@@ -62,7 +61,7 @@ def boxes_of_files(
     """Boxes by file name, from the folder on, and the messages of masks that could not be read; in
     parallel, with a progress bar."""
     boxes, failures = {}, []
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with worker_pool(workers) as pool:
         found = zip(paths, pool.map(box_of_file, paths, chunksize=CHUNK), strict=True)
         for path, box in tqdm(found, "boxes", len(paths), unit="mask"):
             if isinstance(box, str):

@@ -16,14 +16,12 @@ import json
 import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
@@ -38,6 +36,7 @@ from elite.images import read_mask
 from elite.shard_cache import Listed
 from elite.shards import INDEX, LONGEST_NAME, key_of, list_file, save_index, shards_in, table_type
 from elite.wording import brief
+from elite.workers import worker_pool
 
 MOST_JSON = 2**22  # bytes of a KEY.json
 WHOLE = [0, 1, 0, 1]  # the box of a whole picture
@@ -86,10 +85,8 @@ def index_shard(path: Path, whole: bool) -> Contents:
     rows: dict[str, list[tuple]] = {"images": [], "boxes": [], "masks": []}
     try:
         with tarfile.open(path, "r:") as tar:
-            samples, doubled = group_members(tar)
-            failures += [
-                f"{path}/{name}: another picture has its name; rename it" for name in doubled
-            ]
+            samples, wrong = group_members(tar)
+            failures += [f"{path}/{message}" for message in wrong]
             for key, sample in samples.items():
                 try:
                     for name, new in rows_of(tar, sample, len(rows["images"]), whole).items():
@@ -107,10 +104,11 @@ def index_shard(path: Path, whole: bool) -> Contents:
 
 
 def group_members(tar: tarfile.TarFile) -> tuple[dict[str, Sample], list[str]]:
-    """The files of a tar by key; links, devices and sparse files are none. And the pictures whose
-    key another one has. Raises ReadError where it is damaged."""
+    """The files of a tar by key; links, devices and sparse files are none. And what is wrong with
+    the names of pictures that are left out. Raises ReadError where it is damaged."""
     samples: dict[str, Sample] = {}
     doubled: list[str] = []
+    dotted: dict[str, str] = {}  # the keys of pictures whose names have more dots
     for member in tar:
         if member.size < 0:  # with which tarfile would read the same member for ever
             raise tarfile.ReadError("a member of negative size")
@@ -129,8 +127,16 @@ def group_members(tar: tarfile.TarFile) -> tuple[dict[str, Sample], list[str]]:
             number = ending[len(".mask.") : -len(".png")]
             if number.isdecimal() and len(number) < 6:
                 sample.masks[int(number)] = member
+        elif key and PurePosixPath(ending).suffix in PICTURES:
+            dotted[member.name] = key
     whole = {key: sample for key, sample in samples.items() if sample.image is not None}
-    return whole, doubled
+    failures = [f"{name}: another picture has its name; rename it" for name in doubled]
+    failures += [
+        f"{name}: the first dot ends its key, and no picture has the ending behind; rename it"
+        for name, key in dotted.items()
+        if key not in whole
+    ]
+    return whole, failures
 
 
 def rows_of(
@@ -267,9 +273,7 @@ def in_parallel(work: Callable[[T], R], tasks: Iterable[T], workers: int) -> Ite
     if workers == 1:
         yield from map(work, tasks)
         return
-    with ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=cv2.setNumThreads, initargs=(1,)
-    ) as pool:
+    with worker_pool(workers) as pool:
         running: set[Future[R]] = set()
         while True:
             for task in itertools.islice(tasks, 2 * workers - len(running)):

@@ -30,7 +30,7 @@ from data_scripts.labelling import UNREADABLE, Labelled, Labeller, Limits, label
 from data_scripts.make_masks import check_sheet, finder
 from data_scripts.make_shards import Item, add_packing, check_packing, key_for, pack_and_index
 from elite.console import check_least, quiet_libraries, run, script_parser
-from elite.files import check_writable, remove_leftovers, sampled_digest, try_lock, write_atomically
+from elite.files import check_writable, sampled_digest, sole_writer, write_atomically
 
 LABELS, LOCK = "labels", "label.lock"
 FLOOR = 0.1  # score; what is below it is noise, and is not written down
@@ -158,11 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     weights = sampled_digest(network.state_dict() for network in networks if network is not None)
     models = f"{args.detector_name_or_path} {args.words} {args.sam_name_or_path} {weights}"
     folder = args.shards / LABELS
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "ab") as file:
-        if not try_lock(file):
-            raise ValueError(f"{folder}: another process labels into it; wait until it has ended")
-        remove_leftovers(folder)
+    with sole_writer(folder / LOCK, "labels"):
         photos, unreadable = measure_all(args.photos, args.workers)
         label = Labeller(partial(detector, least=FLOOR), find, limits, folder, models)
         labelled, failures = label_all(photos, label, args.max_distance)

@@ -37,8 +37,7 @@ from elite.files import (
     digest_files,
     is_file,
     read_text,
-    remove_leftovers,
-    try_lock,
+    sole_writer,
     write_atomically,
     write_text,
 )
@@ -309,12 +308,8 @@ def pack(
         Task(target / f"{number:06d}.tar", range(start, stop))
         for number, (start, stop) in enumerate(itertools.pairwise(bounds))
     ]
-    target.mkdir(parents=True, exist_ok=True)
-    with open(target / LOCK, "ab") as file:
-        if not try_lock(file):
-            raise ValueError(f"{target}: another process packs into it; wait until it has ended")
+    with sole_writer(target / LOCK, "packs"):
         check_plan(target, fingerprint)
-        remove_leftovers(target)
         kept = [task for task in tasks if task.path.exists()]
         todo = (
             (task.path, [source.item(image) for image in task.images])

@@ -16,13 +16,10 @@ import argparse
 import csv
 import sys
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
-import cv2
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
@@ -33,6 +30,7 @@ from data_scripts.cal_bbox_by_seg import Box, tight_box
 from elite.annotations import mask_boxes_path, save_mask_boxes
 from elite.console import OK, check_least, run, script_parser
 from elite.files import check_writable, write_atomically
+from elite.workers import worker_pool
 from small_world.captions import CLASS_WORD
 from small_world.objects import NUM_OBJECTS, name_of, object_rng, test_object
 from small_world.render import Pose, draw
@@ -108,9 +106,7 @@ def _fill_folder(
 ) -> None:
     make_folders(root)
     write = partial(write_picture, root, seed, size, things=things)
-    with ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=cv2.setNumThreads, initargs=(1,)
-    ) as pool:
+    with worker_pool(workers) as pool:
         written = pool.map(write, range(count), chunksize=CHUNK)
         records = list(tqdm(written, "render", count, unit="picture"))
     write_annotations(root, records, size, size)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from elite.files import digest_files
+from elite.files import digest_files, with_text_names
 from elite.images import ENDINGS, FORMATS, doubt, fit_mask, read_image, read_mask
 from elite.wording import ShareNote, brief, note
 
@@ -81,7 +81,7 @@ def pairs_of(folder: Path, whole: bool = False) -> Pair | None:
 def pictures_in(folder: Path) -> list[Path]:
     """The pictures of a folder by name. A note names what looks like one and is left out."""
     pictures, left_out = [], []
-    for path in sorted(folder.iterdir()):
+    for path in sorted(with_text_names(folder, folder.iterdir())):
         ending = path.suffix.lower()
         if is_picture(path):
             pictures.append(path)

@@ -10,11 +10,14 @@ import shutil
 import stat
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from safetensors import SafetensorError
+
+from elite.wording import brief, note
 
 if TYPE_CHECKING:  # a mistyped flag need not wait for torch
     from torch import Tensor
@@ -122,18 +125,37 @@ def _flush_one(path: Path) -> None:
         os.close(descriptor)
 
 
+def with_text_names(folder: Path, paths: Iterable[Path]) -> list[Path]:
+    """Those of a folder's files that JSON, CSV and PNG can name. A note tells of the others, whose
+    names hold bytes that are no UTF-8, as those of old archives may."""
+    paths = list(paths)
+    if others := [path.name for path in paths if not is_text(path.name)]:
+        note(f"{folder}: left out {brief(others)}; names with bytes that are no UTF-8, rename them")
+    return [path for path in paths if is_text(path.name)]
+
+
+def is_text(name: str) -> bool:
+    """Whether a file name is Unicode, and no stand-in for bytes that are none."""
+    return name.encode(errors="replace").decode() == name
+
+
 def remove_whole(folder: Path) -> None:
     """Removes a folder so that it is never seen half-removed under its name."""
     doomed = _hidden(folder, "old")
     os.replace(folder, doomed)
-    shutil.rmtree(doomed)
+    _remove(doomed)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Removes what killed processes have left half-written or half-removed in a folder."""
     for path in folder.iterdir():
         if LEFTOVER.fullmatch(path.name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """A file, a folder with all in it, or a link to either, whose target stays."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _is_disk_error(error: Exception, folder: Path) -> bool:
@@ -224,6 +246,24 @@ def try_lock(file: IO) -> bool:
             return False
         raise
     return True
+
+
+@contextmanager
+def sole_writer(lock: Path, does: str) -> Iterator[None]:
+    """Within it this process alone "packs" or "encodes" into the folder of the lock file; what a
+    killed one left half-written is removed.
+
+    Raises:
+        ValueError: another process does.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "ab") as file:
+        if not try_lock(file):
+            raise ValueError(
+                f"{lock.parent}: another process {does} into it; wait until it has ended"
+            )
+        remove_leftovers(lock.parent)
+        yield
 
 
 def digest_files(*paths: Path) -> str:

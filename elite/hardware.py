@@ -26,8 +26,8 @@ def note_emulation(device: torch.device, precision: str) -> None:
     float32 on a CPU without it."""
     if precision == "bf16" and not computes_in_bf16(device):
         note(
-            f"--mixed_precision bf16: this {device.type.upper()} only emulates it, which can take "
-            "ten times as long as float32; use --mixed_precision no"
+            f"bf16: this {device.type.upper()} only emulates it, which can take ten times as long "
+            "as float32; --mixed_precision no avoids that"
         )
 
 

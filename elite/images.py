@@ -65,10 +65,15 @@ def _open(
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
-    """Any PIL mode to uint8 (H, W, 3); 16-bit grey is scaled, transparency lies on white."""
+    """Any PIL mode to uint8 (H, W, 3): grey of 16 bits or from 0 to 1 is scaled, transparency lies
+    on white. Raises ValueError for numbers that are no grey."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image)
-        top = 65535 if values.max(initial=0) > 255 else 255
+        largest = values.max(initial=0)  # NaN where one is
+        if not largest <= 65535:
+            raise ValueError(f"grey values up to {largest:g}; save it with 8 or 16 bits")
+        tops = (1, 255, 65535) if image.mode == "F" else (255, 65535)
+        top = next(top for top in tops if largest <= top)
         rows = [np.clip(row / top * 255, 0, 255).round().astype(np.uint8) for row in values]
         return np.repeat(np.stack(rows)[..., None], 3, axis=2)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -104,7 +109,11 @@ def read_image(
     Raises:
         ValueError: it cannot be read, or has too many pixels; the message names it.
     """
-    return to_rgb(_open(path, max_pixels, content))
+    image = _open(path, max_pixels, content)
+    try:
+        return to_rgb(image)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def read_mask(

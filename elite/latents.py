@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from elite.files import digest_weights, write_atomically
+from elite.files import digest_weights, sole_writer, write_atomically
 from elite.loading import pixels_per_latent
 from elite.open_images import OpenImagesBoxes
 from elite.shard_cache import Cache, InPlace, Listed, Store, read_from
@@ -51,6 +51,7 @@ from elite.shards import (
 from elite.stream import collate, rows_by_shard
 from elite.wording import first_line, one_line
 
+LOCK = "latents.lock"
 FORMAT = "elite-latents 1"  # to be counted up when the crop of a target changes
 SHARD_ROWS = 1024  # 134 MB in float32 with Stable Diffusion at 512 px
 STORED = ("F32", "F16", "BF16")  # as safetensors calls the types of mean and std
@@ -211,31 +212,35 @@ def cache_latents(
         The messages of images that could not be read, those in kept shards included.
 
     Raises:
-        ValueError: the disk is full or the folder cannot be written.
+        ValueError: the disk is full, the folder cannot be written, or another process encodes into
+            it.
     """
     shards = list(itertools.chain.from_iterable(shards_of(boxes, vae)))
     folder = Path(folder)
-    listed = _kept(shards, folder, dtype)
-    save_index(folder, list(listed.values()), {}, LATENTS)
-    todo = [shard for shard in shards if shard.name not in listed]
-    batches = _encoded(boxes, vae, todo, batch_size, workers)
-    missing = sum(len(shard.rows) for shard in todo)
-    with tqdm(total=len(boxes), initial=len(boxes) - missing, desc="latents", unit="row") as bar:
-        for shard in todo:
-            moments: dict[str, list[Tensor]] = {"mean": [], "std": []}
-            failures: list[str] = []
-            for batch in itertools.islice(batches, -(-len(shard.rows) // batch_size)):
-                for name, parts in moments.items():
-                    parts.append(batch[name].to("cpu", dtype))
-                failures += batch["failures"]
-                bar.update(len(batch["mean"]))
-            tensors = {name: torch.cat(parts).contiguous() for name, parts in moments.items()}
-            tensors["files"] = shard.files
-            metadata = {**shard.needs, "failures": json.dumps(failures)}
-            path = folder / shard.name
-            write_atomically(path, partial(save_file, tensors, metadata=metadata))
-            listed[shard.name] = list_file(path, shard.needs)
-    save_index(folder, [listed[shard.name] for shard in shards], {}, LATENTS)
+    with sole_writer(folder / LOCK, "encodes"):
+        listed = _kept(shards, folder, dtype)
+        save_index(folder, list(listed.values()), {}, LATENTS)
+        todo = [shard for shard in shards if shard.name not in listed]
+        batches = _encoded(boxes, vae, todo, batch_size, workers)
+        missing = sum(len(shard.rows) for shard in todo)
+        with tqdm(
+            total=len(boxes), initial=len(boxes) - missing, desc="latents", unit="row"
+        ) as bar:
+            for shard in todo:
+                moments: dict[str, list[Tensor]] = {"mean": [], "std": []}
+                failures: list[str] = []
+                for batch in itertools.islice(batches, -(-len(shard.rows) // batch_size)):
+                    for name, parts in moments.items():
+                        parts.append(batch[name].to("cpu", dtype))
+                    failures += batch["failures"]
+                    bar.update(len(batch["mean"]))
+                tensors = {name: torch.cat(parts).contiguous() for name, parts in moments.items()}
+                tensors["files"] = shard.files
+                metadata = {**shard.needs, "failures": json.dumps(failures)}
+                path = folder / shard.name
+                write_atomically(path, partial(save_file, tensors, metadata=metadata))
+                listed[shard.name] = list_file(path, shard.needs)
+        save_index(folder, [listed[shard.name] for shard in shards], {}, LATENTS)
     told = itertools.chain.from_iterable(_failures(folder / shard.name) for shard in shards)
     return list(dict.fromkeys(told))
 

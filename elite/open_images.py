@@ -24,7 +24,16 @@ from elite.annotations import (
 )
 from elite.augment import clip_view, object_view, scaled_target
 from elite.defaults import PLACEHOLDER
-from elite.images import fit_mask, read_image, read_mask, resize, to_clip_pixels, to_pixels
+from elite.files import with_text_names
+from elite.images import (
+    fit_mask,
+    object_box,
+    read_image,
+    read_mask,
+    resize,
+    to_clip_pixels,
+    to_pixels,
+)
 from elite.stream import Shards
 from elite.wording import brief
 
@@ -305,8 +314,9 @@ def image_file(folder: Path, image_id: str) -> Path:
 def files_in(folder: Path, ending: str) -> list[Path]:
     """The files of an ending, in small letters or capitals, of a folder and its subfolders; none
     of the `._NAME` that macOS puts beside them."""
-    paths = sorted([*folder.glob("*"), *folder.glob("*/*")])
-    return [path for path in paths if path.suffix.lower() == ending and path.name[0] != "."]
+    paths = [*folder.glob("*"), *folder.glob("*/*")]
+    found = [path for path in paths if path.suffix.lower() == ending and path.name[0] != "."]
+    return sorted(with_text_names(folder, found))
 
 
 def file_key(path: bytes) -> bytes:
@@ -406,7 +416,8 @@ class OpenImagesMasks:
         (height, width), (mask_height, mask_width) = mask.shape, mask_file.shape
         scale = np.repeat((height / mask_height, width / mask_width), 2)
         hs, he, ws, we = (row[side] for side in ("hs", "he", "ws", "we"))
-        place = padded(scale * (hs, he, ws, we), int(rng.integers(10, 20)), height, width)
-        if not mask[place].any():
+        rows, columns = object_box(mask_file)
+        if min(rows.start - hs, he - rows.stop, columns.start - ws, we - columns.stop) < 0:
             raise ValueError(f"{name}: mask has changed since its box was found; run {REBUILD}")
+        place = padded(scale * (hs, he, ws, we), int(rng.integers(10, 20)), height, width)
         return image[place], mask[place]

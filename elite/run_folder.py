@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -36,6 +36,8 @@ from elite.run_state import (
     seal,
 )
 from elite.stream import Failure, Samples
+
+T = TypeVar("T")
 
 LOCK = "run.lock"
 UNREADABLE_TOLERATED = 0.05  # share of the dataset; a larger one stops the run,
@@ -95,7 +97,7 @@ class RunFolder:
     def start(self, state: RunState, resume: str | None, max_steps: int) -> int:
         """Loads the checkpoint to go on from, if any, and opens the logs; their lines beyond it are
         dropped. Returns the step."""
-        check_settings(self.folder, self.settings, resumes=resume is not None)
+        self._by_main(lambda: check_settings(self.folder, self.settings, resume is not None))
         step = self._resume(state, resume, max_steps) if resume else 0
         if step > max_steps:
             raise ValueError(
@@ -117,28 +119,36 @@ class RunFolder:
         return step
 
     def _resume(self, state: RunState, resume: str, max_steps: int) -> int:
-        """The main process reads the checkpoint for all, whose nodes may not have its folder."""
-        saved: list[Any] = [None]
-        if self.is_main:
-            try:
-                lines = self._logged()
-                reached = json.loads(lines[-1])["step"] if lines else None
-                saved = [state.read(find_checkpoint(self.folder, resume, reached, self.say))]
-            except ValueError as error:
-                saved = [error]
-        broadcast_object_list(saved)
-        if isinstance(saved[0], ValueError):
-            raise saved[0]  # in every process, so that none waits for another
-        step = state.restore(saved[0])
-        if saved[0]["folder"].resolve().parent != self.folder.resolve():
+        def read() -> dict[str, Any]:
+            lines = self._logged()
+            reached = json.loads(lines[-1])["step"] if lines else None
+            return state.read(find_checkpoint(self.folder, resume, reached, self.say))
+
+        saved = self._by_main(read)
+        step = state.restore(saved)
+        if saved["folder"].parent.resolve() != self.folder.resolve():
             self.tally.load_state_dict(Tally().state_dict())  # the branch's data may be others
-        before, here = saved[0]["schedule"]["_last_lr"][0], state.rate
+        before, here = saved["schedule"]["_last_lr"][0], state.rate
         if step < max_steps and not math.isclose(before, here, rel_tol=1e-6):
             self.say(
                 f"learning rate {here:g} at step {step}, where the checkpoint's schedule had "
                 f"{before:g}: another rate, schedule or --max_train_steps"
             )
         return step
+
+    def _by_main(self, work: Callable[[], T]) -> T:
+        """What the main process finds in the run's folder, which those of other nodes do not have;
+        its ValueError is raised in every process, so that none waits for another."""
+        found: list[Any] = [None]
+        if self.is_main:
+            try:
+                found = [work()]
+            except ValueError as error:
+                found = [error]
+        broadcast_object_list(found)
+        if isinstance(found[0], ValueError):
+            raise found[0]
+        return found[0]
 
     def _logged(self) -> list[str]:
         """The lines of the metrics so far."""

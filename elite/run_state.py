@@ -38,6 +38,7 @@ MAY_CHANGE = {
     "infer_prompt",
     "logging_dir",
     "max_train_steps",
+    "mixed_precision",  # what it comes to is held as `precision`
     "num_infer_images",
     "num_train_epochs",
     "num_validation_images",
@@ -228,10 +229,10 @@ def find_checkpoint(
     for checkpoint in reversed(found):
         wrong = fault(checkpoint)
         if reached is not None and _step(checkpoint) > reached:
-            wrong = f"is beyond step {reached}, to which the run went back or came since"
+            wrong = f"is of an earlier try; the run has since gone back, and reached step {reached}"
         if wrong is None:
             return checkpoint
-        say(f"{checkpoint}: {wrong}; it is passed over for the one before")
+        say(f"{checkpoint}: {wrong}; using the one before")
     none = f"none of {len(found)} checkpoints is whole" if found else "no checkpoint"
     raise ValueError(
         f"{output_dir}: {none} to resume from; leave out --resume_from_checkpoint to start anew"

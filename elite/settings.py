@@ -165,7 +165,8 @@ class FitConfig(ModelFilesConfig):
         None, "Checkpoints kept, the newest ones; None means all.", at_least=1
     )
     resume_from_checkpoint: str | None = setting(
-        None, 'Checkpoint folder to continue from, or "latest" of output_dir.'
+        None,
+        'Checkpoint folder to continue from, or "latest" for the newest whole one in output_dir.',
     )
     logging_dir: str = setting("logs", "Log folder; inside output_dir unless absolute.")
     dry_run: bool = setting(False, "Build everything, train one step, save nothing.")

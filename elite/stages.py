@@ -117,7 +117,7 @@ def fit_as_configured(
         preview: draws a picture of what the model does; None draws none.
         preview_steps: optimiser steps between two previews; 0 means no previews.
         own_rates: learning rates of parameters by how their names end, where these have one.
-        held: what a run may be resumed with alone, besides the configuration.
+        held: what a resumed run must share with its checkpoint, besides the configuration.
     """
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.allow_tf32

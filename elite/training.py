@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, send_to_device
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -65,9 +65,7 @@ def make_accelerator(
                 "all that is trained; use MULTI_GPU, as configs/4_gpu.json, and --shard_optimizer"
             )
     if mixed_precision == "auto":
-        found = None if cpu else torch.accelerator.current_accelerator(check_available=True)
-        device = found or torch.device("cpu")
-        mixed_precision = "bf16" if computes_in_bf16(device) else "no"
+        mixed_precision = "bf16" if computes_in_bf16(PartialState(cpu=cpu).device) else "no"
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=accumulation,
@@ -108,7 +106,7 @@ def fit(
     validation_steps: int = 0,  # optimiser steps between previews, 0 for none
     logging_dir: str = "logs",
     config: Mapping[str, Any] | None = None,  # embedded in every checkpoint
-    held: Mapping[str, Any] | None = None,  # what else a run may be resumed with alone
+    held: Mapping[str, Any] | None = None,  # what else a resumed run must share with its checkpoint
 ) -> None:
     """Trains the parameters of `objective` that require gradients.
 

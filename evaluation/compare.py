@@ -9,6 +9,7 @@ code 2).
 
 import argparse
 import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def read_run(folder: Path) -> Run:
         weights = dict(results.get("weights") or {})
         rows = {
             tuple(row.pop(key) for key in KEYS): {k: float(v) for k, v in row.items() if v}
-            for row in csv.DictReader(texts["results.csv"].splitlines())
+            for row in csv.DictReader(io.StringIO(texts["results.csv"], newline=""))
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}: damaged results ({error!r}); {RUN_REMEDY}") from None

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,11 +41,15 @@ ANEW = "run evaluate.py again"
 class Program:
     """A program that answers a line of JSON with one.
 
+    Args:
+        taken: names that its ratings may not have, besides those of KEYS and OF.
+
     Raises:
         ValueError: it cannot be started.
     """
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Sequence[str], taken: Iterable[str] = ()) -> None:
+        self.taken = (*KEYS, *OF, *taken)
         pipe = subprocess.PIPE
         try:
             self.process = subprocess.Popen(
@@ -69,10 +73,10 @@ class Program:
             self.process.stdin.flush()
         line = self.process.stdout.readline()
         ratings = numbers_of(line)
-        if not ratings or not ratings.keys().isdisjoint((*KEYS, *OF)):
+        if not ratings or not ratings.keys().isdisjoint(self.taken):
             raise ValueError(
                 f"{picture}: the program answered {brief(line)}; expected a line of JSON, numbers "
-                f'by name as {{"concept_preservation": 3}}, none named {", ".join((*KEYS, *OF))}'
+                f'by name as {{"concept_preservation": 3}}, none named {", ".join(self.taken)}'
             )
         return ratings
 
@@ -136,18 +140,27 @@ def read_ratings(folder: Path) -> tuple[list[str], list[Rated]]:
         raise ValueError(f"{path}: no ratings of a run; remove it") from None
 
 
+def results_of(folder: Path) -> dict[str, Any]:
+    """What a run has found. Raises ValueError where it is none."""
+    text = read_text(folder / "results.json", RUN_REMEDY, MOST)
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{folder}: damaged results.json ({error}); {RUN_REMEDY}") from None
+
+
 def cases_of(folder: Path) -> list[Case]:
     """What a run has scored, of which the picture is still there. Raises ValueError where it is no
     run, or where pictures or objects are others since."""
     try:
-        results = json.loads(read_text(folder / "results.json", RUN_REMEDY, MOST))
+        results = results_of(folder)
         settings, references = results["settings"], results["references"]
         data, cropped = settings["test_data_dir"], settings["crop_references"]
         scored = [
             (entry["file"], entry["digest"], [entry[name] for name in KEYS])
             for entry in results["scored"]
         ]
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}: damaged results.json ({error!r}); {RUN_REMEDY}") from None
     subjects = {one.name: one for one in read_subjects(data, {}, settings["class_word"])}
     cases = []
@@ -187,7 +200,7 @@ def rate(folder: Path, command: Sequence[str]) -> list[dict]:
     rows = [one.row for one in kept if one.key in asked]
     rated = {one.key for one in kept}
     todo = [case for case in cases if tuple(case.key.values()) not in rated]
-    program = Program(command)
+    program = Program(command, taken=results_of(folder).get("scores", ()))
     bar = tqdm(todo, "rate", len(cases), initial=len(rows), unit="picture")
     try:
         with open(folder / RATINGS, "a", encoding="utf-8") as file:

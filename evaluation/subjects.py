@@ -216,7 +216,8 @@ def _checked(path: Path | str, templates: Mapping, classes: dict, living: list) 
         for text in texts:
             if not isinstance(text, str) or text.count("{}") != 1:
                 raise ValueError(f"{path}: prompt {brief(text)}: expected {{}} in it once")
-            if texts.count(text) > 1:
+            if [str(other).strip() for other in texts].count(text.strip()) > 1:
                 raise ValueError(f"{path}: prompt {brief(text)} is there twice; leave one out")
-    kinds = {kind: tuple(texts) for kind, texts in templates.items()}
+    # YAML's folded texts end in a line break, which a table of results would lose.
+    kinds = {kind: tuple(text.strip() for text in texts) for kind, texts in templates.items()}
     return Prompts(kinds, classes, frozenset(living))

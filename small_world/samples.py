@@ -7,10 +7,8 @@ Now and then it lacks a part there, for which the words then ask ("a S with wing
 """
 
 import json
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import cv2
@@ -21,6 +19,7 @@ from tqdm import tqdm
 
 from elite.files import write_text
 from elite.images import object_box, to_pixels
+from elite.workers import worker_pool
 from small_world.bodies import profile
 from small_world.captions import fill, phrase_of, place, random_noun, random_template
 from small_world.render import draw
@@ -112,7 +111,6 @@ def without_a_part(critter: Critter, rng: np.random.Generator) -> tuple[Critter,
 
 
 def _render_chunk(pool: str, side: int, seed: int, count: int) -> tuple[np.ndarray, list[dict]]:
-    cv2.setNumThreads(1)
     rng = np.random.default_rng(seed)
     views = np.empty((count, 2, side, side, 4), np.uint8)
     records = []
@@ -168,8 +166,8 @@ def render_samples(
     records: list[dict] = []
     sizes = [min(CHUNK, count - start) for start in range(0, count, CHUNK)]
     seeds = range(seed * 1_000_000, seed * 1_000_000 + len(sizes))
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as executor:
-        work = executor.map(partial(_render_chunk, pool, side), seeds, sizes)
+    with worker_pool(workers) as pool:
+        work = pool.map(partial(_render_chunk, pool, side), seeds, sizes)
         for pictures, described in tqdm(work, "render", len(sizes), unit="chunk"):
             views[len(records) : len(records) + len(pictures)] = pictures
             records += described

@@ -1,4 +1,4 @@
-"""Files of learned words in the forms that are about: read, merged, written, loaded into a stock
+"""Files of learned words in the formats in use: read, merged, written, loaded into a stock
 pipeline.
 
 | form | file | the word |

@@ -238,3 +238,15 @@ def test_a_shard_whose_name_is_none_for_urls_is_named(tmp_path, capsys):
 def test_a_folder_without_tars_is_named(tmp_path, capsys):
     assert run_script(INDEX, tmp_path) == 2
     assert error_of(capsys).startswith(f"error: {tmp_path}: no *.tar in it; ")
+
+
+def test_pictures_with_dots_in_their_names_are_told(tmp_path, capsys):
+    """They were left out without a word; a thumbnail beside its picture is meant."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("a.jpg", "a.thumb.jpg", "photo.2020.jpg", "._a.jpg"):
+            add(tar, name, picture(0)[0])
+    assert run_script(INDEX, tmp_path, "--workers", "1", "--whole") == 3
+    captured = capsys.readouterr()
+    assert "1 shards, 1 images" in captured.out
+    assert captured.err.count("a.tar/") == 1
+    assert "a.tar/photo.2020.jpg: the first dot ends its key" in captured.err

@@ -418,10 +418,34 @@ def test_ratings_that_are_named_as_a_column_are_refused(tmp_path):
     answer = "import sys\nfor _ in sys.stdin: print('{\"subject\": 3}', flush=True)"
     pair = SimpleNamespace(image_path=tmp_path / "a.png")
     case = SimpleNamespace(subject=SimpleNamespace(pair=pair), class_prompt="a mug")
-    program = Program([sys.executable, "-c", answer])
-    with pytest.raises(ValueError, match=r"a.png: the program .* none named subject, prompt, seed"):
-        program(case, tmp_path / "a.png")
-    program.close()
+    for name, taken in (("subject", ()), ("clip_t", ["clip_t"])):
+        program = Program([sys.executable, "-c", answer.replace("subject", name)], taken)
+        with pytest.raises(ValueError, match=r"a.png: the program .* none named subject, prompt"):
+            program(case, tmp_path / "a.png")
+        program.close()
+
+
+def test_a_rating_is_not_named_as_a_metric(evaluate, tmp_path, capsys):
+    """It took the metric's place in comparisons."""
+    evaluate("out", "--metrics", "clip")
+    answer = "import sys\nfor _ in sys.stdin: print('{\"clip_t\": 3}', flush=True)"
+    capsys.readouterr()
+    assert run_script(RATE, tmp_path / "out", sys.executable, "-c", answer) == 2
+    assert "none named subject, prompt, seed, picture, digest, asked, clip_i, clip_t" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_folded_prompt_is_compared_with_its_ratings(evaluate, tmp_path, capsys):
+    """It ended in a line break, which the table of results lost, and its ratings with it."""
+    prompts = "prompts: {object: [a {} in the snow]}\n".replace("a {} in the snow", '"a {}\\n"')
+    (tmp_path / "prompts.yaml").write_text(prompts)
+    evaluate("out", "--metrics", "clip", "--prompts", tmp_path / "prompts.yaml")
+    answer = "import sys\nfor _ in sys.stdin: print('{\"good\": 3}', flush=True)"
+    assert run_script(RATE, tmp_path / "out", sys.executable, "-c", answer) == 0
+    capsys.readouterr()
+    assert run_script(COMPARE, tmp_path / "out", tmp_path / "out") == 0
+    assert "| good | 3.0000 | 3.0000 | +0.0000 |" in capsys.readouterr().out
 
 
 def test_mistakes_in_rating_are_one_line_and_2(tmp_path, capsys):

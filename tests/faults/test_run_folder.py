@@ -10,10 +10,13 @@ from dataclasses import fields
 
 import pytest
 
+from elite import run_folder
 from elite.config import read_yaml, to_dict
-from elite.run_folder import LOCK, locked
+from elite.run_folder import LOCK, RunFolder, locked
 from elite.run_state import HASHES, MAY_CHANGE, check_settings, checkpoints, fault
 from elite.settings import TextualInversionConfig, TrainGlobalConfig, TrainLocalConfig
+from elite.training import make_accelerator
+from tests.conftest import forget_accelerate
 from tests.faults.runs import leftovers, metrics, outcome
 from tests.faults.toy import Numbers, train
 
@@ -58,7 +61,7 @@ def test_damaged_newest_checkpoint_is_passed_over(file, damage, stopped, whole, 
     assert fault(stopped / "checkpoint-4") is None
     train(stopped, resume="latest")
     said = capfd.readouterr().out
-    assert "checkpoint-5: " in said and "it is passed over for the one before" in said
+    assert "checkpoint-5: " in said and "using the one before" in said
     assert outcome(stopped) == outcome(whole)
 
 
@@ -182,7 +185,7 @@ def test_latest_is_of_the_try_that_went_on(whole, tmp_path, capfd):
     train(folder, resume="latest")
     said = capfd.readouterr().out
     for step in (5, 6):
-        assert f"checkpoint-{step}: is beyond step 4, to which the run went back" in said
+        assert f"checkpoint-{step}: is of an earlier try; the run has since gone back" in said
     assert [line["step"] for line in metrics(folder)] == [1, 2, 3, 4, 5, 6]
     assert outcome(folder) == outcome(whole)
 
@@ -300,3 +303,44 @@ def test_full_disk_stops_the_run_with_the_last_checkpoint_intact(small_disk, who
     subprocess.run(["mount", "-o", "remount,size=10m", small_disk], check=True)
     train(small_disk, resume="latest")
     assert outcome(small_disk) == outcome(whole)
+
+
+def test_a_linked_checkpoint_is_pruned_and_its_target_stays(stopped, tmp_path):
+    """It ended the run in a traceback, and every later one in the same folder."""
+    elsewhere = tmp_path / "elsewhere"
+    (stopped / "checkpoint-1").rename(elsewhere)
+    (stopped / "checkpoint-1").symlink_to(elsewhere)
+    train(stopped, resume="latest", checkpoints_total_limit=2)
+    assert not (stopped / "checkpoint-1").is_symlink() and fault(elsewhere) is None
+    assert not list(stopped.glob(".*"))
+
+
+def test_a_linked_checkpoint_of_the_run_is_no_branch(tmp_path):
+    """What the run had counted began anew."""
+    data, run = Numbers(100, bad=range(4)), tmp_path / "run"
+    train(tmp_path / "whole", data, max_steps=40, save_steps=20)
+    train(run, data, max_steps=20, save_steps=20)
+    (run / "checkpoint-20").rename(tmp_path / "checkpoint-20")
+    (run / "checkpoint-20").symlink_to(tmp_path / "checkpoint-20")
+    train(run, data, max_steps=40, save_steps=20, resume="latest")
+    assert metrics(run) == metrics(tmp_path / "whole")
+
+
+def test_only_the_main_process_looks_into_the_folder(stopped, monkeypatch):
+    """That of another node may hold a run of its own."""
+    forget_accelerate()
+    accelerator = make_accelerator("no", cpu=True)
+    options = {"dataset": Numbers(100), "samples_per_step": 8, "config": {}, "held": {}}
+    run = RunFolder(stopped, "logs", accelerator, **options)
+    run.is_main = False
+    monkeypatch.setattr(run_folder, "broadcast_object_list", lambda found: None)
+    assert run.start(None, None, 6) == 0
+    run.is_main = True
+    with pytest.raises(ValueError, match="a run of other settings: samples_per_step is 4 there"):
+        run.start(None, None, 6)
+
+
+def test_precision_is_held_by_what_it_came_to(tmp_path):
+    """A run begun with `auto` could not go on with the precision that it ran in."""
+    train(tmp_path, max_steps=2, config={"mixed_precision": "auto"})
+    train(tmp_path, max_steps=3, config={"mixed_precision": "no"}, resume="latest")

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from elite.data import pictures_in
 from elite.files import check_writable, digest_weights, sampled_digest, write_atomically, write_json
+from elite.open_images import files_in
+from elite.wording import Note
 
 TENSORS = {"weight": torch.arange(20_000.0)}  # 80 kB
 
@@ -243,3 +247,26 @@ def test_digest_is_of_names_and_float32_values():
     assert digest_weights(state) == digest_weights({"a": state["a"]}, {"b": state["b"]}) == expected
     state["b"] += 1
     assert digest_weights(state) != expected
+
+
+@pytest.mark.parametrize("ending", [".jpg", ".png"])
+def test_names_that_are_no_text_are_left_out_and_told(tmp_path, ending):
+    """One such file among many ended a run after its work, with a line that named none."""
+    (tmp_path / f"good{ending}").touch()
+    try:
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9" + ending.encode())).touch()
+    except OSError:
+        pytest.skip("the file system takes no such name")
+    read = pictures_in if ending == ".jpg" else partial(files_in, ending=".png")
+    with pytest.warns(Note, match=r"left out \['caf.udce9.*no UTF-8, rename them"):
+        assert read(tmp_path) == [tmp_path / f"good{ending}"]
+
+
+def test_a_linked_folder_is_replaced_and_its_target_stays(tmp_path):
+    """It ended in a traceback after the last step of a training, and blocked the folder."""
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "kept").touch()
+    (tmp_path / "result").symlink_to(tmp_path / "big")
+    write_atomically(tmp_path / "result", Path.mkdir)
+    assert not (tmp_path / "result").is_symlink() and (tmp_path / "big" / "kept").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"big", "result"}

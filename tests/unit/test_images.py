@@ -227,3 +227,18 @@ def test_object_views_agree_with_each_other(picture):
     assert views["object_pixels"][:, 0, 0].equal(
         to_clip_pixels(np.zeros((1, 1, 3), np.uint8))[:, 0, 0]
     )
+
+
+def test_float_pictures_from_0_to_1_are_no_black_ones(tmp_path):
+    ramp = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    for top in (1, 255, 65535):
+        Image.fromarray(ramp * top).save(tmp_path / "grey.tif")
+        grey = read_image(tmp_path / "grey.tif")
+        np.testing.assert_allclose(grey[..., 0], ramp * 255, atol=0.51)
+
+
+@pytest.mark.parametrize("value", [1e6, np.nan, np.inf])
+def test_numbers_that_are_no_grey_are_refused(tmp_path, value):
+    Image.fromarray(np.full((8, 8), value, np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=r"a.tif: grey values up to .*; save it with 8 or 16 bits"):
+        read_image(tmp_path / "a.tif")

@@ -455,3 +455,10 @@ def test_row_that_could_not_be_read_then_is_never_given(boxes, vae, tmp_path, mo
     cached.sample(2, np.random.default_rng(0))
     with pytest.raises(ValueError, match=r"could not be read when latents were cached; delete .*0"):
         cached.sample(3, np.random.default_rng(0))
+
+
+def test_two_runs_do_not_encode_into_one_folder(boxes, vae, tmp_path, monkeypatch):
+    """The index of one stood over the files of the other, and was believed."""
+    monkeypatch.setattr("elite.files.try_lock", lambda file: False)
+    with pytest.raises(ValueError, match="cache: another process encodes into it; wait until"):
+        cache_latents(boxes, vae, tmp_path / "cache")

@@ -132,6 +132,17 @@ def test_auto_is_bf16_where_the_cpu_computes_in_it(instruction, precision, monke
     assert make_accelerator("auto", cpu=True).mixed_precision == precision
 
 
+def test_auto_asks_the_device_that_the_run_is_on(monkeypatch):
+    """A launch with `use_cpu` beside a GPU that computes in bf16 emulated it on the CPU."""
+    with_instructions(monkeypatch, "avx2")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: gpu)
+    forget_accelerate()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert make_accelerator("auto").mixed_precision == "no"
+
+
 @pytest.mark.parametrize("asked", [{"config": "bf16"}, {"launch": "bf16"}])
 def test_emulated_bf16_is_noted_in_training(asked, monkeypatch):
     """It took thirteen times as long as float32, without a word."""
@@ -139,7 +150,7 @@ def test_emulated_bf16_is_noted_in_training(asked, monkeypatch):
     forget_accelerate()
     if "launch" in asked:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked["launch"])
-    with pytest.warns(Note, match="--mixed_precision bf16: this CPU only emulates it.*use .* no"):
+    with pytest.warns(Note, match="bf16: this CPU only emulates it.*--mixed_precision no"):
         make_accelerator(asked.get("config"), cpu=True)
 
 

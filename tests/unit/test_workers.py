@@ -1,0 +1,29 @@
+"""Processes that share a script's work, and how they end."""
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from elite.workers import worker_pool
+
+
+def work(path: Path) -> None:
+    time.sleep(0.5)
+    path.touch()
+
+
+def test_what_is_not_begun_is_dropped(tmp_path):
+    """Ctrl-C in a script waited for everything that was still to do."""
+    with pytest.raises(KeyboardInterrupt), worker_pool(1) as pool:
+        paths = [tmp_path / str(number) for number in range(20)]
+        futures = [pool.submit(work, path) for path in paths]
+        futures[0].result()
+        raise KeyboardInterrupt
+    assert 1 <= len(list(tmp_path.iterdir())) < 10
+
+
+def test_workers_leave_the_signal_to_the_script():
+    with worker_pool(1) as pool:
+        assert pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
