@@ -132,7 +132,7 @@ class Check:
             "gradient_accumulation_steps": 1,
             "max_train_steps": STEPS,
             "save_steps": SAVED_EVERY,
-            "mixed_precision": "bf16",
+            "mixed_precision": "auto",
         }
         words = [word for flag, value in options.items() for word in (f"--{flag}", str(value))]
         layers = ["--hidden_layers", *(str(layer) for layer in sizes["hidden_layers"])]

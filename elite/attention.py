@@ -206,8 +206,8 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def _lora_weights(layer: Any, scale: float = 1.0) -> list[Tensor]:
-    """What LoRA adapters add to a projection's weight: those merged into it, as they were, else
-    the active ones times the scale."""
+    """What LoRA adapters add to a projection's weight: those merged into it, at the weight that
+    they have now, else the active ones times the scale."""
     if getattr(layer, "disable_adapters", True):  # a plain Linear has none
         return []
     if layer.merged_adapters:

@@ -90,6 +90,12 @@ class DiffusersPipeline(Carded, DiffusionPipeline):
         with self._plain_unet():
             super().unfuse_qkv_projections(*args, **kwargs)
 
+    def load_ip_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Raises ValueError."""
+        raise ValueError("ELITE stands where an IP-Adapter would; use a stock pipeline for that")
+
+    unload_ip_adapter = load_ip_adapter
+
     def maybe_convert_prompt(
         self, prompt: str | list[str], tokenizer: PreTrainedTokenizerBase
     ) -> str | list[str]:
@@ -97,14 +103,15 @@ class DiffusersPipeline(Carded, DiffusionPipeline):
 
     @property
     def present_text_encoders(self) -> list[CLIPTextModel]:
-        """None of them where embeddings take their place."""
+        """Those that the pipeline has: it may have none, and be called with embeddings."""
         return [one for one in text_encoders(self.components) if one is not None]
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
         """As diffusers', whose clip_skip looks for the `text_model` that transformers 5 has
         dissolved."""
         encoder = self.text_encoder
-        lends_itself = kwargs.get("clip_skip") is not None and not hasattr(encoder, "text_model")
+        skips = encoder is not None and kwargs.get("clip_skip") is not None
+        lends_itself = skips and not hasattr(encoder, "text_model")
         if lends_itself:
             encoder.__dict__["text_model"] = encoder  # past nn.Module, which would register it
         try:

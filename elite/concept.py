@@ -177,8 +177,8 @@ class Concept:
             )
         if len({concept.num_tokens for concept in concepts}) > 1:
             raise ValueError(
-                "concepts of different numbers of pictures do not fit in one batch; draw them one "
-                "at a time"
+                "concepts with different numbers of feature tokens (of more pictures, or encoded "
+                "without a local mapper) do not fit in one batch; draw them one at a time"
             )
         tokens = [c.feature_tokens for c in concepts if c.feature_tokens is not None]
         return replace(

@@ -37,11 +37,12 @@ from elite.named_concepts import (
     words_of_readings,
 )
 from elite.text import check_texts, injected, word_positions
+from elite.wording import note
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What one call shows to the cross-attentions, one row per prompt."""
+    """What the cross-attentions read in one call, one row per prompt."""
 
     context: list[Tensor]  # as `contexts_of` gives it; empty where a callback may change it
     local: list[Tensor]  # `local_inputs`, or empty
@@ -121,11 +122,22 @@ class PromptConditioning(DiffusersPipeline):
         """`prompt_embeds` (B, 77, D), with regions 77 for each reading of the prompts, for SDXL
         `pooled_prompt_embeds` (B, P) too, and the local inputs of these prompts."""
         self._check_installed()
+        if None in text_encoders(self.components):
+            raise ValueError(
+                "text_encoder is None; load the pipeline with one, or pass what `condition` gave"
+            )
         names, device, count = list(concepts), self._execution_device, len(prompts)
         weights = weights_by_name(lambda_, names)
         sides = (kwargs.get(side) or self.resolution for side in ("height", "width"))
         shares = latent_regions(regions, names, *(s // pixels_per_latent(self.vae) for s in sides))
         rows = [self._rows(concepts[name], count) for name in names]
+        for name, row in zip(names, rows, strict=True):
+            reads_none = self.local_mapper is not None and row.feature_tokens is None
+            if reads_none and as_weight(weights[name]).any():
+                note(
+                    f"{name}: the concept was encoded without the local mapper, so lambda does "
+                    "nothing; encode it again with this pipeline"
+                )
 
         # The words into the prompt, or with regions into each of its readings.
         chosen = torch.stack([pick_words(row.words, words) for row in rows], dim=1)

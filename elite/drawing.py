@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -36,6 +36,7 @@ from elite.wording import note
 WRITES_WAITING = 64  # pictures kept in memory until they are written
 # Metadata of some pictures, which others must not have.
 OPTIONAL = ("lora", "negative_prompt", "speed", "tiled", "weights")
+REGION = "region of "  # and the concept's word: metadata of pictures in which it has one
 PNG_END = bytes.fromhex("00000000 49454E44 AE426082")
 OnStep = Callable[[Tensor], None]  # is given the latents, (B, C, h, w)
 VERSIONS = {name: version(name) for name in ("diffusers", "transformers", "torch")}
@@ -137,7 +138,7 @@ def metadata_of_several(
     """What a PNG says of several concepts in it, besides `Drawing.metadata`; regions by their
     names."""
     metadata = {f"concept {word}": concept.digest for word, concept in concepts.items()}
-    metadata |= {f"region of {word}": region for word, region in regions.items()}
+    metadata |= {f"{REGION}{word}": region for word, region in regions.items()}
     metadata["placeholder_token"] = ", ".join(concepts)
     lambdas = ", ".join(f"{word} {weight:g}" for word, weight in weights.items())
     return metadata | {"lambda": lambdas}
@@ -163,13 +164,15 @@ class Job:
 
 
 def is_drawn(path: Path, metadata: Mapping[str, str]) -> bool:
-    """Whether the picture is there, whole, and its PNG says all of this metadata."""
+    """Whether the picture is there, whole, and its PNG says all of this metadata, and nothing else
+    that it depends on."""
+    said = {png_key(key): value for key, value in metadata.items()}
     try:
         with Image.open(path) as picture:
             picture.verify()
             is_whole = path.read_bytes().endswith(PNG_END)  # `verify` stops a little before
-            same = all(picture.info.get(key) == metadata.get(key) for key in OPTIONAL)
-            return is_whole and same and metadata.items() <= picture.info.items()
+            beside = {k for k in picture.info if k in OPTIONAL or str(k).startswith(REGION)}
+            return is_whole and beside <= said.keys() and said.items() <= picture.info.items()
     except (OSError, SyntaxError, ValueError):
         return False
 
@@ -225,11 +228,14 @@ def draw_folder(
     share = indices[state.process_index :: state.num_processes]
     failures: list[str] = []
     settings = {"prompt": prompt, **drawing.metadata(pipe), **(metadata or {})}
-    jobs: list[Job] = []
-    for index in share:
+
+    @cache
+    def jobs_of(index: int) -> list[Job]:
         source = {**settings, "source": folder.digest(index)}
         name = folder.name(index)
-        jobs += [Job(index, seed, name, {**source, "seed": str(seed)}) for seed in seeds]
+        return [Job(index, seed, name, {**source, "seed": str(seed)}) for seed in seeds]
+
+    jobs = [job for index in share for job in jobs_of(index)]
     count = len(jobs)
     if skip_existing:
         jobs = [job for job in jobs if not is_drawn(output_dir / f"{job.stem}.png", job.metadata)]
@@ -262,7 +268,8 @@ def draw_folder(
     failures = gather_object(failures)
     if state.is_main_process:
         title = f"{prompt}   lambda {drawing.lambda_}"
-        sheet = contact_sheet(folder, indices, seeds, output_dir, title)
+        rows = {index: jobs_of(index)[:SHEET_COLUMNS] for index in indices[:SHEET_ROWS]}
+        sheet = contact_sheet(folder, rows, output_dir, title)
         if sheet is not None:
             write_atomically(output_dir / "grid.png", sheet.save)
     state.wait_for_everyone()
@@ -339,15 +346,17 @@ def draw_prompt_grid(
 
 
 def write_png(path: Path, picture: Image.Image, metadata: Mapping[str, str]) -> None:
-    """Writes a lossless PNG that says this of itself.
-
-    A keyword is Latin-1 and has at most 79 bytes: other letters stand in it as their numbers, and
-    what is longer is cut.
-    """
+    """Writes a lossless PNG that says this of itself."""
     info = PngImagePlugin.PngInfo()
     for key, value in metadata.items():
-        info.add_text(key.encode("latin-1", "backslashreplace")[:79], value)
+        info.add_text(png_key(key), value)
     write_atomically(path, partial(picture.save, pnginfo=info))
+
+
+def png_key(name: str) -> str:
+    """The keyword of a PNG for a name: Latin-1 of at most 79 bytes, in which other letters stand as
+    their numbers and what is longer is cut."""
+    return name.encode("latin-1", "backslashreplace")[:79].decode("latin-1")
 
 
 def write_picture(folder: Path, job: Job, picture: Image.Image, image: np.ndarray | None) -> None:
@@ -366,23 +375,22 @@ def write_picture(folder: Path, job: Job, picture: Image.Image, image: np.ndarra
 
 def contact_sheet(
     folder: PairFolder | ConceptFolder,
-    indices: Sequence[int],
-    seeds: Sequence[int],
+    jobs: Mapping[int, Sequence[Job]],
     output_dir: Path,
     title: str,
 ) -> Image.Image | None:
-    """The first pairs or concepts of which there are pictures, with the first of these; None if
-    there is none."""
-    seeds = seeds[:SHEET_COLUMNS]
+    """Pairs or concepts by index, with the pictures of these jobs that are there; None if there are
+    none. Of an object that failed, pictures of other settings may be."""
 
     def drawn(index: int) -> list[Path]:
-        paths = (output_dir / f"{stem_of(index, seed)}.png" for seed in seeds)
-        return [path for path in paths if path.exists()]
+        paths = ((output_dir / f"{job.stem}.png", job.metadata) for job in jobs[index])
+        return [path for path, metadata in paths if is_drawn(path, metadata)]
 
-    with_pictures = [index for index in indices[:SHEET_ROWS] if drawn(index)]
+    with_pictures = [index for index in jobs if drawn(index)]
     rows = [
         [*row, *(fit_tile(Image.fromarray(read_image(path))) for path in drawn(index))]
         for index, row in sheet_rows(folder, with_pictures)
     ]
-    names = [*columns(folder), *(f"seed {seed}" for seed in seeds)]
+    seeds = next(iter(jobs.values()), ())
+    names = [*columns(folder), *(f"seed {job.seed}" for job in seeds)]
     return tile_rows(rows, names, title) if rows else None

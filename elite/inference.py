@@ -239,7 +239,7 @@ def what_to_draw(config: InferenceConfig, objects: PairFolder | ConceptFolder) -
         raise ValueError(
             f"--selected_data {config.selected_data}: "
             f"{config.concept_path or config.test_data_dir} has {len(objects)} {kind_of(config)}; "
-            f"choose 0 to {len(objects) - 1}, or -1 for all"
+            f"choose one of 0 to {len(objects) - 1}, or -1 for all"
         )
     return {
         "prompt": config.template.replace("{}", config.placeholder_token),

@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from elite.attention import add_lora_to_mappers, is_installed
 from elite.files import digest_files, is_file
+from elite.pipeline import Elite
 from elite.wording import brief, first_line
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # in the folders and repositories of diffusers
@@ -102,6 +103,8 @@ def fuse_loras(
     except ValueError as error:
         of = ", ".join(str(lora.path) for lora in loras)
         raise ValueError(f"{of}: cannot be added to the weights ({first_line(error)})") from None
+    if isinstance(pipe, Elite):
+        pipe.take_unet()
     if is_installed(pipe.unet):
         add_lora_to_mappers(pipe.unet)
     pipe.unload_lora_weights()

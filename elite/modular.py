@@ -28,6 +28,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModel
 from elite.attention import install, keys_values, local_inputs
 from elite.concept import Concept
 from elite.defaults import DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
+from elite.families import STABLE_DIFFUSION, family_of
 from elite.images import as_image, as_mask, fit_mask, object_views
 from elite.loading import side_in_pixels
 from elite.mappers import GlobalMapper, LocalMapper, fingerprint_of, words_and_tokens
@@ -104,6 +105,8 @@ class TextWithWord(ModularPipelineBlocks):
     @torch.no_grad()
     def __call__(self, components: ModularPipeline, state: PipelineState) -> Step:
         block = self.get_block_state(state)
+        if family_of(components.unet) is not STABLE_DIFFUSION:
+            raise ValueError("ELITE's blocks draw with Stable Diffusion 1.x and 2.x, not with SDXL")
         block.concept.check_mappers(_fingerprint(components))
         if len(block.concept) != 1:
             raise ValueError(f"concept is of {len(block.concept)} objects; pass one, as concept[0]")
@@ -156,8 +159,9 @@ class Denoise(ModularPipelineBlocks):
         (generator,) = generators = make_generators([block.seed])
         scheduler.set_timesteps(block.num_inference_steps, device=context.device)
         latents = initial_noise(components, generators, side, side) * scheduler.init_noise_sigma
-        draws = "generator" in signature(scheduler.step).parameters
-        extra = {"generator": generator} if draws else {}
+        beside_noise = {"generator": generator, "eta": 0.0}  # as stock pipelines
+        taken = signature(scheduler.step).parameters
+        extra = {name: value for name, value in beside_noise.items() if name in taken}
         for t in scheduler.timesteps:
             rows = scheduler.scale_model_input(latents.repeat(len(context), 1, 1, 1), t)
             beside = {"image_embeds": block.keys_values}
@@ -190,8 +194,8 @@ class Decode(ModularPipelineBlocks):
 
 
 class EliteBlocks(SequentialPipelineBlocks):
-    """All of them: `EliteBlocks().init_pipeline()`, then `update_components(**pipe.components)`
-    with the parts of an ElitePipeline."""
+    """All of them: `EliteBlocks().init_pipeline()`, then `update_components(**pipe.components,
+    fingerprint=pipe.fingerprint)` with the parts of an ElitePipeline."""
 
     block_classes = [EncodeConcept, TextWithWord, Denoise, Decode]
     block_names = ["concept", "text", "denoise", "decode"]

@@ -71,11 +71,13 @@ def latent_regions(
 ) -> dict[int, Tensor]:
     """The share of each latent that lies in a region, (height, width), by the place of its concept
     among the names."""
+    if not isinstance(regions, Mapping):
+        found = type(regions).__name__
+        raise ValueError(f'regions are of type {found}; expected {{"S1": mask, "S2": mask}}')
     unknown = set(regions) - set(names)
     if unknown:
-        raise ValueError(
-            f"region of {', '.join(sorted(unknown))}: no such concept; there are {', '.join(names)}"
-        )
+        of = ", ".join(sorted(map(str, unknown)))
+        raise ValueError(f"region of {of}: no such concept; there are {', '.join(names)}")
     shares = {}
     for name, region in regions.items():
         mask = as_mask(region, f"region of {name}")

@@ -6,6 +6,7 @@ becomes what the UNet reads is in `conditioning.py`, in what the two differ in `
 diffusers alone asks for in `compat.py`.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from numbers import Integral
@@ -136,12 +137,14 @@ class Elite(PromptConditioning):
                 f"{model}: has no global_mapper/; pass the path of a global mapper "
                 "(--global_mapper_path)"
             )
-        made: Any = of_family if cls is Elite else cls
-        pipe = made(**parts, **mappers)
-        for part in pipe.components.values():  # `pipe.to` warns of each, whatever its type
+        fingerprint = fingerprint_of(mappers["global_mapper"], mappers["local_mapper"])
+        for name, part in {**parts, **mappers}.items():  # `pipe.to` warns of each, in any type
             if isinstance(part, torch.nn.Module) and part.dtype != torch_dtype:
-                part.to(torch_dtype)
-        return pipe
+                is_given = part in (global_mapper, local_mapper, image_encoder)
+                own = copy.deepcopy(part) if is_given else part  # another pipeline may have it
+                (mappers if name in mappers else parts)[name] = own.to(torch_dtype)
+        made: Any = of_family if cls is Elite else cls
+        return made(**parts, **mappers, fingerprint=fingerprint)
 
     def install(self, attention_norm: AttentionNorm | None = None) -> None:
         """Plugs the mappers into this pipeline's UNet; done by the constructor. None keeps the
@@ -292,11 +295,15 @@ class Elite(PromptConditioning):
                 concept beside embeddings.
         """
         if "ip_adapter_image" in kwargs:
-            raise ValueError("ip_adapter_image: not taken; pass what encode_concept makes of it")
+            raise ValueError(
+                "ip_adapter_image: ELITE takes none; pass what encode_concept makes of it"
+            )
         check_names(kwargs, call_options(super().__call__), self.__call__)
         speed = speed_of(speed, guidance_stop, deep_every, deep_first)
         check_whole("num_inference_steps", num_inference_steps, least=1)
         check_numbers(self, guidance_scale, kwargs)
+        # Of one alone, the stock pipeline of Stable Diffusion would take neither.
+        kwargs |= {side: kwargs.get(side) or self.resolution for side in ("height", "width")}
         self.take_unet()
         concepts = concepts_by_name(concept, concepts, placeholder_token)
         prompts, count, kwargs = texts_per_prompt(prompt, kwargs, self.family)
@@ -352,9 +359,8 @@ class Elite(PromptConditioning):
             raise ValueError(
                 f"{len(seeds)} seeds for {prompts * each} pictures; pass one, or one per picture"
             )
-        height, width = (kwargs.get(side) or self.resolution for side in ("height", "width"))
         generators = make_generators(list(map(int, seeds)))
-        return generators, initial_noise(self, generators, height, width)
+        return generators, initial_noise(self, generators, kwargs["height"], kwargs["width"])
 
 
 class ElitePipeline(Elite, StableDiffusionPipeline):
@@ -362,7 +368,12 @@ class ElitePipeline(Elite, StableDiffusionPipeline):
 
     family = STABLE_DIFFUSION
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
-    _optional_components = ["safety_checker", "feature_extractor", "local_mapper"]  # noqa: RUF012
+    _optional_components = [  # noqa: RUF012
+        "safety_checker",
+        "feature_extractor",
+        "image_encoder",
+        "local_mapper",
+    ]
 
     def __init__(
         self,
@@ -399,7 +410,7 @@ class EliteXLPipeline(Elite, StableDiffusionXLPipeline):
 
     family = SDXL
     model_cpu_offload_seq = "text_encoder->text_encoder_2->image_encoder->unet->vae"
-    _optional_components = ["feature_extractor", "local_mapper"]  # noqa: RUF012
+    _optional_components = ["feature_extractor", "image_encoder", "local_mapper"]  # noqa: RUF012
 
     def __init__(
         self,

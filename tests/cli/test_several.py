@@ -92,6 +92,14 @@ def test_what_is_drawn_is_kept(script, concepts, tmp_path, monkeypatch):
     with Image.open(tmp_path / "left.png") as mask:
         mask.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "left.png")
     assert script(*flags) == 0 and drawn_seeds == [42, 42]  # the file was painted anew
+    drawn_seeds.clear()
+    without = flags[:-2]
+    assert script(*without) == 0 and drawn_seeds == [42], "the picture with a region was kept"
+    assert script(*without) == 0 and drawn_seeds == [42]
+    named = [without[2], concepts[0].replace("S1=", "Ж="), concepts[1]]  # no keyword of a PNG
+    for _ in range(2):
+        assert script("--template", "Ж and S2", *named, "--suffix", "named") == 0
+    assert drawn_seeds == [42, 42]
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ def few_steps(monkeypatch):
     monkeypatch.setattr(Check, "tests", left_out("tests"))
 
 
+@pytest.mark.timeout(900)
 def test_everything_is_checked(capfd):
     assert gpu_check.main([]) == OK
     lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith(tuple(PARTS))]

@@ -159,3 +159,28 @@ def test_half_precision_copy_knows_its_concepts(tmp_path, pipe, concept):
     halves = ElitePipeline.from_pretrained(tmp_path / "elite", torch_dtype=torch.bfloat16)
     halves.set_progress_bar_config(disable=True)
     assert torch.isfinite(draw(halves, concept=concept)).all()
+
+
+def test_parts_that_are_given_stay_what_they_are(model_folder, pipe, concept):
+    """They were cast in place, under the pipeline that they had come from."""
+    before = draw(pipe, concept=concept)
+    halves = ElitePipeline.from_stable_diffusion(
+        model_folder,
+        global_mapper=pipe.global_mapper,
+        local_mapper=pipe.local_mapper,
+        image_encoder=pipe.image_encoder,
+        torch_dtype=torch.bfloat16,
+    )
+    assert {part.dtype for part in (halves.global_mapper, halves.image_encoder)} == {torch.bfloat16}
+    assert torch.equal(draw(pipe, concept=concept), before)
+    assert torch.equal(pipe.encode_concept(*tiny.picture(0)).words, concept.words)
+
+
+def test_saved_without_an_image_encoder_it_is_loaded(tmp_path, pipe, concept):
+    before = draw(pipe, concept=concept)
+    pipe.register_modules(image_encoder=None)
+    pipe.save_pretrained(tmp_path)
+    loaded = ElitePipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded.image_encoder is None
+    assert torch.equal(draw(loaded, concept=concept), before)

@@ -1,5 +1,6 @@
 """Drawing a folder: reading ahead, encoding together, writing behind."""
 
+import shutil
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -310,3 +311,14 @@ def test_png_is_written_last(pipe, drawn, monkeypatch):
     pairs, output_dir = drawn
     draw(pipe, pairs, output_dir, indices=[0], seeds=[1])
     assert [path.suffix for path in written] == [".jpg", ".png", ".png"]  # the last is the sheet
+
+
+def test_the_sheet_shows_no_older_picture_of_what_failed(pipe, pairs, tmp_path):
+    """It stood there under the new prompt."""
+    folder = shutil.copytree(pairs, tmp_path / "pairs")
+    assert not draw(pipe, folder, tmp_path / "out")
+    (folder / "pair0_bg.png").write_bytes(b"none")
+    for name in ("out", "fresh"):
+        assert len(draw(pipe, folder, tmp_path / name, prompt="a S at night")) == 1
+    sheets = [tmp_path / name / "grid.png" for name in ("out", "fresh")]
+    assert sheets[0].read_bytes() == sheets[1].read_bytes()

@@ -288,3 +288,15 @@ def test_what_the_hub_does_not_have(monkeypatch):
     monkeypatch.setattr(lora_module, "hf_hub_download", offline)
     with pytest.raises(ValueError, match=r"a/b: no such LoRA file .* \(cannot reach it\)$"):
         find_lora("a/b")
+
+
+def test_loras_go_to_the_pipelines_own_mappers(pipe, model_folder, mapper_folder, concept, files):
+    """Of two pipelines with one UNet the other one's K and V got them."""
+    given = list(map(str, files))
+    alone = make_pipe(model_folder, mapper_folder)
+    fuse_loras(alone, given)
+    global_mapper, local_mapper = tiny.build_mappers(model_folder, seed=5)
+    parts = {**pipe.components, "global_mapper": global_mapper, "local_mapper": local_mapper}
+    ElitePipeline(**parts)
+    fuse_loras(pipe, given)
+    assert torch.equal(draw(pipe, concept=concept), draw(alone, concept=concept))

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.modular_pipelines import ModularPipeline
 
 from elite import ElitePipeline
+from elite.loading import make_scheduler
 from elite.modular import EliteBlocks
 from tests import tiny
 from tests.tiny import STEPS, draw
@@ -68,3 +70,21 @@ def test_blocks_load_a_saved_pipeline(tmp_path, pipe, concept):
     expected = draw(pipe, PROMPT, concept=concept, negative_prompt="blurry")
     assert torch.equal(drawn, expected)
     assert modular.config.fingerprint == pipe.fingerprint
+
+
+def test_blocks_draw_with_tcd_as_the_pipeline_does(pipe, concept):
+    """Whose noise is 0.3 unless it is told."""
+    pipe.scheduler = make_scheduler("tcd", pipe.scheduler.config)
+    image, mask = tiny.picture(0)
+    expected = draw(pipe, PROMPT, concept=concept, negative_prompt="blurry")
+    drawn = modular_of(pipe, EliteBlocks())(image=image, mask=mask, output="latents", **GIVEN)
+    assert torch.equal(drawn, expected)
+
+
+def test_blocks_do_not_take_sdxl(xl_folder, pipe, concept):
+    blocks = EliteBlocks()
+    blocks.sub_blocks.pop("concept")
+    modular = modular_of(pipe, blocks)
+    modular.update_components(unet=UNet2DConditionModel.from_pretrained(xl_folder / "unet"))
+    with pytest.raises(ValueError, match="not with SDXL"):
+        modular(concept=concept, **GIVEN)

@@ -1,9 +1,13 @@
 """Arguments of ElitePipeline that are none: one line that says what was expected."""
 
+import warnings
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from elite.wording import Note
 from tests import tiny
 from tests.tiny import draw
 
@@ -94,7 +98,10 @@ def test_wrong_prompts_and_counts_are_refused(pipe, concept, concepts):
         ("callbacks", "callbacks: unknown argument; did you mean callback?"),
         ("xyzzy", "xyzzy: unknown argument"),
         ("kwargs", "kwargs: unknown argument"),
-        ("ip_adapter_image", "ip_adapter_image: not taken; pass what encode_concept makes of it"),
+        (
+            "ip_adapter_image",
+            "ip_adapter_image: ELITE takes none; pass what encode_concept makes of it",
+        ),
     ],
 )
 def test_unknown_arguments_are_refused(pipe, concept, name, message):
@@ -175,3 +182,59 @@ def test_a_seed_beside_other_noise_is_refused(pipe, concept, other):
 @pytest.mark.parametrize("seed", [1.5, "one", [None], 2**70])
 def test_seeds_that_are_none_are_refused(pipe, concept, seed):
     assert "expected whole numbers" in complaint(pipe, "a S", concept=concept, seed=seed)
+
+
+@pytest.mark.parametrize(("width", "height"), [(48, None), (None, 48)])
+def test_one_side_alone_is_taken(pipe, concept, width, height):
+    """Without a seed both were ignored, and regions did not fit."""
+    asked = {"concept": concept, "width": width, "height": height, "seed": None}
+    for more in ({}, {"regions": {"S": np.eye(2)}}):
+        picture = draw(pipe, **asked, **more, output_type="pil")[0]
+        assert picture.size == (width or 32, height or 32)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"regions": [np.eye(2)]}, "regions are of type list; expected .*S1.: mask"),
+        ({"regions": {1: np.eye(2)}}, "region of 1: no such concept; there are S"),
+        ({"guidance_stop": "0.5"}, "guidance_stop '0.5': expected a share of the steps"),
+    ],
+)
+def test_wrong_types_are_one_line(pipe, concept, options, message):
+    with pytest.raises(ValueError, match=message):
+        draw(pipe, concept=concept, **options)
+
+
+def test_numpy_integers_are_numbers_of_steps(pipe, concept):
+    given = draw(pipe, concept=concept, deep_every=np.int64(2))
+    assert torch.equal(given, draw(pipe, concept=concept, deep_every=2))
+
+
+def test_ip_adapters_are_refused_and_leave_the_local_branch(pipe, concept):
+    """Unloading one, half-done, took the local branch away without a word."""
+    before = draw(pipe, concept=concept)
+    for change in (pipe.unload_ip_adapter, lambda: pipe.load_ip_adapter("a/b", "models", "c.bin")):
+        with pytest.raises(ValueError, match="ELITE stands where an IP-Adapter would"):
+            change()
+    assert torch.equal(draw(pipe, concept=concept), before)
+
+
+def test_without_a_text_encoder_embeddings_are_drawn_and_prompts_refused(pipe, concept):
+    given = pipe.condition("a S", concept)
+    before = draw(pipe, None, **given)
+    pipe.register_modules(text_encoder=None)
+    assert torch.equal(draw(pipe, None, **given, clip_skip=1), before)
+    message = "text_encoder is None; load the pipeline with one, or pass what `condition` gave"
+    assert complaint(pipe, "a S", concept=concept) == message
+
+
+def test_a_concept_without_feature_tokens_is_told(pipe, concept):
+    """Lambda did nothing, without a word."""
+    words = replace(concept, feature_tokens=None)
+    with pytest.warns(Note, match="S: the concept was encoded without the local mapper, so lambda"):
+        drawn = draw(pipe, concept=words)
+    with warnings.catch_warnings(action="error", category=Note):
+        assert torch.equal(draw(pipe, concept=words, lambda_=0), drawn)
+    with pytest.raises(ValueError, match="different numbers of feature tokens"):
+        draw(pipe, ["a S"] * 2, concept=[concept, words])
