@@ -133,7 +133,8 @@ def run(main: Callable[[], int]) -> None:
 
 def _leave_processes() -> None:
     """Ends the process group of `accelerate launch`, if this process is in one: at its exit, since
-    scripts that run in one process share it. Its threads may abort a process that ends in it."""
+    scripts that run in one process share it. A process that exits while still in the group may be
+    aborted by the group's threads."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()

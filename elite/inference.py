@@ -27,7 +27,7 @@ from elite.hardware import (
     order_channels_last,
     store_in_fp8,
 )
-from elite.loading import DTYPES, image_encoder_sizes, make_scheduler
+from elite.loading import DTYPES, MOST_STEPS, image_encoder_sizes, make_scheduler
 from elite.lora import fuse_loras
 from elite.named_concepts import Words
 from elite.pipeline import Elite
@@ -160,7 +160,14 @@ def load_pipeline(
 def build_pipeline(
     config: EliteConfig, local_mapper: str | Literal[False] | None = None, encodes: bool = True
 ) -> Elite:
-    """`load_pipeline` with the sampler of the configuration, ready to draw."""
+    """`load_pipeline` with the sampler of the configuration, ready to draw. Raises ValueError where
+    that takes fewer steps."""
+    most = MOST_STEPS.get(config.scheduler, config.num_inference_steps)
+    if config.num_inference_steps > most:
+        raise ValueError(
+            f"--scheduler {config.scheduler}: takes {most} steps at most, for adapters that need "
+            f"few; got --num_inference_steps {config.num_inference_steps}"
+        )
     pipe = load_pipeline(config, local_mapper, encodes)
     prepare_to_draw(pipe, config)
     pipe.scheduler = make_scheduler(config.scheduler, pipe.scheduler.config)
@@ -239,7 +246,7 @@ def what_to_draw(config: InferenceConfig, objects: PairFolder | ConceptFolder) -
         raise ValueError(
             f"--selected_data {config.selected_data}: "
             f"{config.concept_path or config.test_data_dir} has {len(objects)} {kind_of(config)}; "
-            f"choose one of 0 to {len(objects) - 1}, or -1 for all"
+            f"choose {'0' if len(objects) == 1 else f'0 to {len(objects) - 1}'}, or -1 for all"
         )
     return {
         "prompt": config.template.replace("{}", config.placeholder_token),

@@ -53,6 +53,7 @@ SCHEDULERS = {
     "tcd": TCDScheduler,
 }
 SPACED_FROM_0 = ("ddim", "pndm", "lcm", "tcd")  # timesteps; of the others evenly over all
+MOST_STEPS = {"lcm": 50, "tcd": 50}  # of which these take some
 # By the names of --mixed_precision.
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FLOATS = tuple(DTYPES.values())  # what weights and concepts are stored in

@@ -61,7 +61,7 @@ class Tally:
 
     def __init__(self) -> None:
         self.unreadable: Counter[str] = Counter()  # by reason, each time it was met
-        self.bad_samples: dict[int, str] = {}  # the samples it was met in, with the message
+        self.bad_samples: dict[int, str] = {}  # by row, with the last message; repaired ones stay
         self.skipped = 0  # steps
         self.skipped_in_a_row = 0
 

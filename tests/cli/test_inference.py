@@ -431,6 +431,7 @@ BAD_FLAGS = [
     (("--template", "a {0} {name}"), "no placeholder 'S'"),
     (("--template", "a " * 80 + "{}"), "too long"),
     (("--scheduler", "lsm"), "--scheduler: got 'lsm', expected one of lms, dpm++"),
+    (("--scheduler", "lcm", "--num_inference_steps", "51"), "--scheduler lcm: takes 50 steps at"),
     (("--selected_data", "2"), "has 2 pairs; choose 0 to 1, or -1 for all"),
     (("--llambda", "a lot"), "--llambda: got 'a lot', expected a number"),
     (("--lambda", "0.8"), "did you mean --llambda?"),
