@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from elite.mappers import GlobalMapper, LocalMapper, Mapper, cross_attention_layers
 
 AttentionNorm = Literal["sample", "batch"]
+MERGED = "_elite_merged_scaling"  # attribute of a layer with LoRA adapters
 COLUMNS = 8  # channels beside V, one a concept: fused kernels want multiples of 8
 
 
@@ -206,15 +207,29 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def _lora_weights(layer: Any, scale: float = 1.0) -> list[Tensor]:
-    """What LoRA adapters add to a projection's weight: those merged into it, at the weight that
-    they have now, else the active ones times the scale."""
+    """What LoRA adapters add to a projection's weight: those merged into it, as they were, else
+    the active ones times the scale."""
     if getattr(layer, "disable_adapters", True):  # a plain Linear has none
         return []
-    if layer.merged_adapters:
-        names, scale = layer.merged_adapters, 1.0
-    else:
-        names = layer.active_adapters
-    return [scale * layer.get_delta_weight(name) for name in names if name in layer.lora_A]
+    if not layer.merged_adapters:
+        names = [name for name in layer.active_adapters if name in layer.lora_A]
+        return [scale * layer.get_delta_weight(name) for name in names]
+    now = dict(layer.scaling)  # which may have been set since
+    try:
+        layer.scaling.update(getattr(layer, MERGED, {}))
+        names = [name for name in layer.merged_adapters if name in layer.lora_A]
+        return [layer.get_delta_weight(name) for name in names]
+    finally:
+        layer.scaling.update(now)
+
+
+def remember_merged(unet: UNet2DConditionModel) -> None:
+    """Notes at which scaling the UNet's LoRA adapters were merged, if they are."""
+    for layer in unet.modules():
+        if hasattr(layer, "merged_adapters"):
+            before = getattr(layer, MERGED, {})
+            names = [name for name in layer.merged_adapters if name in layer.scaling]
+            setattr(layer, MERGED, {name: before.get(name, layer.scaling[name]) for name in names})
 
 
 def _lora(layer: Any, x: Tensor, scale: float) -> Tensor | float:

@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
-from elite.attention import KeysValues, conditional_rows, is_installed
+from elite.attention import KeysValues, conditional_rows, is_installed, remember_merged
 from elite.cards import Carded, pipeline_card
 from elite.families import Family, text_encoders
 from elite.loading import side_in_pixels
@@ -89,6 +89,14 @@ class DiffusersPipeline(Carded, DiffusionPipeline):
     def unfuse_qkv_projections(self, *args: Any, **kwargs: Any) -> None:
         with self._plain_unet():
             super().unfuse_qkv_projections(*args, **kwargs)
+
+    def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        super().fuse_lora(*args, **kwargs)
+        remember_merged(self.unet)
+
+    def unfuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        super().unfuse_lora(*args, **kwargs)
+        remember_merged(self.unet)
 
     def load_ip_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Raises ValueError."""

@@ -108,6 +108,22 @@ def test_a_fused_lora_has_no_scale_of_a_call(pipe, concept, make_lora, options):
     assert relative(draw(pipe, concept=concept, **options), expected) < CLOSE
 
 
+def test_a_fused_lora_stays_as_it_was(pipe, concept, make_lora):
+    """What is set afterwards changed ELITE's projections, and nothing else of the model."""
+    both = {**EACH_STEP, "cross_attention_kwargs": {"scale": 0.5}}
+    pipe.load_lora_weights(make_lora(CROSS_KV), adapter_name="one")
+    without = draw(pipe, concept=concept, cross_attention_kwargs={"scale": 0.0})
+    pipe.fuse_lora()
+    expected = draw(pipe, concept=concept)
+    assert relative(draw(pipe, concept=concept, **both), expected) < CLOSE
+    pipe.set_adapters(["one"], [0.0])
+    assert relative(draw(pipe, concept=concept), expected) < CLOSE
+    pipe.set_adapters(["one"], [1.0])
+    pipe.unfuse_lora()
+    pipe.set_adapters(["one"], [0.0])
+    assert relative(draw(pipe, concept=concept), without) < CLOSE
+
+
 def test_of_several_loras_the_fused_ones_count(pipe, concept, make_lora):
     file = make_lora(CROSS_KV)
     pipe.load_lora_weights(file, adapter_name="first")
