@@ -166,8 +166,8 @@ def render_samples(
     records: list[dict] = []
     sizes = [min(CHUNK, count - start) for start in range(0, count, CHUNK)]
     seeds = range(seed * 1_000_000, seed * 1_000_000 + len(sizes))
-    with worker_pool(workers) as pool:
-        work = pool.map(partial(_render_chunk, pool, side), seeds, sizes)
+    with worker_pool(workers) as executor:
+        work = executor.map(partial(_render_chunk, pool, side), seeds, sizes)
         for pictures, described in tqdm(work, "render", len(sizes), unit="chunk"):
             views[len(records) : len(records) + len(pictures)] = pictures
             records += described

@@ -333,7 +333,7 @@ def test_the_commands_of_the_page_run(save_detector, tmp_path, capsys):
     for seed, scene in enumerate(("snow", "grass", "beach")):
         save_photo(tmp_path / f"photos/{scene}.jpg", scene, seed=seed)
     names = {
-        "photos": tmp_path / "photos",
+        "PHOTOS": tmp_path / "photos",
         "google/owlv2-base-patch16-ensemble": save_detector(tmp_path / "detector"),
         "facebook/sam-vit-base": save_sam_folder(tmp_path / "sam"),
         "outputs/label.png": tmp_path / "label.png",

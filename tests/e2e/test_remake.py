@@ -1,6 +1,5 @@
 """`remake.sh`: which commands it runs, that a share of it runs from end to end, and where."""
 
-import concurrent.futures
 import json
 import os
 import runpy
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from small_world import pretrain, samples
+from small_world import pretrain
 from small_world.flags import scaled
 from small_world.judge import parse_args as parse_judge
 
@@ -122,8 +121,7 @@ def test_a_share_runs_from_end_to_end(remake, tmp_path, monkeypatch):
     def threads(workers: int, **_) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(workers)
 
-    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", threads)
-    monkeypatch.setattr(samples, "ProcessPoolExecutor", threads)
+    monkeypatch.setattr("elite.workers.ProcessPoolExecutor", threads)
     monkeypatch.setattr(sys, "argv", [])  # put back afterwards
     monkeypatch.chdir(REPOSITORY)
     for command in remake("made", scale="0.0001")[2]:

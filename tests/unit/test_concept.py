@@ -207,5 +207,5 @@ def test_objects_of_one_and_of_two_pictures_do_not_stack():
     one = make_concept(seed=1)
     two = Concept.stack([one, make_concept(seed=2)]).as_one()
     assert len(two) == 1 and two.num_tokens == 2 * one.num_tokens
-    with pytest.raises(ValueError, match="different numbers of pictures do not fit in one batch"):
+    with pytest.raises(ValueError, match="different numbers of feature tokens"):
         Concept.stack([one, two])

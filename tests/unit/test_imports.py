@@ -13,7 +13,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 # A module of elite/ imports only from lines above its own.
 LAYERS = (
-    ("defaults", "files", "markdown", "noise", "wording"),
+    ("defaults", "markdown", "noise", "wording", "workers"),
+    ("files",),
     ("annotations", "cards", "deep_features", "run_state", "shard_cache", "speed", "text"),
     (
         "augment",
@@ -27,10 +28,10 @@ LAYERS = (
         "stream",
     ),
     ("attention", "checkpoint", "concept", "config", "data", "masks", "open_images"),
-    ("compat", "detector", "hardware", "lora", "named_concepts", "run_folder", "sam", "shards"),
+    ("compat", "detector", "hardware", "named_concepts", "run_folder", "sam", "shards"),
     ("conditioning",),
     ("latents", "objectives", "pipeline", "training"),
-    ("encoding", "modular", "previews"),
+    ("encoding", "lora", "modular", "previews"),
     ("drawing", "gallery"),
     ("inference", "stages"),
 )

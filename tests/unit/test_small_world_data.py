@@ -124,9 +124,7 @@ def test_every_second_picture_shows_a_thing(tmp_path, monkeypatch):
         colour = (0, 0, 0) if is_held_out_thing(file) else (250, 0, 250)
         Image.fromarray(np.full((40, 40, 4), (*colour, 255), np.uint8)).save(file)
     assert len(find_things(art, held_out=True)) == 4
-    monkeypatch.setattr(
-        writer, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers)
-    )
+    monkeypatch.setattr(POOL, lambda workers, **_: ThreadPoolExecutor(workers))
     root = tmp_path / "made"
     writer.main([str(root), "--count", "20", "--size", "64", "--art", str(art)])
     for number in range(20):
@@ -217,15 +215,16 @@ def test_shipped_test_objects_are_what_the_script_draws(tmp_path):
 # --- pretraining samples --------------------------------------------------------------------------
 
 
+POOL = "elite.workers.ProcessPoolExecutor"
+
+
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory) -> Path:
     """Thirty samples in chunks of twenty, by threads."""
     folder = tmp_path_factory.mktemp("samples") / "trained"
     with pytest.MonkeyPatch.context() as patches:
         patches.setattr(samples, "CHUNK", 20)
-        patches.setattr(
-            samples, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers)
-        )
+        patches.setattr(POOL, lambda workers, **_: ThreadPoolExecutor(workers))
         render_samples(folder, 30, "trained")
         render_samples(folder.parent / "other", 30, "any", seed=1)
     return folder
@@ -288,7 +287,7 @@ def test_samples_follow_their_seed(rendered):
 
 
 def test_samples_that_are_there_stay(rendered, monkeypatch):
-    monkeypatch.setattr(samples, "ProcessPoolExecutor", lambda *_, **__: pytest.fail("again"))
+    monkeypatch.setattr(POOL, lambda *_, **__: pytest.fail("again"))
     render_samples(rendered, 30, "trained")
     with pytest.raises(ValueError, match="30 samples of 64 px; expected 40 of 64 px"):
         render_samples(rendered, 40, "trained")
