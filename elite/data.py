@@ -42,7 +42,7 @@ class Pair:
             there = [f" as PNG, not {path.name}" for path in others if path.exists()][:1]
             raise ValueError(
                 f"{self.mask_path}: no such file; expected the mask of {self.image_path.name}"
-                + "".join(there)
+                + ("".join(there) or "; python data_scripts/make_masks.py makes one")
             )
         mask = fit_mask(read_mask(self.mask_path), image, str(self.mask_path))
         if doubtful := doubt(mask):
@@ -110,7 +110,8 @@ class PairFolder:
     def __init__(self, root: Path | str, whole: bool = False, folders: bool = True) -> None:
         folder = Path(root)
         if not str(root) or not folder.is_dir():  # nothing would be the working directory
-            raise ValueError(f"{folder}: no such folder; expected NAME.jpg with NAME_bg.png in it")
+            what = "is a file, give its folder" if folder.is_file() else "no such folder"
+            raise ValueError(f"{folder}: {what}; expected NAME.jpg with NAME_bg.png in it")
         pairs = [pair_of(path, whole) for path in pictures_in(folder)]
         inside = folder.glob("[!.]*/") if folders else ()
         pairs += filter(None, (pairs_of(path, whole) for path in inside))
@@ -118,7 +119,7 @@ class PairFolder:
         self.pairs = sorted(pairs, key=lambda pair: (pair.name, pair.image_path))
         if not self.pairs:
             raise ValueError(
-                f"no image + mask pairs in {folder}; expected NAME.jpg with NAME_bg.png"
+                f"no pictures in {folder}; expected NAME.jpg with NAME_bg.png, its mask"
             )
 
     def __len__(self) -> int:

@@ -178,6 +178,8 @@ def fit_as_configured(
         except Stopped:
             accelerator.print("resume with:", command_again("--resume_from_checkpoint", "latest"))
             raise
+    if config.dry_run:
+        accelerator.print("dry run: one step trained, nothing saved")
 
 
 def pair_preview(

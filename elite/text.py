@@ -38,7 +38,7 @@ def find_placeholder(prompt: str, placeholder: str) -> int:
         count = "no" if not found else f"{len(found)} times the"
         raise ValueError(
             f"prompt {brief(prompt)} has {count} placeholder {brief(placeholder)}; "
-            "write it exactly once, as a word of its own"
+            "write it (or {} in a --template) exactly once, as a word of its own"
         )
     return found[0]
 

@@ -209,7 +209,7 @@ def test_a_folder_of_one_stage_is_packed(open_images, tmp_path, capsys):
     ("arguments", "message"),
     [
         (("nowhere", "target"), "nowhere: no such folder; expected one of Open Images, or"),
-        ((".", "target"), "no image + mask pairs in ."),
+        ((".", "target"), "no pictures in ."),
         (("nowhere", "target", "--side", "9"), "--side 9: expected 64 or more"),
         (("nowhere", "target", "--shard_mb", "0"), "--shard_mb 0.0: expected a number above 0"),
         (("nowhere", "target", "--shard_mb", "nan"), "--shard_mb nan: expected a number above 0"),

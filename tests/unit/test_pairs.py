@@ -108,7 +108,7 @@ def test_pair_of_unfit_mask_is_named(tmp_path):
 def test_empty_and_missing_folders_are_refused(tmp_path):
     picture(tmp_path / "only_bg.png")
     with pytest.raises(
-        ValueError, match=r"no image \+ mask pairs in .*; expected NAME\.jpg with NAME_bg\.png"
+        ValueError, match=r"no pictures in .*; expected NAME\.jpg with NAME_bg\.png"
     ):
         PairFolder(tmp_path)
     with pytest.raises(ValueError, match="nowhere: no such folder"):
