@@ -149,6 +149,12 @@ def stem_of(index: int, seed: int) -> str:
     return f"{index:05d}_{seed:05d}"
 
 
+def _indices_in(folder: Path) -> list[int]:
+    """Those of the pictures of a folder, by their names."""
+    stems = (path.stem.partition("_")[0] for path in folder.glob("*_*.png"))
+    return [int(stem) for stem in stems if stem.isdecimal()]
+
+
 @dataclass(frozen=True)
 class Job:
     """One picture to draw."""
@@ -244,6 +250,11 @@ def draw_folder(
                 f"{output_dir}: pictures of another prompt or setting are replaced ({others}); "
                 "give another --suffix or --output_dir to keep them"
             )
+    if beyond := sum(index >= len(folder) for index in _indices_in(output_dir)):
+        note(
+            f"{output_dir}: {beyond} pictures of other objects stay there, but not in grid.png; "
+            "give another --output_dir to keep them apart"
+        )
     left = {index: list(group) for index, group in groupby(jobs, lambda job: job.index)}
     progress = progress_bar("draw", "picture", count, len(jobs))
     with ThreadPoolExecutor(max_workers=2) as pool, progress as bar:

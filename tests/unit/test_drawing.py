@@ -187,6 +187,16 @@ def test_pictures_of_another_prompt_are_replaced_and_that_is_said(pipe, drawn):
         draw(pipe, pairs, output_dir, seeds=[1, 2, 3], **in_snow)
 
 
+def test_pictures_of_other_objects_are_told(pipe, pairs, drawn, tmp_path):
+    """They stay among those of a smaller folder."""
+    one = tmp_path / "one"
+    one.mkdir()
+    for name in ("pair0.png", "pair0_bg.png"):
+        (one / name).write_bytes((pairs / name).read_bytes())
+    with pytest.warns(Note, match="2 pictures of other objects stay there, but not in grid"):
+        draw(pipe, one, drawn[1], skip_existing=True)
+
+
 def test_without_skip_existing_all_is_drawn_anew(pipe, drawn):
     pairs, output_dir = drawn
     assert len(go_on(pipe, pairs, output_dir, skip_existing=False)) == 8
