@@ -120,7 +120,9 @@ def drag(page, *points: tuple[float, float], steps: int = 6) -> None:
 
 
 def choose(page, text: str) -> None:
-    page.get_by_label(text, exact=True).check()
+    radio = page.get_by_label(text, exact=True)
+    radio.click()
+    sync_api.expect(radio).to_be_checked()  # when the page has answered
 
 
 def settings(page, **numbers: float) -> None:
