@@ -393,14 +393,14 @@ def contact_sheet(
     """Pairs or concepts by index, with the pictures of these jobs that are there; None if there are
     none. Of an object that failed, pictures of other settings may be."""
 
-    def drawn(index: int) -> list[Path]:
-        paths = ((output_dir / f"{job.stem}.png", job.metadata) for job in jobs[index])
-        return [path for path, metadata in paths if is_drawn(path, metadata)]
-
-    with_pictures = [index for index in jobs if drawn(index)]
+    drawn: dict[int, list[Path]] = {}  # where there are any
+    for index, of_object in jobs.items():
+        paths = [(output_dir / f"{job.stem}.png", job.metadata) for job in of_object]
+        if there := [path for path, metadata in paths if is_drawn(path, metadata)]:
+            drawn[index] = there
     rows = [
-        [*row, *(fit_tile(Image.fromarray(read_image(path))) for path in drawn(index))]
-        for index, row in sheet_rows(folder, with_pictures)
+        [*row, *(fit_tile(Image.fromarray(read_image(path))) for path in drawn[index])]
+        for index, row in sheet_rows(folder, list(drawn))
     ]
     seeds = next(iter(jobs.values()), ())
     names = [*columns(folder), *(f"seed {job.seed}" for job in seeds)]

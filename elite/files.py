@@ -128,10 +128,16 @@ def _flush_one(path: Path) -> None:
 def with_text_names(folder: Path, paths: Iterable[Path]) -> list[Path]:
     """Those of a folder's files that JSON, CSV and PNG can name. A note tells of the others, whose
     names hold bytes that are no UTF-8, as those of old archives may."""
-    paths = list(paths)
-    if others := [path.name for path in paths if not is_text(path.name)]:
+    texts: list[Path] = []
+    others: list[str] = []
+    for path in paths:
+        if is_text(path.name):
+            texts.append(path)
+        else:
+            others.append(path.name)
+    if others:
         note(f"{folder}: left out {brief(others)}; names with bytes that are no UTF-8, rename them")
-    return [path for path in paths if is_text(path.name)]
+    return texts
 
 
 def is_text(name: str) -> bool:

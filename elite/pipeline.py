@@ -138,13 +138,14 @@ class Elite(PromptConditioning):
                 "(--global_mapper_path)"
             )
         fingerprint = fingerprint_of(mappers["global_mapper"], mappers["local_mapper"])
-        for name, part in {**parts, **mappers}.items():  # `pipe.to` warns of each, in any type
+        parts |= mappers
+        for name, part in parts.items():  # `pipe.to` warns of each, whatever its type
             if isinstance(part, torch.nn.Module) and part.dtype != torch_dtype:
                 is_given = part in (global_mapper, local_mapper, image_encoder)
                 own = copy.deepcopy(part) if is_given else part  # another pipeline may have it
-                (mappers if name in mappers else parts)[name] = own.to(torch_dtype)
+                parts[name] = own.to(torch_dtype)
         made: Any = of_family if cls is Elite else cls
-        return made(**parts, **mappers, fingerprint=fingerprint)
+        return made(**parts, fingerprint=fingerprint)
 
     def install(self, attention_norm: AttentionNorm | None = None) -> None:
         """Plugs the mappers into this pipeline's UNet; done by the constructor. None keeps the

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -149,11 +149,10 @@ def results_of(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder}: damaged results.json ({error}); {RUN_REMEDY}") from None
 
 
-def cases_of(folder: Path) -> list[Case]:
+def cases_of(folder: Path, results: Mapping[str, Any]) -> list[Case]:
     """What a run has scored, of which the picture is still there. Raises ValueError where it is no
     run, or where pictures or objects are others since."""
     try:
-        results = results_of(folder)
         settings, references = results["settings"], results["references"]
         data, cropped = settings["test_data_dir"], settings["crop_references"]
         scored = [
@@ -184,7 +183,8 @@ def rate(folder: Path, command: Sequence[str]) -> list[dict]:
         ValueError: there is nothing to rate, another command rated it before, or the program does
             not answer.
     """
-    cases, (before, before_rated) = cases_of(folder), read_ratings(folder)
+    results = results_of(folder)
+    cases, (before, before_rated) = cases_of(folder, results), read_ratings(folder)
     if not cases:
         raise ValueError(f"{folder}: none of its pictures is there; {RUN_REMEDY}")
     if before_rated and before != list(command):
@@ -200,7 +200,7 @@ def rate(folder: Path, command: Sequence[str]) -> list[dict]:
     rows = [one.row for one in kept if one.key in asked]
     rated = {one.key for one in kept}
     todo = [case for case in cases if tuple(case.key.values()) not in rated]
-    program = Program(command, taken=results_of(folder).get("scores", ()))
+    program = Program(command, taken=results.get("scores", ()))
     bar = tqdm(todo, "rate", len(cases), initial=len(rows), unit="picture")
     try:
         with open(folder / RATINGS, "a", encoding="utf-8") as file:

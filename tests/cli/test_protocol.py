@@ -22,7 +22,7 @@ from evaluation import protocol
 from evaluation.cases import Case, contact_sheets, make_cases
 from evaluation.metrics import Clip, Dino
 from evaluation.protocol import CLIP, DINO, GROUND, Setup, departures, digest_prompts
-from evaluation.rate import Program, cases_of, numbers_of, read_ratings
+from evaluation.rate import Program, cases_of, numbers_of, read_ratings, results_of
 from evaluation.subjects import Subject, read_prompts, read_subjects
 from tests import tiny
 from tests.conftest import run_script
@@ -357,21 +357,22 @@ def test_only_what_was_scored_is_rated(evaluate, dreambench, tmp_path):
     others."""
     evaluate("run", "--metrics", "clip")
     run = tmp_path / "run"
-    before = {case.path: case.class_prompt for case in cases_of(run)}
+    before = {case.path: case.class_prompt for case in cases_of(run, results_of(run))}
     assert before["backpack/00_00042.png"] == "a backpack in the jungle"
     Image.new("RGB", (8, 8)).save(run / "backpack" / "07_00042.png")
     prompts = tmp_path / "prompts_and_classes.txt"
     prompts.write_text(DREAMBENCH.replace("in the jungle", "at sea").replace(",dog", ",cat"))
-    assert {case.path: case.class_prompt for case in cases_of(run)} == before
+    assert {case.path: case.class_prompt for case in cases_of(run, results_of(run))} == before
     (run / "dog2" / "00_00042.png").unlink()
-    assert {case.path for case in cases_of(run)} == before.keys() - {"dog2/00_00042.png"}
+    left = before.keys() - {"dog2/00_00042.png"}
+    assert {case.path for case in cases_of(run, results_of(run))} == left
     image = run / "backpack" / "00_00042.png"
     Image.new("RGB", (8, 8)).save(image)
     with pytest.raises(ValueError, match=f"{image}: was drawn anew since it was scored; run eval"):
-        cases_of(run)
+        cases_of(run, results_of(run))
     shutil.copy(dreambench / "backpack/00.png", dreambench / "backpack/02.png")
     with pytest.raises(ValueError, match="backpack is not what"):
-        cases_of(run)
+        cases_of(run, results_of(run))
 
 
 def test_another_clip_of_the_same_path_is_told(evaluate, tmp_path, capsys):
