@@ -260,11 +260,17 @@ def sole_writer(lock: Path, does: str) -> Iterator[None]:
     killed one left half-written is removed.
 
     Raises:
-        ValueError: another process does.
+        ValueError: another process does, or the disk knows no locks.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
     with open(lock, "ab") as file:
-        if not try_lock(file):
+        try:
+            is_mine = try_lock(file)
+        except OSError as error:
+            raise ValueError(
+                f"{lock.parent}: cannot be locked ({error.strerror}); choose another folder"
+            ) from None
+        if not is_mine:
             raise ValueError(
                 f"{lock.parent}: another process {does} into it; wait until it has ended"
             )

@@ -1,6 +1,7 @@
 """The latent cache: training with it equals training without, and no cache that does not fit is
 used."""
 
+import errno
 import hashlib
 import json
 import os
@@ -461,4 +462,13 @@ def test_two_runs_do_not_encode_into_one_folder(boxes, vae, tmp_path, monkeypatc
     """The index of one stood over the files of the other, and was believed."""
     monkeypatch.setattr("elite.files.try_lock", lambda file: False)
     with pytest.raises(ValueError, match="cache: another process encodes into it; wait until"):
+        cache_latents(boxes, vae, tmp_path / "cache")
+
+
+def test_a_disk_without_locks_is_one_line(boxes, vae, tmp_path, monkeypatch):
+    def refuse(file):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("elite.files.try_lock", refuse)
+    with pytest.raises(ValueError, match=r"cache: cannot be locked \(No locks available\); choose"):
         cache_latents(boxes, vae, tmp_path / "cache")
