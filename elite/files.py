@@ -255,26 +255,36 @@ def try_lock(file: IO) -> bool:
 
 
 @contextmanager
-def sole_writer(lock: Path, does: str) -> Iterator[None]:
-    """Within it this process alone "packs" or "encodes" into the folder of the lock file; what a
-    killed one left half-written is removed.
+def sole_writer(
+    lock: Path, does: str, remedy: str = "choose another folder", also: Iterable[Path] = ()
+) -> Iterator[None]:
+    """Within it this process alone "packs" or "encodes" into the folder of the lock file, which
+    holds its number; what a killed one left half-written there, and in the folders given also, is
+    removed. The system frees the lock with the process, however that ends.
 
     Raises:
         ValueError: another process does, or the disk knows no locks.
     """
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock, "ab") as file:
+    folder = lock.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(lock, "a+", encoding="utf-8") as file:
         try:
             is_mine = try_lock(file)
         except OSError as error:
-            raise ValueError(
-                f"{lock.parent}: cannot be locked ({error.strerror}); choose another folder"
-            ) from None
+            raise ValueError(f"{folder}: cannot be locked ({error.strerror}); {remedy}") from None
         if not is_mine:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
             raise ValueError(
-                f"{lock.parent}: another process {does} into it; wait until it has ended"
+                f"{folder}: another process ({owner}) {does} into it; wait until it has ended, or "
+                f"{remedy}"
             )
-        remove_leftovers(lock.parent)
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        for written in (folder, *also):
+            if written.is_dir():
+                remove_leftovers(written)
         yield
 
 

@@ -3,8 +3,8 @@
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn, Self, TypeVar
 
@@ -17,14 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from elite.config import save_config
-from elite.files import (
-    read_rows,
-    remove_leftovers,
-    try_lock,
-    write_atomically,
-    write_json,
-    write_text,
-)
+from elite.files import read_rows, sole_writer, write_atomically, write_json, write_text
 from elite.run_state import (
     ANOTHER_FOLDER,
     SETTINGS,
@@ -80,7 +73,9 @@ class RunFolder:
 
     def __enter__(self) -> Self:
         if self.is_main:
-            self._open.enter_context(locked(self.folder))
+            lock, previews = self.folder / LOCK, self.folder / "previews"
+            mine = sole_writer(lock, "trains", ANOTHER_FOLDER, also=[previews])
+            self._open.enter_context(mine)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -267,35 +262,3 @@ class RunFolder:
         """Says how the run went."""
         if summary := str(self.tally):
             self.say(f"by step {step} {summary}")
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Makes this process the one that writes a run into the folder, and clears away what a killed
-    one left half-written. The system frees the lock with the process, however that ends.
-
-    Raises:
-        ValueError: another process has the lock.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "a+", encoding="utf-8") as file:
-        try:
-            is_mine = try_lock(file)
-        except OSError as error:
-            raise ValueError(
-                f"{folder}: cannot be locked ({error.strerror}); {ANOTHER_FOLDER}"
-            ) from None
-        if not is_mine:
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
-            raise ValueError(
-                f"{folder}: another run writes into it (process {owner}); wait for its end or "
-                f"{ANOTHER_FOLDER}"
-            )
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        for written in (folder, folder / "previews"):
-            if written.is_dir():
-                remove_leftovers(written)
-        yield

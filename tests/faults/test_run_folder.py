@@ -12,7 +12,7 @@ import pytest
 
 from elite import run_folder
 from elite.config import read_yaml, to_dict
-from elite.run_folder import LOCK, RunFolder, locked
+from elite.run_folder import LOCK, RunFolder
 from elite.run_state import HASHES, MAY_CHANGE, check_settings, checkpoints, fault
 from elite.settings import TextualInversionConfig, TrainGlobalConfig, TrainLocalConfig
 from elite.training import make_accelerator
@@ -226,8 +226,8 @@ def test_the_saved_settings_do_not_lead_back(tmp_path):
 
 HOLD = """
 import sys, pathlib
-from elite.run_folder import locked
-with locked(pathlib.Path(sys.argv[1])):
+from elite.files import sole_writer
+with sole_writer(pathlib.Path(sys.argv[1]), "trains"):
     print("held", flush=True)
     sys.stdin.readline()
 """
@@ -235,14 +235,14 @@ with locked(pathlib.Path(sys.argv[1])):
 
 def test_second_run_into_a_folder_is_refused(tmp_path):
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, tmp_path],
+        [sys.executable, "-c", HOLD, tmp_path / LOCK],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
     try:
         assert holder.stdout.readline() == "held\n"
-        message = rf"another run writes into it \(process {holder.pid}\)"
+        message = rf"another process \({holder.pid}\) trains into it; wait.*another --output_dir"
         with pytest.raises(ValueError, match=message):
             train(tmp_path)
         assert [p.name for p in tmp_path.iterdir()] == [LOCK], "the second run has written"
@@ -258,9 +258,12 @@ def test_what_a_killed_run_left_half_written_is_cleared_away(tmp_path):
     (half / "weights.safetensors").write_text("half")
     (tmp_path / ".metrics.4711.tmp.jsonl").write_text("half")
     (tmp_path / ".mine").write_text("kept")
-    assert len(leftovers(tmp_path)) == 2
-    with locked(tmp_path):
-        assert sorted(p.name for p in tmp_path.iterdir()) == [".mine", LOCK]
+    previews = tmp_path / "previews"
+    previews.mkdir()
+    (previews / ".1.4711.tmp.png").write_text("half")
+    assert len(leftovers(tmp_path)) == 2 and len(leftovers(previews)) == 1
+    train(tmp_path)
+    assert (tmp_path / ".mine").exists() and not leftovers(tmp_path) and not leftovers(previews)
 
 
 # --- a full disk ----------------------------------------------------------------------------------
