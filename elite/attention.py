@@ -13,7 +13,7 @@ regions as many for each reading of the prompt.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,10 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from elite.adapters import added_by_lora
 from elite.mappers import GlobalMapper, LocalMapper, Mapper, cross_attention_layers
 
 AttentionNorm = Literal["sample", "batch"]
-MERGED = "_elite_merged_scaling"  # attribute of a layer with LoRA adapters
 COLUMNS = 8  # channels beside V, one a concept: fused kernels want multiples of 8
 
 
@@ -107,8 +107,8 @@ class EliteAttnProcessor:
         LoRA adapters of the UNet's own to_k and to_v, which ELITE replaces, add to K_g and V_g.
         """
         heads = attn.heads
-        K = split_heads(self.K_g(context) + _lora(attn.to_k, context, lora_scale), heads)
-        V = split_heads(self.V_g(context) + _lora(attn.to_v, context, lora_scale), heads)
+        K = split_heads(self.K_g(context) + added_by_lora(attn.to_k, context, lora_scale), heads)
+        V = split_heads(self.V_g(context) + added_by_lora(attn.to_v, context, lora_scale), heads)
         concepts, visible = split_local_inputs(local)
         if not concepts or self.K_l is None or self.V_l is None:
             return KeysValues(K, V, visible=visible)
@@ -204,37 +204,6 @@ def _maximum(column: Tensor, lambda_: Tensor, attention_norm: AttentionNorm) -> 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(B, n, C) to (B, heads, n, C / heads)."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def _lora_weights(layer: Any, scale: float = 1.0) -> list[Tensor]:
-    """What LoRA adapters add to a projection's weight: those merged into it, as they were, else
-    the active ones times the scale."""
-    if getattr(layer, "disable_adapters", True):  # a plain Linear has none
-        return []
-    if not layer.merged_adapters:
-        names = [name for name in layer.active_adapters if name in layer.lora_A]
-        return [scale * layer.get_delta_weight(name) for name in names]
-    now = dict(layer.scaling)  # which may have been set since
-    try:
-        layer.scaling.update(getattr(layer, MERGED, {}))
-        names = [name for name in layer.merged_adapters if name in layer.lora_A]
-        return [layer.get_delta_weight(name) for name in names]
-    finally:
-        layer.scaling.update(now)
-
-
-def remember_merged(unet: UNet2DConditionModel) -> None:
-    """Notes at which scaling the UNet's LoRA adapters were merged, if they are."""
-    for layer in unet.modules():
-        if hasattr(layer, "merged_adapters"):
-            before = getattr(layer, MERGED, {})
-            names = [name for name in layer.merged_adapters if name in layer.scaling]
-            setattr(layer, MERGED, {name: before.get(name, layer.scaling[name]) for name in names})
-
-
-def _lora(layer: Any, x: Tensor, scale: float) -> Tensor | float:
-    """What they add to its output."""
-    return sum((F.linear(x, weight.to(x)) for weight in _lora_weights(layer, scale)), 0.0)
 
 
 def _attend(
@@ -386,17 +355,6 @@ def _image_embeds_given(unet: nn.Module, args: tuple, kwargs: dict) -> tuple[tup
     """Stock pipelines give none with a plain prompt."""
     beside = kwargs.get("added_cond_kwargs") or {}
     return args, {**kwargs, "added_cond_kwargs": {"image_embeds": [], **beside}}
-
-
-@torch.no_grad()
-def add_lora_to_mappers(unet: UNet2DConditionModel) -> None:
-    """Adds what the active LoRA adapters of the UNet's to_k and to_v add there to the weights of
-    K_g and V_g, so that the adapters may be fused and unloaded."""
-    for attn in cross_attention_layers(unet).values():
-        processor = attn.processor
-        for layer, projection in ((attn.to_k, processor.K_g), (attn.to_v, processor.V_g)):
-            for weight in _lora_weights(layer):
-                projection.weight += weight.to(projection.weight)
 
 
 def is_installed(unet: UNet2DConditionModel) -> bool:

@@ -14,7 +14,8 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
-from elite.attention import KeysValues, conditional_rows, is_installed, remember_merged
+from elite.adapters import remember_merged
+from elite.attention import KeysValues, conditional_rows, is_installed
 from elite.cards import Carded, pipeline_card
 from elite.families import Family, text_encoders
 from elite.loading import side_in_pixels

@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.utils import is_peft_available
 from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 
-from elite.attention import add_lora_to_mappers, is_installed
+from elite.adapters import lora_weights
+from elite.attention import is_installed
 from elite.files import digest_files, is_file
+from elite.mappers import cross_attention_layers
 from elite.pipeline import Elite
 from elite.wording import brief, first_line
 
@@ -106,7 +109,7 @@ def fuse_loras(
     if isinstance(pipe, Elite):
         pipe.take_unet()
     if is_installed(pipe.unet):
-        add_lora_to_mappers(pipe.unet)
+        _add_to_mappers(pipe.unet)
     pipe.unload_lora_weights()
     return tuple(str(lora) for lora in loras)
 
@@ -133,3 +136,14 @@ def _load(pipe: StableDiffusionPipeline | StableDiffusionXLPipeline, path: Path,
         )
     if any("dora_scale" in key for key in keys):
         raise ValueError(f"{path}: is a DoRA, which diffusers reads as if it were a LoRA")
+
+
+@torch.no_grad()
+def _add_to_mappers(unet: UNet2DConditionModel) -> None:
+    """Adds what the active LoRA adapters of the UNet's to_k and to_v add there to the weights of
+    K_g and V_g, so that the adapters may be fused and unloaded."""
+    for attn in cross_attention_layers(unet).values():
+        processor = attn.processor
+        for layer, projection in ((attn.to_k, processor.K_g), (attn.to_v, processor.V_g)):
+            for weight in lora_weights(layer):
+                projection.weight += weight.to(projection.weight)

@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 # A module of elite/ imports only from lines above its own.
 LAYERS = (
-    ("defaults", "markdown", "noise", "wording", "workers"),
+    ("adapters", "defaults", "markdown", "noise", "wording", "workers"),
     ("files",),
     ("annotations", "cards", "deep_features", "run_state", "shard_cache", "speed", "text"),
     (

@@ -1,0 +1,40 @@
+"""What LoRA adapters add to the projections to_k and to_v, in whose place ELITE's own stand."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+MERGED = "_elite_merged_scaling"  # attribute of a layer with LoRA adapters
+
+
+def lora_weights(layer: Any, scale: float = 1.0) -> list[Tensor]:
+    """What LoRA adapters add to a projection's weight: those merged into it, as they were, else
+    the active ones times the scale."""
+    if getattr(layer, "disable_adapters", True):  # a plain Linear has none
+        return []
+    if not layer.merged_adapters:
+        names = [name for name in layer.active_adapters if name in layer.lora_A]
+        return [scale * layer.get_delta_weight(name) for name in names]
+    now = dict(layer.scaling)  # which may have been set since
+    try:
+        layer.scaling.update(getattr(layer, MERGED, {}))
+        names = [name for name in layer.merged_adapters if name in layer.lora_A]
+        return [layer.get_delta_weight(name) for name in names]
+    finally:
+        layer.scaling.update(now)
+
+
+def remember_merged(unet: UNet2DConditionModel) -> None:
+    """Notes at which scaling the UNet's LoRA adapters were merged, if they are."""
+    for layer in unet.modules():
+        if hasattr(layer, "merged_adapters"):
+            before = getattr(layer, MERGED, {})
+            names = [name for name in layer.merged_adapters if name in layer.scaling]
+            setattr(layer, MERGED, {name: before.get(name, layer.scaling[name]) for name in names})
+
+
+def added_by_lora(layer: Any, x: Tensor, scale: float) -> Tensor | float:
+    """What LoRA adapters add to the output of a projection for x."""
+    return sum((F.linear(x, weight.to(x)) for weight in lora_weights(layer, scale)), 0.0)
