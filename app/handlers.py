@@ -377,7 +377,7 @@ class AppHandlers:
                     for one in batch:
                         path = folder / f"{stem_of(len(drawn), one.seed)}.png"
                         write_png(path, one.picture, one.metadata)
-                        tiles.append((str(path), caption(one)))
+                        tiles.append((str(path), caption(one, order)))
                         drawn.append(one)
                     give({"gallery": list(tiles), "preview": ""})
 
@@ -443,9 +443,10 @@ def teller(stop: Stop, tell: Tell) -> OnProgress:
     return on_progress
 
 
-def caption(drawn: Drawn) -> str:
-    """Of a thumbnail, which shows its beginning."""
-    return f"\u03bb {drawn.metadata['lambda']}, seed {drawn.seed}: {drawn.prompt}"
+def caption(drawn: Drawn, order: Order) -> str:
+    """Of a thumbnail, which has room for two lines: the prompt where there are several."""
+    prompt = f": {drawn.prompt}" if len(order.prompts) > 1 else ""
+    return f"\u03bb {drawn.metadata['lambda']}, seed {drawn.seed}{prompt}"
 
 
 def own_tiles(seen: list[np.ndarray]) -> list[tuple[np.ndarray, str]]:

@@ -445,6 +445,7 @@ def test_several_pictures_dropped_at_once(visit, disc, tmp_path):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_phone_width_in_light_and_dark(visit, scheme):
     page = visit(PHONE, color_scheme=scheme)
+    sync_api.expect(page.locator("#marks")).to_be_hidden()  # there is nothing to mark
     page.locator("#examples button").nth(0).click()
     views(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]

@@ -222,6 +222,10 @@ def test_drawing_tells_steps_and_gives_files_with_metadata(handlers, values, tmp
     captions = [caption for _, caption in tiles]
     assert captions[:2] == ["your object", "λ 0.8, seed 41: a S"] and len(tiles) == 5
     assert answer["status"] == message("4 pictures, seeds 41 to 42")
+    alone = last(
+        handlers.draw({**wanted, "prompts": "a S", "count": 1}, tmp_path, lambda *_, **__: 0)
+    )
+    assert alone["gallery"][1][1] == "λ 0.8, seed 41", "a caption that is cut off"
     assert [done for done, _, _ in told] == list(range(1, 9)) and told[0][1] == 8
     assert told[-1][2] == "about 0 s left"
     with Image.open(tiles[4][0]) as picture:
@@ -409,7 +413,7 @@ def test_two_objects_in_one_picture(handlers, couple, tmp_path):
 
 def test_the_sweep_keeps_the_second_as_it_is(handlers, couple, tmp_path):
     answer = last(handlers.draw(couple, tmp_path, silent, sweep=True))
-    assert answer["gallery"][2][1].startswith("λ S 0.3, S2 0.6, seed 3: ")
+    assert answer["gallery"][2][1] == "λ S 0.3, S2 0.6, seed 3"
     with Image.open(answer["strip"]) as strip:
         assert strip.text["lambda"] == "; ".join(f"S {value:g}, S2 0.6" for value in SWEEP)
 
