@@ -417,7 +417,8 @@ class OpenImagesMasks:
         scale = np.repeat((height / mask_height, width / mask_width), 2)
         hs, he, ws, we = (row[side] for side in ("hs", "he", "ws", "we"))
         rows, columns = object_box(mask_file)
-        if min(rows.start - hs, he - rows.stop, columns.start - ws, we - columns.stop) < 0:
+        around = rows.start - hs, he - rows.stop, columns.start - ws, we - columns.stop
+        if not set(around) <= {0, 1}:  # a box has even sides
             raise ValueError(f"{name}: mask has changed since its box was found; run {REBUILD}")
         place = padded(scale * (hs, he, ws, we), int(rng.integers(10, 20)), height, width)
         return image[place], mask[place]
