@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any w
 
 from elite.console import check_least, list_failures, quiet_libraries, run, script_parser
 from elite.files import check_writable
+from elite.settings import MOST_GB
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -59,6 +60,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
     check_least(args, resolution=8, batch_size=1, workers=0)
+    if not 0 < args.shard_cache_gb <= MOST_GB:
+        raise ValueError(
+            f"--shard_cache_gb {args.shard_cache_gb:g}: expected more than 0, at most {MOST_GB:g}"
+        )
     check_writable(args.out_dir)
     quiet_libraries()
     import torch

@@ -9,6 +9,7 @@ could be done; 3: some masks could not be read (they are listed, the rest is wri
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -93,10 +94,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
     check_least(args, workers=1)
-    masks, place = find_masks(args.folder.resolve(), args.set_name)
+    masks, place = find_masks(Path(os.path.abspath(args.folder)), args.set_name)
     index_path = place.with_name(f"{place.name}_bbox_dict.npy")
     check_writable(index_path.parent)
     boxes, failures = boxes_of_files(masks, place, args.workers)
+    if not boxes:
+        list_failures(failures, "masks")
+        raise ValueError(f"{place}: none of {len(masks)} masks has a box; nothing was written")
     save_mask_boxes(index_path, boxes)
     print(f"{index_path}: {len(boxes)} boxes of {len(masks)} masks")
     return list_failures(failures, "masks")

@@ -30,7 +30,10 @@ def rows_of(path: Path, root: Path, set_name: str) -> Iterator[tuple[list[str], 
 
     @cache
     def is_image(image_id: str) -> bool:
-        return image_file(root / "images" / set_name, image_id).exists()
+        try:
+            return image_file(root / "images" / set_name, image_id).exists()
+        except ValueError:  # no name of a file
+            return False
 
     with csv_opened(path) as (header, lines):
         if "ImageID" not in header:
@@ -68,6 +71,7 @@ def keep(table: Path, root: Path, set_name: str) -> int:
         source.rename(whole)
 
     if len(first) > 1:
+        seal.unlink(missing_ok=True)  # one of another table would call this one changed
         write_atomically(table, write)
         write_text(seal, f"{sha256_of(table)}\n")
     return kept

@@ -65,13 +65,15 @@ def read_boxes(path: Path, names: set[str]) -> dict[str, Box]:
         ValueError: no such file, no CSV with the columns, or a wrong row; the message names it.
     """
     boxes: dict[str, Box] = {}
+    left = set(names)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file)
             _check_columns(rows.fieldnames or ())
             for row in rows:
-                name, box = _read_row(row, names - boxes.keys(), f"line {rows.line_num}")
+                name, box = _read_row(row, left, f"line {rows.line_num}")
                 boxes[name] = box
+                left.remove(name)
     except (OSError, ValueError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{path}: {reason}") from None

@@ -71,7 +71,16 @@ class Item:
 
     def size(self) -> int:
         """Bytes of its files; one that is missing counts as empty."""
-        return sum(path.stat().st_size for path in [self.image, *self.masks] if path.exists())
+        return sum(path.stat().st_size for path in self.files)
+
+    def times(self) -> list[int]:
+        """When its files were last changed, in seconds."""
+        return [int(path.stat().st_mtime) for path in self.files]
+
+    @property
+    def files(self) -> list[Path]:
+        """Those that are there."""
+        return [path for path in [self.image, *self.masks] if path.exists()]
 
 
 class Packed(Protocol):
@@ -250,8 +259,9 @@ def plan_shards(source: Packed, side: int | None, shard_bytes: int) -> tuple[np.
     for number in tqdm(range(len(source)), "files", unit="image"):
         item = source.item(number)
         sizes[number] = item.size()
-        of_pair = digest_files(item.image, *item.masks) if item.labels is None else ""
-        digest.update(f"{item.key} {sizes[number]} {item.labels}{of_pair}\n".encode())
+        is_pair = item.labels is None
+        content = digest_files(item.image, *item.masks) if is_pair else item.times()
+        digest.update(f"{item.key} {sizes[number]} {item.labels} {content}\n".encode())
     sizes = np.round(sizes * _shrinkage(source, side)).astype(np.int64) + OVERHEAD
     starts = np.cumsum(sizes) - sizes
     return np.unique(starts // shard_bytes, return_inverse=True)[1], digest.hexdigest()

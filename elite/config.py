@@ -35,12 +35,18 @@ Config = TypeVar("Config")
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which `no` is a word, as in YAML 1.2. `1e-6` stays text until a setting makes it
-    a number."""
+    """Safe YAML in which no name stands twice, and all but true, false and null is text until a
+    setting makes it a number: YAML 1.1 reads `no` as false and `2026_11_29` as 20261129."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise yaml.YAMLError(f"{twice} is given twice")
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, rule) for tag, rule in rules if not tag.endswith(":bool")]
+    first: [(tag, rule) for tag, rule in rules if tag.endswith((":null", ":merge"))]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
@@ -256,6 +262,8 @@ def describe(hint: Any) -> str:
 
 def _violation(value: Any, checks: Mapping[str, Any]) -> str | None:
     """What was expected, where `value` fails a check; None where it passes."""
+    if value == "" and not checks.get("may_be_empty"):
+        return "a text that is not empty; leave it out for the default"
     if "choices" in checks and value not in checks["choices"]:
         return f"one of {', '.join(checks['choices'])}"
     for name, (words, holds) in LIMITS.items():

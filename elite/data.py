@@ -71,9 +71,13 @@ def pairs_of(folder: Path, whole: bool = False) -> Pair | None:
     has the name of the folder. Without a mask (unless `whole`) a picture is left out; None where
     none is left."""
     pairs = [pair_of(path, whole) for path in pictures_in(folder)]
-    kept = [pair for pair in pairs if whole or pair.mask_path.exists()]
-    if len(kept) < len(pairs):
-        left_out = [pair.image_path.name for pair in pairs if pair not in kept]
+    kept, left_out = [], []
+    for pair in pairs:
+        if whole or pair.mask_path.exists():
+            kept.append(pair)
+        else:
+            left_out.append(pair.image_path.name)
+    if left_out:
         note(f"{folder}: left out {brief(left_out)}; expected a mask NAME_bg.png for each")
     return replace(kept[0], name=folder.name, others=tuple(kept[1:])) if kept else None
 
@@ -113,7 +117,7 @@ class PairFolder:
             what = "is a file, give its folder" if folder.is_file() else "no such folder"
             raise ValueError(f"{folder}: {what}; expected NAME.jpg with NAME_bg.png in it")
         pairs = [pair_of(path, whole) for path in pictures_in(folder)]
-        inside = folder.glob("[!.]*/") if folders else ()
+        inside = with_text_names(folder, folder.glob("[!.]*/")) if folders else ()
         pairs += filter(None, (pairs_of(path, whole) for path in inside))
         self.root = folder
         self.pairs = sorted(pairs, key=lambda pair: (pair.name, pair.image_path))

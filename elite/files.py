@@ -51,7 +51,7 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
         if path.is_dir() and temporary.is_dir():
             remove_whole(path)
         os.replace(temporary, path)
-        _flush_one(path.parent)
+        flush_file(path.parent)
     except Exception as error:
         if not _is_disk_error(error, path.parent):
             raise
@@ -111,11 +111,11 @@ def give_usual_rights(path: Path) -> None:
 def _flush(path: Path) -> None:
     """Waits until a file, or a folder with all in it, is on the disk."""
     for inside in path.rglob("*"):
-        _flush_one(inside)
-    _flush_one(path)
+        flush_file(inside)
+    flush_file(path)
 
 
-def _flush_one(path: Path) -> None:
+def flush_file(path: Path) -> None:
     if sys.platform == "win32" and path.is_dir():
         return  # folders cannot be opened there
     descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)

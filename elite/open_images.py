@@ -163,9 +163,11 @@ class OpenImagesFolder:
             )
         blocks = read_blocks(path, ["MaskPath", "ImageID"])
         mask_names, image_ids = map(np.concatenate, zip(*blocks, strict=True))
-        listed = [file_key(name) for name in mask_names.tolist()]
-        known = [file_key(name.encode()) for name in index["name"].tolist()]
-        _, rows, entries = np.intersect1d(listed, known, return_indices=True)
+        known = [name.encode() for name in index["name"].tolist()]
+        try:
+            rows, entries = same_masks(mask_names.tolist(), image_ids, known)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         if not len(rows):
             raise ValueError(
                 f"{path}: names none of the {len(index)} masks of {index_path}, such as "
@@ -189,7 +191,7 @@ class OpenImagesFolder:
         """Size in bytes and modification time in seconds."""
         try:
             state = self.image_path(image_id).stat()
-        except OSError:
+        except (OSError, ValueError):
             return NO_FILE
         return state.st_size, int(state.st_mtime)
 
@@ -324,12 +326,49 @@ def file_key(path: bytes) -> bytes:
     return path.rpartition(b"/")[2].lower()
 
 
+def same_masks(
+    listed: Sequence[bytes], image_ids: np.ndarray, known: Sequence[bytes]
+) -> tuple[list[int], list[int]]:
+    """Rows of the table of masks and of the index that are of the same file, ordered by its name:
+    by the path where both say the same, else by the file's own name in small letters.
+
+    Raises:
+        ValueError: a row may mean two files, or a file is listed for two images.
+    """
+    places = {name: entry for entry, name in enumerate(known)}
+    by_key: dict[bytes, int] = {}
+    doubtful: dict[bytes, int] = {}
+    for entry, name in enumerate(known):
+        if by_key.setdefault(key := file_key(name), entry) != entry:
+            doubtful[key] = entry
+    row_of: dict[int, int] = {}
+    for row, name in enumerate(listed):
+        key = file_key(name)
+        entry = places[name] if name in places else by_key.get(key, -1)
+        if entry < 0:  # of a file that is not there
+            continue
+        if name not in places and key in doubtful:
+            both = (brief(known[by_name[key]].decode()) for by_name in (by_key, doubtful))
+            raise ValueError(
+                f"{brief(name.decode())} may be {' or '.join(both)}; write its folder into "
+                "MaskPath, or rename one of them"
+            )
+        first = row_of.setdefault(entry, row)
+        if image_ids[first] != image_ids[row]:
+            images = (brief(image_ids[n].decode()) for n in (first, row))
+            raise ValueError(
+                f"{brief(name.decode())} is listed for {' and '.join(images)}; leave one out"
+            )
+    entries = sorted(row_of, key=lambda entry: (file_key(known[entry]), known[entry]))
+    return [row_of[entry] for entry in entries], entries
+
+
 def _inside(folder: Path, name: str) -> Path:
     """The file of that name, or of that subfolder. Raises ValueError where a table names one
     outside the folder."""
     parts = name.split("/")
     wrong = (part in ("", ".", "..") or Path(part).name != part for part in parts)
-    if not name.isprintable() or any(wrong):
+    if any(character < " " or character == "\x7f" for character in name) or any(wrong):
         raise ValueError(f"{folder}: {brief(name)} is no file name; correct the annotations")
     return folder / name
 

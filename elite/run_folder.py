@@ -93,7 +93,7 @@ class RunFolder:
         """Loads the checkpoint to go on from, if any, and opens the logs; their lines beyond it are
         dropped. Returns the step."""
         self._by_main(lambda: check_settings(self.folder, self.settings, resume is not None))
-        step = self._resume(state, resume, max_steps) if resume else 0
+        step = self._resume(state, resume, max_steps) if resume is not None else 0
         if step > max_steps:
             raise ValueError(
                 f"{self.folder}: the checkpoint is of step {step}, the run of {max_steps} steps; "

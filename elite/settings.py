@@ -11,6 +11,7 @@ from elite.defaults import DEFAULT_SAMPLER, DEFAULT_STEPS, GUIDANCE_SCALE, LAMBD
 from elite.speed import RUNGS
 
 PRECISIONS = ("no", "fp16", "bf16")
+MOST_GB = 1_000_000  # of a cache; more is a slip of the finger
 MAX_SIDE = 8000  # of pictures; larger ones could not be read again (`images.MAX_PIXELS`)
 METRICS = ("clip", "dino", "attributes")
 PROTOCOLS = ("dreambench",)
@@ -35,9 +36,9 @@ def setting(default: Any, help: str, **checks: Any) -> Any:
     """A field with a default: `help` is one sentence for the user.
 
     Checks: `choices` (a tuple), `at_least`, `at_most`, `above`, `below`, `multiple_of` (numbers),
-    `pattern` (a regular expression for the whole text) with `expected` (its description). `secret`
-    fields are never printed nor saved; the default of a `shipped` field is found in the repository
-    from any working directory.
+    `pattern` (a regular expression for the whole text) with `expected` (its description),
+    `may_be_empty` (of a text). `secret` fields are never printed nor saved; the default of a
+    `shipped` field is found in the repository from any working directory.
     """
     metadata = {"help": help, **checks}
     if isinstance(default, list):
@@ -206,7 +207,9 @@ class TrainConfig(HubConfig, FitConfig):
         "Folder that shards, and latents at a URL, are fetched to; None reads those of a local "
         "folder where they lie.",
     )
-    shard_cache_gb: float = setting(20.0, "Most that shard_cache may hold, in GB.", above=0)
+    shard_cache_gb: float = setting(
+        20.0, "Most that shard_cache may hold, in GB.", above=0, at_most=MOST_GB
+    )
     shard_window: int = setting(
         8, "Shards whose samples are shuffled together, after the shards themselves.", at_least=1
     )
@@ -368,7 +371,9 @@ class DrawConfig(DrawingModelConfig):
         GUIDANCE_SCALE, "Classifier-free guidance; 1 or less means none.", at_least=0, at_most=1000
     )
     negative_prompt: str | None = setting(
-        None, "What pictures should not show; works by guidance, so with guidance_scale above 1."
+        None,
+        "What pictures should not show; works by guidance, so with guidance_scale above 1.",
+        may_be_empty=True,
     )
     scheduler: str = setting(DEFAULT_SAMPLER, "Sampler; lms is the release's.", choices=SAMPLERS)
     resolution: int | None = side_setting()

@@ -18,7 +18,7 @@ from typing import NoReturn, Protocol, TypeVar
 import fsspec
 from fsspec.callbacks import Callback
 
-from elite.files import sha256_of, try_lock
+from elite.files import flush_file, sha256_of, try_lock
 
 PAUSES = (0, 1, 4, 16)  # seconds before each try to fetch a file
 RETRY_AFTER = 600  # seconds after which a file that could not be fetched is tried again
@@ -107,14 +107,21 @@ class InPlace:
 
     def __init__(self, hashed: bool = True) -> None:
         self.hashed = hashed
-        self._faults: dict[Listed, str | None] = {}
+        self._whole: set[Listed] = set()
+        self._faults: dict[Listed, tuple[float, str | None]] = {}  # and since when
 
     def path(self, file: Listed) -> Path:
         path = Path(file.place)
-        if file not in self._faults:
-            self._faults[file] = file.fault(path, self.hashed)
-        if fault := self._faults[file]:
+        if file in self._whole and path.exists():
+            return path
+        self._whole.discard(file)
+        since, fault = self._faults.pop(file, (-math.inf, None))
+        if time.monotonic() - since >= RETRY_AFTER:
+            since, fault = time.monotonic(), file.fault(path, self.hashed)
+        if fault:
+            self._faults[file] = since, fault
             raise ValueError(f"{path}: {fault}; copy it again, or make it and its index anew")
+        self._whole.add(file)
         return path
 
     def expect(self, files: Sequence[Listed]) -> None:
@@ -157,6 +164,7 @@ class Cache:
         """What each process has for itself; threads and locks do not outlive a fork."""
         self._process = os.getpid()
         self._faults: dict[Listed, tuple[float, str]] = {}
+        self._whole: set[Listed] = set()  # seen to be so by this process
         self._kept: dict[str, int] = {}  # expected files by name, and when they are needed
         self._wanted: deque[Listed] = deque()
         self._asked = threading.Condition()
@@ -175,9 +183,23 @@ class Cache:
             try:
                 with suppress(PermissionError):  # of another user, who shares the cache
                     os.utime(path)  # so that it is used most recently
+                self._check(file, path)
                 return path
             except FileNotFoundError:
                 self._fetch(file, wait=True)
+
+    def _check(self, file: Listed, path: Path) -> None:
+        """When this process first uses a file: removes one that is no longer what was fetched, as
+        after a crash of the machine. Raises FileNotFoundError for it."""
+        if file in self._whole:
+            return
+        if fault := file.fault(path):
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise ValueError(f"{path}: {fault}; remove it ({error.strerror})") from None
+            raise FileNotFoundError(path)
+        self._whole.add(file)
 
     def expect(self, files: Sequence[Listed]) -> None:
         self._here()
@@ -260,7 +282,9 @@ class Cache:
                 fault = f"{file.kind} cannot be fetched ({type(error).__name__}: {error})"
             if fault is None:
                 with self._room_locked(), suppress(FileNotFoundError):
+                    flush_file(part)
                     os.replace(part, self._place(file))
+                    self._whole.add(file)
                     return
                 fault = f"{file.kind} went from {self.folder} to make room"
         part.unlink(missing_ok=True)

@@ -76,6 +76,24 @@ def test_unreadable_masks_are_listed_and_the_rest_is_written(masks, capsys):
     assert "1 masks could not be read" in error and "broken.png: not a readable image" in error
 
 
+def test_an_index_stays_where_no_mask_can_be_read(masks, capsys):
+    assert main([str(masks), "--workers", "1"]) == 0
+    for path in (masks / "segs" / "test").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="none of 6 masks has a box; nothing was written"):
+        main([str(masks), "--workers", "1"])
+    assert "6 masks could not be read" in capsys.readouterr().err
+    assert boxes_of(masks) == EXPECTED
+
+
+def test_the_index_of_a_linked_folder_lies_beside_the_link(masks, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("disk") / "masks"
+    (masks / "segs" / "test").rename(elsewhere)
+    (masks / "segs" / "test").symlink_to(elsewhere)
+    assert main([str(masks / "segs" / "test"), "--workers", "1"]) == 0
+    assert boxes_of(masks) == EXPECTED
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [([], "no masks (*.png)"), (["--workers", "0"], "--workers 0: expected 1 or more")],

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import multiprocessing
+import os
 import shutil
 import tarfile
 import time
@@ -125,6 +126,18 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(
     capsys.readouterr()
     assert run_script(PACK, open_images, target, *SMALL, "--side", "90") == 2
     assert "holds shards of another source, or made with other options" in error_of(capsys)
+
+
+def test_an_interrupted_run_does_not_go_on_with_other_pictures(tmp_path, capsys):
+    """Of the same size: the old ones stayed in the shards that were there."""
+    source, target = make_open_images(tmp_path / "data", n=8), tmp_path / "shards"
+    assert run_script(PACK, source, target, *SMALL) == 0
+    (target / "index.json").unlink()
+    tars(target)[-1].unlink()
+    image = min((source / "images" / "test").iterdir())
+    os.utime(image, (1, 1))  # as of another picture
+    assert run_script(PACK, source, target, *SMALL) == 2
+    assert "holds shards of another source" in error_of(capsys)
 
 
 def test_unreadable_images_are_listed_and_left_out(tmp_path, capsys):

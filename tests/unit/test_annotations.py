@@ -113,6 +113,32 @@ def test_annotations_of_what_is_there_are_kept(tmp_path, capsys):
     assert table.read_text() == table.with_suffix(".all.csv").read_text() == corrected
 
 
+def test_an_interrupted_filter_calls_nobody_a_forger(tmp_path, monkeypatch):
+    root = make_open_images(tmp_path, n=2)
+    assert keep_downloaded([str(root)]) == 0
+    next((root / "images" / "test").iterdir()).unlink()
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("data_scripts.keep_downloaded.write_text", interrupted)
+        keep_downloaded([str(root)])
+    assert keep_downloaded([str(root)]) == 0
+    assert len(OpenImagesBoxes(root)) == 1
+
+
+def test_a_row_that_names_no_file_is_not_there(tmp_path):
+    """It was called damage of the whole table."""
+    root = make_open_images(tmp_path, n=2)
+    for path in (root / "annotations").glob("test-*.csv"):
+        header, row, *rows = path.read_text().splitlines()
+        ids = row.replace(min((root / "images" / "test").iterdir()).stem, "a/../b")
+        path.write_text("\n".join([header, row, *rows, ids]))
+    assert keep_downloaded([str(root)]) == 0
+    assert len(OpenImagesBoxes(root)) == 2
+
+
 def test_nothing_downloaded_changes_nothing(tmp_path):
     root = make_open_images(tmp_path, n=2)
     for image in (root / "images" / "test").iterdir():

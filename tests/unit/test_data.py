@@ -11,8 +11,11 @@ from elite.images import resize, to_clip_pixels, to_pixels
 from elite.open_images import (
     PHOTO_TEMPLATES,
     OpenImagesBoxes,
+    OpenImagesFolder,
     OpenImagesMasks,
+    image_file,
     padded,
+    same_masks,
     with_framing,
 )
 from tests.open_images import (
@@ -234,6 +237,45 @@ def test_mask_that_changed_after_indexing_is_named(columns, tmp_path):
     Image.fromarray(moved).save(path)
     with pytest.raises(ValueError, match=rf"{path.name}: mask has changed"):
         OpenImagesMasks(root).sample(0, np.random.default_rng(0))
+
+
+SAME = [  # table, image ids, index, rows and entries or what is wrong
+    (["b.png", "a.png"], "xy", ["a.png", "b.png"], ([1, 0], [0, 1])),
+    (["B.PNG", "lost.png"], "xy", ["1/b.png"], ([0], [0])),
+    (["2/b.png", "1/b.png"], "xy", ["1/b.png", "2/b.png"], ([1, 0], [0, 1])),
+    (["cat.png", "Cat.png"], "xy", ["Cat.png", "cat.png"], ([1, 0], [0, 1])),
+    (["a.png", "a.png"], "xx", ["a.png"], ([0], [0])),
+    (
+        ["b.png"],
+        "x",
+        ["1/b.png", "2/b.png"],
+        "'b.png' may be '1/b.png' or '2/b.png'; write its fol",
+    ),
+    (["a.png", "A.png"], "xy", ["a.png"], "'A.png' is listed for 'x' and 'y'; leave one out"),
+]
+
+
+@pytest.mark.parametrize(("listed", "images", "known", "expected"), SAME)
+def test_masks_find_their_rows(listed, images, known, expected):
+    """Of two masks of the same name in two folders one had the other's image."""
+    names, paths = ([name.encode() for name in each] for each in (listed, known))
+    given = names, np.array(list(images), dtype="S1"), paths
+    if isinstance(expected, tuple):
+        assert same_masks(*given) == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            same_masks(*given)
+
+
+def test_names_of_screenshots_are_file_names(tmp_path):
+    """macOS writes a narrow space that may not be broken before PM."""
+    root = boxes_folder(tmp_path, [("at 1.00.00\u202fPM", 0.1, 0.9, 0.2, 0.4)])
+    name = image_file(root / "images" / "test", "at 1.00.00\u202fPM").name
+    assert name == "at 1.00.00\u202fPM.jpg"
+    for wrong in ("a\nb", "a/../b", "\x1b[1m"):
+        with pytest.raises(ValueError, match="is no file name; correct the annotations"):
+            image_file(root, wrong)
+    assert OpenImagesFolder(root).image_state(b"a/../b") == (-1, -1)
 
 
 def test_only_masks_of_100_px_and_moderate_aspect_are_used(tmp_path):

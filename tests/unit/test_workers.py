@@ -1,5 +1,6 @@
 """Processes that share a script's work, and how they end."""
 
+import os
 import signal
 import time
 from pathlib import Path
@@ -27,3 +28,10 @@ def test_what_is_not_begun_is_dropped(tmp_path):
 def test_workers_leave_the_signal_to_the_script():
     with worker_pool(1) as pool:
         assert pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
+
+
+def test_a_killed_worker_is_one_line():
+    """It was a traceback of the pool."""
+    said = r"a worker process has ended before .*lower --workers"
+    with pytest.raises(ValueError, match=said), worker_pool(1) as pool:
+        pool.submit(os._exit, 9).result()

@@ -158,6 +158,26 @@ def test_what_a_killed_process_left_half_fetched_is_fetched_anew(shards, tmp_pat
         assert not half.exists()
 
 
+@pytest.mark.parametrize("spoil", ["cut off", "other bytes"])
+def test_a_cached_file_that_is_damaged_is_fetched_anew(shards, tmp_path, spoil):
+    """After a crash of the machine all samples of a shard were lost, or came with other pixels."""
+    with served(shards) as server:
+
+        def cached():
+            source = open_source(server.url, cache=tmp_path / "cache", window=ALL)
+            files = [*source.index.shards, *source.index.tables.values()]
+            return {source.store.path(file): file for file in files}
+
+        before = cached()
+        for path in before:
+            content = path.read_bytes()
+            path.write_bytes(content[:-1] if spoil == "cut off" else bytes(len(content)))
+        for path, file in cached().items():
+            assert path.read_bytes() == (shards / file.name).read_bytes()
+        assert cached() == before
+        assert {server.asked[file.name] for file in before.values()} == {2}
+
+
 def test_a_folder_may_be_cached_too(shards, tmp_path):
     dataset = STAGES["boxes"](open_source(shards, cache=tmp_path / "cache", window=ALL))
     dataset.crop(0)
@@ -194,3 +214,21 @@ def test_a_cache_that_cannot_be_written_is_one_line(shards, tmp_path):
     (tmp_path / "cache").write_text("a file")
     with served(shards) as server, pytest.raises(ValueError, match="cannot be written"):
         open_source(server.url, cache=tmp_path / "cache")
+
+
+def test_a_shard_in_its_place_that_is_missing_is_looked_for_again(
+    own_shards, tmp_path, monkeypatch
+):
+    """It counted as missing for as long as the process lived, as one gone later did as fetched."""
+    source = open_source(own_shards, window=ALL)
+    dataset, shard = STAGES["boxes"](source), source.index.shards[0]
+    row = int(np.flatnonzero(shard_of_row(dataset) == 0)[0])
+    dataset.crop(row)
+    (own_shards / shard.name).rename(tmp_path / "elsewhere.tar")
+    with pytest.raises(ValueError, match=r"tar: shard is missing; copy it again"):
+        dataset.crop(row)
+    (tmp_path / "elsewhere.tar").rename(own_shards / shard.name)
+    with pytest.raises(ValueError, match="shard is missing"):
+        dataset.crop(row)
+    monkeypatch.setattr("elite.shard_cache.RETRY_AFTER", 0)
+    dataset.crop(row)
