@@ -17,6 +17,7 @@ def main() -> int:
     config = parse_config(TextualInversionInferenceConfig)
     quiet_libraries()
     from elite.drawing import draw_prompts
+    from elite.files import digest_weights
     from elite.inference import draw_grid, model_name, prepare_to_draw
     from elite.loading import load_stable_diffusion, make_scheduler, stock_pipeline
     from elite.text import contains_word
@@ -53,6 +54,8 @@ def main() -> int:
         **options,
         "scheduler": config.scheduler,
         "model": model_name(config),
+        "embeddings": digest_weights(*embeddings.values())[:16],
+        "dtype": str(pipe.unet.dtype),
         **pipe.named_weights,
     }
     draw = partial(draw_prompts, pipe, **options)

@@ -25,14 +25,15 @@ def main() -> int:
 
     from textual_inversion.files import EMBEDDING_FILES, files_of, merge_embeddings, save_embeddings
 
-    renames = [(old, new) for old, _, new in (text.partition("=") for text in config.rename)]
+    renames = [(old, new) for old, _, new in (text.rpartition("=") for text in config.rename)]
     merged = merge_embeddings(config.embeddings, renames)
     files, folder = files_of(merged, config.format), Path(config.output_dir)
     for name, content in files.items():
         save_embeddings(folder / name, content)
     if config.format == "diffusers":  # what is read as a whole
         for name in set(EMBEDDING_FILES.values()) - files.keys():
-            (folder / name).unlink(missing_ok=True)
+            for path in (folder / name, (folder / name).with_suffix(".bin")):
+                path.unlink(missing_ok=True)
     for encoder, embeddings in merged.items():
         words = ", ".join(f"{name} ({len(rows)})" for name, rows in embeddings.items())
         print(f"{encoder}: {words}")

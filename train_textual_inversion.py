@@ -48,6 +48,7 @@ def main() -> int:
         seed=config.seed,
     )
     objective = TextualInversionObjective(parts, config.placeholder_token, rows)
+    objective.check(templates, config.template_file or config.learnable_property)
 
     preview = PromptPreview(config, parts)
     every = config.infer_interval if config.infer_during_train else 0

@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     from elite.files import is_file
     from elite.inference import pick_device
     from elite.latents import cache_latents
-    from elite.loading import load_part, load_stable_diffusion, side_for_training
+    from elite.loading import load_model, load_part, load_stable_diffusion, side_for_training
     from elite.open_images import OpenImagesBoxes
     from elite.shards import open_source
 
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
         parts = load_stable_diffusion(model, single_file_config=args.single_file_config)
         vae, unet_config = parts["vae"], parts["unet"].config
     else:
-        vae = load_part(
+        vae = load_model(
             AutoencoderKL, model, "vae", variant=args.variant or None, revision=revision
         )
         unet_config = load_part(

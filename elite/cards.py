@@ -135,7 +135,7 @@ class Carded(PushToHubMixin, ABC):
     def _save_card(self, folder: str | Path) -> None:
         """Writes the card, unless somebody has written one there."""
         path = Path(folder) / CARD
-        if not path.exists() or EMPTY_CARD in path.read_text(encoding="utf-8"):
+        if not path.exists() or EMPTY_CARD.encode() in path.read_bytes():
             write_text(path, self.card())
 
 

@@ -1,6 +1,7 @@
 """Mapper weights in our format (safetensors + config.json) and in the release's (`.pt` state
 dicts)."""
 
+import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ from transformers import CLIPVisionModel
 from elite.files import check_archive, is_file
 from elite.loading import FLOATS, may_be_on_hub
 from elite.mappers import HIDDEN_LAYERS, Mapper
-from elite.wording import first_line
+from elite.wording import brief, first_line
 
 M = TypeVar("M", bound=Mapper)
 MOST_KEYS_SHOWN = 6
@@ -55,8 +56,9 @@ def load_mapper(
     try:
         if not folder.exists():  # a name on the hub
             folder = Path(snapshot_download(str(path), allow_patterns=WANTED))
-        _check_config(cls.load_config(folder))
-        _check_files(folder)
+        config = cls.load_config(folder)
+        _check_config(config, cls)
+        shapes = _shapes_in(folder)
         mapper = cls.from_pretrained(folder, use_safetensors=True)
     except Exception as error:  # a config of any shape
         raise ValueError(
@@ -66,7 +68,7 @@ def load_mapper(
     sizes = mapper.config.hidden_dim, mapper.config.hidden_layers
     with torch.device("meta"):  # no memory used
         reference = cls.shaped_for(unet, image_encoder, *sizes)
-    _check_keys(mapper.state_dict(), reference, name=str(path))
+    _check_keys(shapes, reference, name=str(path))
     _check_values(mapper.state_dict(), name=str(path))
     return mapper
 
@@ -84,8 +86,11 @@ def load_torch(path: Path | str) -> Any:
         check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        # Torch's own message says how to load it all the same.
+        holds_more = isinstance(error, pickle.UnpicklingError)
+        reason = "it holds other objects" if holds_more else first_line(error)
         raise ValueError(
-            f"{path}: not plain tensors ({first_line(error)}); it is refused, since loading "
+            f"{path}: not plain tensors ({reason}); it is refused, since loading "
             "anything else could run code; save it as safetensors where it comes from"
         ) from None
 
@@ -110,7 +115,7 @@ def mapper_from_state_dict(
     """A mapper for these models with the release's tensors, bit for bit (their dtype kept)."""
     with torch.device("meta"):  # no memory used
         mapper = cls.shaped_for(unet, image_encoder, *_release_sizes(state))
-    _check_keys(state, mapper, name)
+    _check_keys(_shapes(state), mapper, name)
     _check_values(state, name)
     mapper.load_state_dict(state, assign=True)
     return mapper.requires_grad_(True).eval()
@@ -128,17 +133,29 @@ def _release_sizes(state: dict[str, Tensor]) -> tuple[int, tuple[int, ...]]:
     return hidden_dim, hidden_layers
 
 
-def _check_files(folder: Path) -> None:
-    """Raises ValueError where the weights of a folder are of a kind that loading would convert."""
+def _shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights in a folder. Raises ValueError where they are of a kind that
+    loading would convert."""
+    shapes: dict[str, tuple[int, ...]] = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
-            found = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        found = {part.get_dtype() for part in slices.values()}
         if not found <= {"F32", "F16", "BF16"}:
             raise ValueError(f"{path.name}: holds {', '.join(sorted(found))}")
+        shapes |= {key: tuple(part.get_shape()) for key, part in slices.items()}
+    return shapes
 
 
-def _check_config(config: dict) -> None:
-    """Raises ValueError where a mapper's config.json holds anything but sizes worth trying."""
+def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in state.items()}
+
+
+def _check_config(config: dict, cls: type) -> None:
+    """Raises ValueError where a mapper's config.json is of another one, or holds anything but sizes
+    worth trying."""
+    if (kind := config.get("_class_name", cls.__name__)) != cls.__name__:
+        raise ValueError(f"its config.json is of a {brief(kind)}")
     attention = config.get("attention") or {}
     layers = config["hidden_layers"]
     widths = [config.get(name) for name in ("input_dim", "output_dim", "hidden_dim")]
@@ -168,9 +185,9 @@ def _check_values(state: dict[str, Tensor], name: str) -> None:
         raise ValueError(f"{name}: not a number in {_listed(wrong)}; it is damaged, train it again")
 
 
-def _check_keys(state: dict[str, Tensor], reference: Mapper, name: str) -> None:
-    expected = {key: tuple(value.shape) for key, value in reference.state_dict().items()}
-    found = {key: tuple(value.shape) for key, value in state.items()}
+def _check_keys(found: dict[str, tuple[int, ...]], reference: Mapper, name: str) -> None:
+    """Raises ValueError where shapes are not those of the reference."""
+    expected = _shapes(reference.state_dict())
     problems = []
     if missing := sorted(expected.keys() - found.keys()):
         problems.append(f"missing {_listed(missing)}")

@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from elite.families import FAMILIES, STABLE_DIFFUSION, Family
-from elite.files import is_file, write_atomically
+from elite.files import is_file, with_text_names, write_atomically
 from elite.loading import FLOATS
 from elite.wording import brief
 
@@ -198,6 +198,20 @@ def is_saved(path: Path, origin: Mapping[str, str]) -> bool:
     return {**origin, **HEADER}.items() <= found.items()
 
 
+def load_one(path: Path | str) -> Concept:
+    """The one object of a concept file.
+
+    Raises:
+        ValueError: the file is no concept, or holds several objects; the message names it.
+    """
+    concept = Concept.load(path)
+    if len(concept) != 1:
+        raise ValueError(
+            f"{path}: holds {len(concept)} objects, expected one; save each row on its own"
+        )
+    return concept
+
+
 class ConceptFolder:
     """The concept files NAME.safetensors of a folder, by name, or one such file.
 
@@ -211,7 +225,9 @@ class ConceptFolder:
             raise ValueError(
                 f"{path}: no such file or folder; expected concept files as encode.py writes them"
             )
-        self.paths = [path] if path.is_file() else sorted(path.glob("[!.]*.safetensors"))
+        self.paths = [path]
+        if path.is_dir():
+            self.paths = sorted(with_text_names(path, path.glob("[!.]*.safetensors")))
         if not self.paths:
             raise ValueError(
                 f"{path}: no concept file (*.safetensors) in it; encode.py writes them"
@@ -221,18 +237,8 @@ class ConceptFolder:
         return len(self.paths)
 
     def read(self, index: int) -> Concept:
-        """The one object of a file.
-
-        Raises:
-            ValueError: the file is no concept, or holds several objects; the message names it.
-        """
-        path = self.paths[index]
-        concept = Concept.load(path)
-        if len(concept) != 1:
-            raise ValueError(
-                f"{path}: holds {len(concept)} objects, expected one; save each row on its own"
-            )
-        return concept
+        """The one object of a file, as `load_one`."""
+        return load_one(self.paths[index])
 
     def name(self, index: int) -> str:
         return self.paths[index].stem

@@ -149,10 +149,14 @@ def stem_of(index: int, seed: int) -> str:
     return f"{index:05d}_{seed:05d}"
 
 
-def _indices_in(folder: Path) -> list[int]:
-    """Those of the pictures of a folder, by their names."""
+def _tell_of_others(folder: Path, count: int, what: str) -> None:
+    """Notes pictures of a folder whose numbers are beyond those that are drawn now."""
     stems = (path.stem.partition("_")[0] for path in folder.glob("*_*.png"))
-    return [int(stem) for stem in stems if stem.isdecimal()]
+    if beyond := sum(int(stem) >= count for stem in stems if stem.isdecimal()):
+        note(
+            f"{folder}: {beyond} pictures of other {what} stay there, but not in grid.png; give "
+            "another --output_dir to keep them apart"
+        )
 
 
 @dataclass(frozen=True)
@@ -250,11 +254,7 @@ def draw_folder(
                 f"{output_dir}: pictures of another prompt or setting are replaced ({others}); "
                 "give another --suffix or --output_dir to keep them"
             )
-    if beyond := sum(index >= len(folder) for index in _indices_in(output_dir)):
-        note(
-            f"{output_dir}: {beyond} pictures of other objects stay there, but not in grid.png; "
-            "give another --output_dir to keep them apart"
-        )
+    _tell_of_others(output_dir, len(folder), "objects")
     left = {index: list(group) for index, group in groupby(jobs, lambda job: job.index)}
     progress = progress_bar("draw", "picture", count, len(jobs))
     with ThreadPoolExecutor(max_workers=2) as pool, progress as bar:
@@ -336,6 +336,7 @@ def draw_prompt_grid(
     """
     settings = {key: str(value) for key, value in metadata.items() if value is not None}
     check_writable(output_dir)
+    _tell_of_others(output_dir, len(prompts), "prompts")
     rows: list[list[Image.Image]] = []
     with tqdm(total=len(prompts) * len(seeds), desc="draw", unit="picture") as progress:
         for number, prompt in enumerate(prompts):

@@ -23,6 +23,7 @@ from elite.files import check_apart, sampled_digest, write_atomically
 from elite.images import cut_out
 from elite.pipeline import Elite, stack_views
 from elite.sheets import SHEET_ROWS, fit_tile, label_tile, tile_rows
+from elite.wording import note
 
 T = TypeVar("T")
 ReadPair = tuple[int, np.ndarray, list[dict[str, Tensor]]]  # index, picture, views of each
@@ -146,9 +147,13 @@ def encode_folder(
             failures.append(message)
             bar.update()
 
-        for entry in read_entries(pool, pipe, pairs, left, 1, failed):
+        for entry in read_entries(pool, pipe, pairs, tuple(left), 1, failed):
             entry.concept.save(paths[entry.index], origins[entry.index])
+            left.remove(entry.index)
             bar.update()
+    for path in (paths[index] for index in left):  # those that could not be read
+        if path.exists():
+            note(f"{path}: is of an earlier picture or model; remove it, or mend the pair")
     failures = gather_object(failures)
     if state.is_main_process:
         _write_sheet(pairs, output_dir / "grid.png")

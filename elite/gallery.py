@@ -38,6 +38,7 @@ def save_gallery(pairs: PairFolder, folder: Path, fingerprint: str, base_model: 
         if not path.exists() or Concept.load(path).fingerprint != fingerprint:
             continue
         try:
+            pairs.read_all(index)
             tiles = shown(pairs, index)
         except ValueError:  # it has been reported as one that cannot be read
             continue
@@ -47,7 +48,7 @@ def save_gallery(pairs: PairFolder, folder: Path, fingerprint: str, base_model: 
     if not names:
         raise ValueError(f"{folder}: no concept in it; nothing to upload")
     card = folder / CARD
-    if not card.exists() or GALLERY_TAG in card.read_text(encoding="utf-8"):
+    if not card.exists() or GALLERY_TAG.encode() in card.read_bytes():
         write_text(card, gallery_card(names, PICTURES, fingerprint, base_model))
     files = [f"{name}.safetensors" for name in names] + [f"{PICTURES}/{n}.png" for n in names]
     return [card, *(folder / file for file in files)]

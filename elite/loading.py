@@ -124,7 +124,7 @@ def load_parts(
     if not isinstance(image_encoder, CLIPVisionModel):
         own = None if image_encoder else inside(model, "image_encoder")
         options = {"variant": variant} if own and variant in _variants(own) else {}
-        image_encoder = load_part(
+        image_encoder = load_model(
             CLIPVisionModel, image_encoder or own or HUB_IMAGE_ENCODER, **options
         )
     return {**parts, "image_encoder": image_encoder}
@@ -161,9 +161,9 @@ def load_stable_diffusion(
     else:
         weights = {**hub, **({"variant": variant} if variant else {})}
         names = {"text_encoder": CLIPTextModel, "vae": AutoencoderKL, "unet": UNet2DConditionModel}
-        parts = {name: load_part(cls, model, name, **weights) for name, cls in names.items()}
+        parts = {name: load_model(cls, model, name, **weights) for name, cls in names.items()}
         if family_of(parts["unet"]) is SDXL:
-            parts["text_encoder_2"] = load_part(
+            parts["text_encoder_2"] = load_model(
                 CLIPTextModelWithProjection, model, "text_encoder_2", **weights
             )
             parts["tokenizer_2"] = load_part(CLIPTokenizer, model, "tokenizer_2", **hub)
@@ -263,7 +263,7 @@ def load_part(
     remedy: str = "expected a folder in diffusers layout, a hub name or a single-file checkpoint",
     **options: Any,
 ) -> Any:
-    """One part; models in float32 whatever they are stored in."""
+    """One part, as its loader gives it."""
     if not Path(source).exists() and not may_be_on_hub(source):
         raise ValueError(f"{source}: no such folder; {remedy}")
     if subfolder:
@@ -281,7 +281,7 @@ def load_part(
         raise ValueError(
             f"{source}: no {subfolder or 'tokenizer'}; expected vocab.json and merges.txt in it"
         )
-    return part.float().eval() if isinstance(part, torch.nn.Module) else part
+    return part
 
 
 def may_be_on_hub(source: str | Path) -> bool:
@@ -293,17 +293,24 @@ def may_be_on_hub(source: str | Path) -> bool:
     return True
 
 
-def load_whole(cls: type, source: str | Path, remedy: str) -> Any:
-    """A model of `transformers` in float32, none of its weights missing, on the GPU if there is
-    one.
+def load_model(
+    cls: type, source: str | Path, subfolder: str = "", unread: str = "", **options: Any
+) -> Any:
+    """A model in float32, none of its weights missing: loaders fill those with random numbers.
+
+    Args:
+        unread: what the weights that may be missing begin with, since nothing reads them.
 
     Raises:
         ValueError: as `load_part`, or weights are missing.
     """
-    model, report = load_part(cls, source, remedy=remedy, output_loading_info=True)
-    if report["missing_keys"]:
-        raise ValueError(f"{source}: has no weights for {min(report['missing_keys'])}; {remedy}")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").float().eval()
+    options["output_loading_info"] = True
+    model, report = load_part(cls, source, subfolder, **options)
+    needed = [key for key in report["missing_keys"] if not (unread and key.startswith(unread))]
+    if needed:
+        place = f"{source}: {subfolder}" if subfolder else f"{source}:"
+        raise ValueError(f"{place} has no weights for {min(needed)}; it is damaged, get it again")
+    return model.float().eval()
 
 
 def _variants(folder: Path) -> set[str]:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import SamModel, SamProcessor
 
-from elite.loading import load_part, load_whole
+from elite.loading import load_model, load_part
 from elite.masks import Box, check_box
 
 HUB_SAM = "facebook/sam-vit-base"
@@ -33,7 +33,8 @@ class Sam:
             kind = config.get("model_type", "no known kind")
             raise ValueError(f"{name_or_path}: is a model of {kind}; {remedy}")
         self.processor = load_part(SamProcessor, name_or_path, remedy=remedy)
-        self.model = load_whole(SamModel, name_or_path, remedy)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = load_model(SamModel, name_or_path, remedy=remedy).to(device)
 
     @torch.inference_mode()
     def __call__(self, image: np.ndarray, box: Box | None = None) -> np.ndarray:

@@ -557,7 +557,7 @@ class MergeEmbeddingsConfig:
         choices=EMBEDDING_FORMATS,
     )
     rename: list[str] = setting(
-        [], "OLD=NEW for placeholders.", pattern=r"\S+=\S+", expected="OLD=NEW"
+        [], "OLD=NEW for placeholders.", pattern=r".+=[^\s=]+", expected="OLD=NEW"
     )
 
 

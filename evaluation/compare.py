@@ -122,6 +122,8 @@ def compare(one: Run, other: Run) -> list[dict]:
                 "subjects": len(set(subjects)),
             }
         )
+    if both and not rows:
+        raise ValueError(f"{other.folder}: has no metric of {one.folder}; rate both by the same")
     if not rows:
         raise ValueError(
             f"{other.folder}: shares no picture with {one.folder}; draw the same objects, prompts "

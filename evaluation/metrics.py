@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModel, CLIPModel, CLIPTokenizer
 
 from elite.images import CLIP_MEAN, CLIP_STD, normalise
-from elite.loading import load_part
+from elite.loading import load_model, load_part
 from elite.text import read_prompt
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -41,7 +41,7 @@ class Clip:
     """
 
     def __init__(self, source: str | Path, device: torch.device | str = "cpu") -> None:
-        self.model = load_part(CLIPModel, source).to(device)
+        self.model = load_model(CLIPModel, source).to(device)
         self.tokenizer = load_part(CLIPTokenizer, source)
         self.side = self.model.config.vision_config.image_size
 
@@ -82,8 +82,12 @@ class Dino:
     """
 
     def __init__(self, source: str | Path, device: torch.device | str = "cpu") -> None:
-        self.model = load_part(AutoModel, source).to(device)
-        self.side = self.model.config.image_size
+        self.model = load_model(AutoModel, source, unread="pooler.").to(device)
+        if not isinstance(side := getattr(self.model.config, "image_size", None), int):
+            raise ValueError(
+                f"{source}: no vision transformer; expected one such as DINO's ViT-S/16"
+            )
+        self.side = side
         self.shorter_side = self.side * 256 // 224
 
     @torch.no_grad()

@@ -100,6 +100,7 @@ def departures(cases: Sequence[Case], setup: Setup) -> list[str]:
         "not the 25 prompts of prompts_and_classes.txt for each subject": not prompts
         <= set(PROMPTS.values()),
         f"{len(seeds)} pictures a prompt, not {IMAGES}": len(seeds) != IMAGES,
+        "subjects of a single picture": any(len(s.reference_paths) == 1 for s in subjects),
         f"CLIP {setup.clip}, not {CLIP}": setup.clip != CLIP,
         f"DINO {setup.dino}, not {DINO}": setup.dino != DINO,
         "cropped references": setup.cropped,

@@ -17,7 +17,7 @@ from PIL import Image
 
 from elite.config import read_yaml
 from elite.data import Pair, PairFolder, is_picture, pair_of, pictures_in
-from elite.files import digest_files, read_text
+from elite.files import digest_files, read_text, with_text_names
 from elite.images import object_box, read_image
 from elite.wording import brief, note
 
@@ -91,7 +91,8 @@ def read_subjects(root: Path | str, classes: Mapping[str, str], default: str) ->
 def _read_layout(root: Path, classes: Mapping[str, str], default: str) -> list[Subject]:
     if (root / "images").is_dir() and (root / "captions").is_dir():
         return _read_plus(root)
-    folders = sorted(path for path in root.glob("[!.]*/") if any(map(is_picture, path.iterdir())))
+    inside = with_text_names(root, root.glob("[!.]*/"))
+    folders = sorted(path for path in inside if any(map(is_picture, path.iterdir())))
     beside = pictures_in(root) if folders else []
     holds_pairs = any(pair_of(path).mask_path.exists() for path in beside)
     if left_out := folders if holds_pairs else beside:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from elite.checkpoint import TORCH_FILES, load_torch
-from elite.concept import Concept
+from elite.concept import load_one
 from elite.families import STABLE_DIFFUSION, TOKENIZERS
 from elite.files import is_file, write_atomically
 from elite.loading import FLOATS
@@ -114,6 +114,7 @@ def load_embeddings(source: Path | str) -> dict[str, Embeddings]:
                 found[encoder] = _load_file(path)["text_encoder"]
     if "text_encoder" not in found:
         raise ValueError(f"{source}: no {EMBEDDING_FILES['text_encoder']} in this folder")
+    _check_same(source, found)
     return found
 
 
@@ -127,18 +128,17 @@ def _load_file(path: Path) -> dict[str, Embeddings]:
         content = {}
     if "string_to_param" in content:
         word, params = content.get("name") or word, content["string_to_param"]
+        _check_word(path, word)
         is_one = isinstance(params, dict) and len(params) == 1
         content = {"emb_params": next(iter(params.values()))} if is_one else {}
     words = content.get("words")
     if isinstance(words, Tensor) and words.ndim == 3:
-        concept = Concept.load(path)
+        concept = load_one(path)
         if concept.family != STABLE_DIFFUSION.name:
             raise ValueError(
                 f"{path}: concept for another family than {STABLE_DIFFUSION.title}, whose words "
                 "are no embeddings of one text encoder; draw it with inference_local.py"
             )
-        if len(concept) > 1:
-            raise ValueError(f"{path}: holds {len(concept)} objects; expected one")
         return {"text_encoder": {f"<{path.stem}>": concept.words[0, :1]}}
     found: dict[str, dict[str, Any]] = {"text_encoder": content}
     if content and content.keys() <= UNNAMED.keys():
@@ -150,14 +150,37 @@ def _load_file(path: Path) -> dict[str, Embeddings]:
             "A1111 or SDXL"
         )
     for name in found["text_encoder"]:
-        if not isinstance(name, str) or not name.strip() or not name.isprintable():
-            raise ValueError(
-                f"{path}: {brief(name)} is no placeholder; expected a word that can be typed"
-            )
-    return {
+        _check_word(path, name)
+    embeddings = {
         encoder: {name: rows.detach().reshape(-1, rows.shape[-1]) for name, rows in by_word.items()}
         for encoder, by_word in found.items()
     }
+    _check_same(path, embeddings)
+    return embeddings
+
+
+def _check_word(path: Path, name: Any) -> None:
+    if not isinstance(name, str) or not name.strip() or not name.isprintable():
+        raise ValueError(
+            f"{path}: {brief(name)} is no placeholder; expected a word that can be typed"
+        )
+
+
+def _check_same(source: Path, by_encoder: Mapping[str, Embeddings]) -> None:
+    """Raises ValueError where two text encoders have not the same words of as many vectors."""
+    first, *others = (
+        {(word, len(rows)) for word, rows in words.items()} for words in by_encoder.values()
+    )
+    if odd := min((pair for other in others for pair in first ^ other), default=None):
+        raise ValueError(
+            f"{source}: {odd[0]!r} has {odd[1]} vectors for one of the text encoders alone; pass "
+            "files of both that were made together"
+        )
+
+
+def is_known(token: str, vocabulary: Mapping[str, int]) -> bool:
+    """Whether a tokenizer reads it as a token of its own: CLIP's has whole words as 'cat</w>'."""
+    return token in vocabulary or f"{token.lower()}</w>" in vocabulary
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
@@ -259,11 +282,14 @@ def load_into(pipe: Any, embeddings: Mapping[str, Embeddings]) -> None:
                     f"embedding {name!r} is {rows.shape[1]} wide, {encoder} of this model {width}; "
                     "use the model it was learned with"
                 )
-            if name in getattr(pipe, tokenizer).get_vocab():
+            vocabulary = getattr(pipe, tokenizer).get_vocab()
+            if name in vocabulary:
                 raise ValueError(
                     f"embedding {name!r} is a word of the tokenizer already; give it another name "
                     f"by python merge_embeddings.py --rename '{name}=NEW'"
                 )
+            if is_known(name, vocabulary):
+                note(f"embedding {name!r}: prompts read it in place of the model's own word")
             pipe.load_textual_inversion(
                 {name: rows}, text_encoder=module, tokenizer=getattr(pipe, tokenizer)
             )

@@ -1,7 +1,7 @@
 """What textual inversion learns: new rows of the token embedding, from a few pictures of one
 concept, by the same loss as Stable Diffusion itself."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from elite.concept import Concept
+from elite.concept import load_one
 from elite.families import TOKENIZERS, encode_texts
 from elite.objectives import Batch, DenoisingObjective
 from elite.text import read_prompt
-from textual_inversion.files import EMBEDDING_FILES, save_embeddings, spell
+from textual_inversion.files import EMBEDDING_FILES, is_known, save_embeddings, spell
 
 # --- tokens and rows ------------------------------------------------------------------------------
 
@@ -28,7 +28,7 @@ def add_tokens(tokenizer: CLIPTokenizer, placeholder: str, num_vectors: int) -> 
     tokens = spell(placeholder, num_vectors)
     known = tokenizer.get_vocab()
     read = [*tokens, f"{placeholder}_{num_vectors}"]  # the last would be one more vector
-    if taken := [token for token in read if {token, f"{token.lower()}</w>"} & known.keys()]:
+    if taken := [token for token in read if is_known(token, known)]:
         raise ValueError(
             f"placeholder {taken[0]!r} is a token of this model already; choose a new word such as "
             f"'<{placeholder.strip('<>')}-1>'"
@@ -100,7 +100,7 @@ def concept_rows(
     Raises:
         ValueError: no concept, of another width, or of another number of words.
     """
-    words = Concept.load(path).words[0].float()  # (levels, D), or D of all
+    words = load_one(path).words[0].float()  # (levels, D), or D of all
     if words.shape[1] != sum(widths.values()):
         widths = {"text_encoder": widths["text_encoder"]}
     if words.shape[1] != sum(widths.values()):
@@ -134,6 +134,9 @@ def starting_rows(
     Raises:
         ValueError: as these two, or words that nothing starts from beside the concept.
     """
+    longest = min(parts[name].model_max_length for name in parts.keys() & TOKENIZERS.values()) - 2
+    if num_vectors > longest:
+        raise ValueError(f"--num_vectors {num_vectors}: a prompt has room for {longest} tokens")
     embeddings = {
         encoder: parts[encoder].get_input_embeddings() for encoder in TOKENIZERS if encoder in parts
     }
@@ -201,6 +204,15 @@ class TextualInversionObjective(DenoisingObjective):
                 return_tensors="pt",
             ).input_ids
         return tokens
+
+    def check(self, templates: Sequence[str], source: object) -> None:
+        """Raises ValueError where a caption cuts the new word off: before a run, not in its
+        middle."""
+        for template in templates:
+            try:
+                self.tokens([template.format(self.placeholder)])
+            except ValueError as error:
+                raise ValueError(f"{source}: {error}, or lower --num_vectors") from None
 
     def loss(self, batch: Batch, latents: Tensor, noise: Tensor, t: Tensor) -> dict[str, Tensor]:
         noisy = self.scheduler.add_noise(latents, noise, t)

@@ -286,6 +286,17 @@ def test_bad_pair_costs_a_line_and_3(encode, tmp_path, capsys):
     assert files(tmp_path / "concepts") == {"pair1.safetensors", "grid.png"}
 
 
+def test_a_concept_of_a_pair_that_is_broken_now_is_told(encode, tmp_path, capsys):
+    """It stayed among those of this run."""
+    folder = tiny.save_pairs(tmp_path / "own")
+    assert encode("--test_data_dir", folder) == 0
+    (folder / "pair0.png").write_bytes(b"broken")
+    assert encode("--test_data_dir", folder) == 3
+    said = capsys.readouterr().err
+    assert "pair0.safetensors: is of an earlier picture or model; remove it" in said
+    assert "pair1.safetensors" not in said
+
+
 def test_nothing_to_encode(encode, tmp_path, capsys):
     folder = tiny.save_pairs(tmp_path / "own", count=1)
     (folder / "pair0_bg.png").unlink()

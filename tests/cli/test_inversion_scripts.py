@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from elite import stages
+from elite import Concept, stages
 from elite.loading import load_stable_diffusion, stock_pipeline
 from tests import tiny
-from tests.conftest import files, run_script, same_pictures
+from tests.conftest import error_of, files, run_script, same_pictures
 from textual_inversion.files import EMBEDDING_FILES, load_embeddings, load_into, save_embeddings
 from textual_inversion.pictures import PictureFolder, read_templates
 
@@ -341,3 +341,50 @@ def test_text_that_is_cut_off_is_told(model_folder, tmp_path, capsys):
     assert infer(model_folder, tmp_path / "drawn", *use, "a <W>" + " a" * 73 + " on a mug") == 0
     (note,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("note: ")]
     assert note.endswith("reads 77 tokens and leaves out 'on a mug'; shorten it")
+
+
+def test_captions_that_cut_the_word_are_found_before_training(
+    model_folder, photos, tmp_path, capsys
+):
+    """They ended a run in its middle."""
+    lines = ["a photo of {}"] * 15 + ["very " * 90 + "{}"]
+    (tmp_path / "captions.txt").write_text("\n".join(lines))
+    given = ("--template_file", tmp_path / "captions.txt")
+    assert train(model_folder, photos, tmp_path / "out", *given) == 2
+    assert "captions.txt: " in (error := error_of(capsys)) and "lower --num_vectors" in error
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+    assert train(model_folder, photos, tmp_path / "out", "--num_vectors", "20000") == 2
+    assert "--num_vectors 20000: a prompt has room for " in error_of(capsys)
+
+
+def test_a_concept_file_of_several_objects_starts_no_word(
+    model_folder, photos, concept, tmp_path, capsys
+):
+    Concept.stack([concept, concept]).save(tmp_path / "two.safetensors")
+    given = ("--initializer_concept", tmp_path / "two.safetensors")
+    assert train(model_folder, photos, tmp_path / "out", *given) == 2
+    assert "two.safetensors: holds 2 objects, expected one" in error_of(capsys)
+
+
+def test_any_name_can_be_renamed(tmp_path):
+    for folder in ("one", "two"):
+        save_embeddings(tmp_path / folder / "my mug.safetensors", {"emb_params": torch.ones(1, 24)})
+    given = [tmp_path / folder / "my mug.safetensors" for folder in ("one", "two")]
+    (tmp_path / "both").mkdir()
+    (tmp_path / "both" / "learned_embeds_2.bin").touch()
+    options = ("--output_dir", tmp_path / "both", "--rename", "my mug=<mug2>")
+    assert run_script("merge_embeddings.py", "--embeddings", *given, *options) == 0
+    assert load_embeddings(tmp_path / "both")["text_encoder"].keys() == {"my mug", "<mug2>"}
+    assert files(tmp_path / "both") == {"learned_embeds.safetensors"}
+
+
+def test_pictures_say_of_which_vectors_they_are(model_folder, tmp_path):
+    said = []
+    for value in (1.0, 2.0):
+        save_embeddings(tmp_path / "cat.safetensors", {"<cat>": torch.full((1, 24), value)})
+        given = ("--embeddings", tmp_path / "cat.safetensors", "--prompt", "a photo of <cat>")
+        assert infer(model_folder, tmp_path / "out", *given) == 0
+        (path,) = (tmp_path / "out").glob("0*.png")
+        with Image.open(path) as picture:
+            said.append(dict(picture.text))
+    assert said[0]["embeddings"] != said[1]["embeddings"] and said[0]["dtype"] == "torch.float32"

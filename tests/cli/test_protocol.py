@@ -83,7 +83,8 @@ def test_a_run_says_with_what_it_was_measured_and_what_is_possible(
     assert protocol["pictures"] == "2 a prompt, seeds 42 to 43" and protocol["subjects"] == "2"
     assert protocol["prompts"].startswith("prompts_and_classes.txt, SHA-256 ")
     assert protocol["resize"].startswith("bicubic, shorter side to 32 px and for DINO 32 px; ")
-    assert len(results["departures"]) == 5
+    assert len(results["departures"]) == 6
+    assert "subjects of a single picture" in results["departures"], "dog2"
     for text in (*protocol.values(), *results["departures"]):
         assert text in told and text in (tmp_path / "out/results.md").read_text()
 
@@ -218,6 +219,7 @@ def test_runs_that_do_not_compare_are_refused(tmp_path, capsys):
     for name, scores, changes, message in (
         ("b", {"a": [0.5]}, {"clip_name_or_path": "other"}, "clip_name_or_path is other, but c in"),
         ("c", {"b": [0.5]}, {}, f"shares no picture with {one}"),
+        ("e", {"a": [None, 0.5]}, {}, f"has no metric of {one}; rate both by the same"),
         ("d", {"a": ["x"]}, {}, "damaged results"),
     ):
         other = save_run(tmp_path / name, scores, **changes)

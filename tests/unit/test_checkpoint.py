@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from elite import GlobalMapper, LocalMapper
@@ -170,6 +171,26 @@ def test_mapper_of_another_model_is_refused(tmp_path, parts):
     assert "is (40, 32), expected (24, 32)" in complaint(parts, tmp_path / "x.pt")
     foreign.save_pretrained(tmp_path / "folder")
     assert "trained for another model" in complaint(parts, tmp_path / "folder")
+
+
+def test_a_mapper_of_the_other_stage_is_refused(tmp_path, parts, mappers):
+    """Each was loaded as the other, and drew other pictures."""
+    for name, mapper in zip(KINDS, reversed(mappers), strict=True):
+        kind, found = KINDS[name].__name__, type(mapper).__name__
+        mapper.save_pretrained(tmp_path / name)
+        message = complaint(parts, tmp_path / name, KINDS[name])
+        assert f"not a {kind} folder" in message and f"is of a {found!r}" in message
+
+
+def test_wrong_weights_of_a_folder_are_listed(tmp_path, parts, mappers):
+    """They were random, or left out without a word."""
+    mappers[0].save_pretrained(tmp_path)
+    (path,) = tmp_path.glob("*.safetensors")
+    weights = load_file(path)
+    del weights["mapping_0.0.weight"]
+    save_file({**weights, "surplus": torch.zeros(2)}, path)
+    message = complaint(parts, tmp_path)
+    assert "missing 1: mapping_0.0.weight" in message and "unexpected 1: surplus" in message
 
 
 def test_folder_with_a_damaged_config_is_refused(tmp_path, parts, mappers):

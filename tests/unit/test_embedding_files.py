@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from elite import Concept
 from elite.loading import load_stable_diffusion, stock_pipeline
 from elite.settings import EMBEDDING_FORMATS
+from elite.wording import Note
 from textual_inversion.files import (
     EMBEDDING_FILES,
     files_of,
@@ -43,7 +44,7 @@ def test_a_word_that_the_tokenizer_has_is_to_be_renamed(model_folder, tmp_path):
 
 def test_a_concept_file_of_several_objects_is_no_word(tmp_path, concept):
     Concept.stack([concept, concept]).save(tmp_path / "two.safetensors")
-    with pytest.raises(ValueError, match=r"two\.safetensors: holds 2 objects; expected one"):
+    with pytest.raises(ValueError, match=r"two\.safetensors: holds 2 objects, expected one"):
         load_embeddings(tmp_path / "two.safetensors")
 
 
@@ -139,6 +140,7 @@ class Bomb:
         ("x.bin", {"step": 7}, "not learned embeddings"),
         ("x.pt", {"string_to_param": {}, "name": "x"}, "not learned embeddings"),
         ("x.pt", {**A1111, "name": 7}, "7 is no placeholder"),
+        ("x.pt", {**A1111, "name": ["x"]}, r"\['x'\] is no placeholder"),
         ("x.bin", {"<x>": TWO.to_sparse()}, "not learned embeddings"),
         ("x.pt", {"clip_g": WIDE}, "not learned embeddings"),
     ],
@@ -289,3 +291,26 @@ def test_file_of_one_word_is_that_of_diffusers(tmp_path):
     save_word(tmp_path, num_vectors=2)
     tensors = load_file(tmp_path / "learned_embeds.safetensors")
     assert list(tensors) == [WORD] and tensors[WORD].shape == (2, 24)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ({"<a>": TWO}, {"<a>": WIDE, "<b>": WIDE}, "'<b>' has 2 vectors for one of the text enc"),
+        ({"<a>": TWO[:1]}, {"<a>": WIDE.repeat(3, 1)}, "'<a>' has [13] vectors for one of"),
+    ],
+)
+def test_words_of_one_text_encoder_alone_are_refused(tmp_path, first, second, said):
+    """Merging dropped them."""
+    for name, words in zip(EMBEDDING_FILES.values(), (first, second), strict=True):
+        save_embeddings(tmp_path / name, words)
+    with pytest.raises(ValueError, match=said):
+        load_embeddings(tmp_path)
+
+
+def test_a_word_of_the_model_is_told(model_folder, tmp_path):
+    """CLIP has whole words as 'cat</w>' alone."""
+    stock = stock_pipeline(load_stable_diffusion(model_folder))
+    word = next(t for t in stock.tokenizer.get_vocab() if t.endswith("</w>") and len(t) > 6)[:-4]
+    with pytest.warns(Note, match=f"{word!r}: prompts read it in place of the model's own word"):
+        load_into(stock, load_embeddings(save_word(tmp_path, word)))

@@ -192,6 +192,11 @@ def test_missing_models_are_one_line(kind, tmp_path):
 # --- intervals ------------------------------------------------------------------------------------
 
 
+def test_a_model_of_another_kind_is_no_dino(model_folder):
+    with pytest.raises(ValueError, match="text_encoder: no vision transformer; expected one such"):
+        Dino(model_folder / "text_encoder")
+
+
 def test_interval_of_one_value_is_the_value():
     assert bootstrap([0.5] * 6, list("aabbcc")) == (0.5, 0.5, 0.5)
 

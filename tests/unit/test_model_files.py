@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from data_scripts.cache_latents import main as cache_latents
 from elite.loading import load_parts, load_stable_diffusion, stock_pipeline
@@ -133,3 +133,33 @@ def test_latents_of_either_are_cached(model_folder, fp16, tmp_path):
         (shard,) = (tmp_path / "latents").glob("*.safetensors")
         written.append(shard.stat().st_mtime_ns)
     assert len(set(written)) == 1  # the others found the first one's shard to be theirs
+
+
+def without_a_weight(folder, part, start):
+    """Rewrites a part's file without the weights whose names begin so."""
+    (path,) = (folder / part).glob("*.safetensors")
+    weights = load_file(path)
+    kept = {key: value for key, value in weights.items() if not key.startswith(start)}
+    assert 0 < len(kept) < len(weights)
+    save_file(kept, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("part", "start"),
+    [
+        ("text_encoder", "text_model.encoder.layers.0"),
+        ("image_encoder", "vision_model.encoder.layers.0"),
+        ("unet", "conv_in"),
+        ("vae", "decoder.conv_in"),
+    ],
+)
+def test_missing_weights_are_named(model_folder, tmp_path, part, start):
+    """Loaders fill them with random numbers, and other pictures came each time."""
+    shutil.copytree(model_folder, tmp_path / "model")
+    (path,) = (tmp_path / "model" / part).glob("*.safetensors")
+    if not any(key.startswith(start) for key in load_file(path)):
+        start = start.partition(".")[2]  # transformers' newer names
+    without_a_weight(tmp_path / "model", part, start)
+    said = rf"model.{{1,2}}{part}:? has no weights for .*get it again"
+    with pytest.raises(ValueError, match=said):
+        load_parts(tmp_path / "model")
