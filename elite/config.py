@@ -13,10 +13,11 @@ import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
+from elite.console import Parser
 from elite.files import check_writable, read_text, write_text
 from elite.wording import brief, nearest, one_line
 
@@ -54,13 +55,6 @@ _Loader.add_implicit_resolver(
 )
 
 
-class _Parser(argparse.ArgumentParser):
-    """Hands mistakes to the caller, where argparse alone prints the whole usage and exits."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; --help explains the flags")
-
-
 def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) -> Config:
     """The settings of a script: defaults, then the `--config` file, then flags.
 
@@ -83,9 +77,7 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) 
 
 def build_parser(config_class: type[Any]) -> argparse.ArgumentParser:
     """A command line with one flag per field, plus `--config`; values stay text."""
-    parser = _Parser(
-        description=config_class.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS
-    )
+    parser = Parser(description=config_class.__doc__, argument_default=argparse.SUPPRESS)
     parser.add_argument("--config", help="YAML file of these settings; flags win over it.")
     hints = get_type_hints(config_class)
     for item in fields(config_class):

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from types import FrameType
-from typing import Any, Self, TextIO
+from typing import Any, NoReturn, Self, TextIO
 
 from elite.wording import Note, one_line
 
@@ -60,11 +60,20 @@ def _show_warning(
     tqdm.write(text, file=sys.stderr)
 
 
-def script_parser(doc: str | None) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Takes no abbreviated flags, and hands mistakes to the caller, where argparse alone prints the
+    whole usage and exits."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; --help explains the flags")
+
+
+def script_parser(doc: str | None) -> Parser:
     """A command line whose --help begins with the script's docstring as it stands."""
-    return argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def add_set_name(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from elite.console import _show_warning, run
 from elite.wording import ShareNote, note
+from tests.conftest import run_script
 
 
 def test_letters_that_the_terminal_lacks_end_no_run(monkeypatch):
@@ -46,3 +47,18 @@ def test_what_all_processes_note_is_shown_once(monkeypatch, capsys, rank, shown)
         note("prompt")
         note("mask", ShareNote)
     assert capsys.readouterr().err.splitlines() == shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["a", "b", "--side", "abc"], "argument --side: invalid int value: 'abc'; --help explains"),
+        (["a", "b", "--shard", "9"], "unrecognized arguments: --shard 9; --help explains"),
+        ([], "required: source, target; --help explains"),
+    ],
+)
+def test_a_mistyped_flag_is_one_line(capsys, arguments, said):
+    """It was the whole usage, and a part of a flag's name was taken for it."""
+    assert run_script("data_scripts/make_shards.py", *arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and said in line
