@@ -14,6 +14,7 @@ CSV_BLOCK = 16384  # rows held as text at a time
 LONGEST_TEXT = 250  # characters; a longer one would widen the array of all rows
 BOX_FIELDS = ("name", "hs", "he", "ws", "we")  # of the index of mask boxes
 REBUILD = "python data_scripts/cal_bbox_by_seg.py DIR"
+INDEX_ENDING = "_bbox_dict.npy"
 
 
 # --- CSV files ------------------------------------------------------------------------------------
@@ -112,7 +113,12 @@ def usable_boxes(boxes: np.ndarray) -> np.ndarray:
 
 def mask_boxes_path(root: Path | str, set_name: str = "test") -> Path:
     """Where the index of mask boxes of an Open Images folder lies."""
-    return Path(root) / "segs" / f"{set_name}_bbox_dict.npy"
+    return Path(root) / "segs" / f"{set_name}{INDEX_ENDING}"
+
+
+def for_set(command: str, set_name: str) -> str:
+    """The command of a remedy with the set that it is about."""
+    return command if set_name == "test" else f"{command} --set_name {set_name}"
 
 
 def save_mask_boxes(path: Path, boxes: Mapping[str, tuple[int, int, int, int]]) -> None:
@@ -135,15 +141,16 @@ def load_mask_boxes(path: Path) -> np.ndarray:
     Raises:
         ValueError: no such file, or not ours (the release's is pickled and never opened).
     """
+    rebuild = for_set(REBUILD, path.name.removesuffix(INDEX_ENDING))
     try:
         # Mapped, since reading would first allocate whatever size the file claims.
         boxes = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; make it with {REBUILD}") from None
+        raise ValueError(f"{path}: no such file; make it with {rebuild}") from None
     except Exception:  # numpy's reader raises errors of parsers, too
-        raise ValueError(f"{path}: pickled or damaged; rebuild it with {REBUILD}") from None
+        raise ValueError(f"{path}: pickled or damaged; rebuild it with {rebuild}") from None
     if not isinstance(boxes, np.ndarray) or boxes.ndim != 1 or not _is_box_type(boxes.dtype):
-        raise ValueError(f"{path}: not an index of mask boxes; rebuild it with {REBUILD}")
+        raise ValueError(f"{path}: not an index of mask boxes; rebuild it with {rebuild}")
     return np.array(boxes)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from elite.annotations import (
     REBUILD,
+    for_set,
     load_mask_boxes,
     mask_boxes_path,
     read_blocks,
@@ -171,7 +172,8 @@ class OpenImagesFolder:
         if not len(rows):
             raise ValueError(
                 f"{path}: names none of the {len(index)} masks of {index_path}, such as "
-                f"{brief(str(index['name'][0]))}; get the table of this set, or run {REBUILD}"
+                f"{brief(str(index['name'][0]))}; get the table of this set, or run "
+                + for_set(REBUILD, self.set_name)
             )
         return image_ids[rows], index[entries]
 
@@ -199,8 +201,8 @@ class OpenImagesFolder:
         path = self.image_path(image_id)
         if not path.exists():
             raise ValueError(
-                f"{path}: no such file; where only some are downloaded, {KEEP} leaves out the "
-                "others"
+                f"{path}: no such file; where only some are downloaded, "
+                f"{for_set(KEEP, self.set_name)} leaves out the others"
             )
         return read_image(path)
 

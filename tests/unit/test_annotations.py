@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from data_scripts.keep_downloaded import main as keep_downloaded
-from elite.annotations import load_mask_boxes, read_boxes, save_mask_boxes
-from elite.open_images import OpenImagesBoxes, OpenImagesMasks
+from elite.annotations import load_mask_boxes, mask_boxes_path, read_boxes, save_mask_boxes
+from elite.open_images import OpenImagesBoxes, OpenImagesFolder, OpenImagesMasks
 from tests.open_images import Record, boxes_folder, draw_object, make_open_images, write_image
 
 SIZES = {"resolution": 32, "clip_size": 28}
@@ -225,3 +225,20 @@ def test_missing_index_names_the_command(tmp_path):
         ValueError, match=r"no such file; make it with python data_scripts/cal_bbox"
     ):
         OpenImagesMasks(tmp_path)
+
+
+def test_remedies_name_the_set(tmp_path):
+    """The command that was named failed, since it looked for the test set."""
+    root = make_open_images(tmp_path, n=1)
+    for path in (root / "annotations").glob("test-*.csv"):
+        path.rename(path.with_name(path.name.replace("test", "train")))
+    (root / "segs" / "test").rename(root / "segs" / "train")
+    source = OpenImagesFolder(root, "train")
+    command = "cal_bbox_by_seg.py DIR --set_name train$"
+    with pytest.raises(ValueError, match=rf"no such file; make it with .*{command}"):
+        source.masks()
+    mask_boxes_path(root, "train").write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"rebuild it with .*{command}"):
+        source.masks()
+    with pytest.raises(ValueError, match=r"keep_downloaded\.py DIR --set_name train leaves out"):
+        source.read_image(b"x")
