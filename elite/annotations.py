@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from elite.files import write_atomically
+from elite.wording import note
 
 CSV_BLOCK = 16384  # rows held as text at a time
 LONGEST_TEXT = 250  # characters; a longer one would widen the array of all rows
@@ -90,14 +91,18 @@ def _narrowed(column: np.ndarray) -> np.ndarray:
 def read_boxes(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Image names (N,) and boxes float32 (N, 4) x0 x1 y0 y1 that cover 2 to 80 % of their image.
 
-    Boxes are cut to the image first.
+    Boxes are cut to the image first; how many are left out is noted.
     """
-    kept = []
+    kept, listed = [], 0
     for image_ids, *sides in read_blocks(path, ["ImageID"], ["XMin", "XMax", "YMin", "YMax"]):
         boxes = np.stack(sides, axis=1).clip(0, 1)
         usable = usable_boxes(boxes)
         kept.append((image_ids[usable], boxes[usable]))
+        listed += len(usable)
     image_ids, boxes = map(np.concatenate, zip(*kept, strict=True))
+    if 0 < len(boxes) < listed:
+        left_out = f"{listed - len(boxes):,} of {listed:,} boxes are left out"
+        note(f"{path}: {left_out}; they do not cover 2 to 80 % of their image")
     return image_ids, boxes
 
 

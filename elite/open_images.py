@@ -36,7 +36,7 @@ from elite.images import (
     to_pixels,
 )
 from elite.stream import Shards
-from elite.wording import brief
+from elite.wording import brief, note
 
 # The 27 captions of textual inversion's "small" ImageNet set, which come from CLIP's prompts.
 PHOTO_TEMPLATES = (
@@ -156,12 +156,16 @@ class OpenImagesFolder:
         """Raises ValueError: table or index is missing or pickled, or has no usable mask."""
         path = self.table("object-segmentation")
         index_path = mask_boxes_path(self.root, self.set_name)
-        index = usable_masks(load_mask_boxes(index_path))
+        every = load_mask_boxes(index_path)
+        index = usable_masks(every)
         if not len(index):
             raise ValueError(
                 f"{index_path}: no mask of 100 px or more with an aspect of 0.5 to 2; nothing to "
                 "train on"
             )
+        if len(index) < len(every):
+            left_out = f"{len(every) - len(index):,} of {len(every):,} masks are left out"
+            note(f"{index_path}: {left_out}; they have under 100 px or an aspect beyond 0.5 to 2")
         blocks = read_blocks(path, ["MaskPath", "ImageID"])
         mask_names, image_ids = map(np.concatenate, zip(*blocks, strict=True))
         known = [name.encode() for name in index["name"].tolist()]

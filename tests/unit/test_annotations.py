@@ -11,6 +11,7 @@ import pytest
 from data_scripts.keep_downloaded import main as keep_downloaded
 from elite.annotations import load_mask_boxes, mask_boxes_path, read_boxes, save_mask_boxes
 from elite.open_images import OpenImagesBoxes, OpenImagesFolder, OpenImagesMasks
+from elite.wording import Note
 from tests.open_images import Record, boxes_folder, draw_object, make_open_images, write_image
 
 SIZES = {"resolution": 32, "clip_size": 28}
@@ -242,3 +243,17 @@ def test_remedies_name_the_set(tmp_path):
         source.masks()
     with pytest.raises(ValueError, match=r"keep_downloaded\.py DIR --set_name train leaves out"):
         source.read_image(b"x")
+
+
+def test_how_many_rows_are_left_out_is_noted(tmp_path):
+    root = boxes_folder(
+        tmp_path, [("a", 0.1, 0.9, 0.2, 0.4), ("b", 0, 0.1, 0, 0.1), ("c", 0, 1, 0, 1)]
+    )
+    with pytest.warns(Note, match=r"bbox\.csv: 2 of 3 boxes are left out; they do not cover 2 to"):
+        assert len(OpenImagesBoxes(root)) == 1
+    root = make_open_images(tmp_path / "masks", n=2)
+    names = [path.name for path in (root / "segs" / "test").iterdir()]
+    index = {names[0]: (0, 120, 0, 120), "small.png": (0, 20, 0, 20)}
+    save_mask_boxes(mask_boxes_path(root), index)
+    with pytest.warns(Note, match=r"dict\.npy: 1 of 2 masks are left out; they have under 100 px"):
+        assert len(OpenImagesMasks(root)) == 1
