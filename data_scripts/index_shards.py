@@ -238,7 +238,7 @@ def write_index(folder: Path, shards: Sequence[Contents], whole: bool) -> dict[s
     boxes = tables["boxes"]["box"] = tables["boxes"]["box"].clip(0, 1)  # cut to the image
     is_kept = usable_boxes(boxes) | (whole & (boxes == WHOLE).all(1))
     tables["boxes"] = tables["boxes"][is_kept]
-    tables["masks"] = usable_masks(tables["masks"])
+    tables["masks"] = tables["masks"][usable_masks(tables["masks"])]
     counts = {name: len(table) for name, table in tables.items()}
     if not counts["boxes"] + counts["masks"]:
         raise ValueError(

@@ -71,16 +71,11 @@ class Item:
 
     def size(self) -> int:
         """Bytes of its files; one that is missing counts as empty."""
-        return sum(path.stat().st_size for path in self.files)
+        return sum(path.stat().st_size for path in [self.image, *self.masks] if path.exists())
 
-    def times(self) -> list[int]:
-        """When its files were last changed, in seconds."""
-        return [int(path.stat().st_mtime) for path in self.files]
-
-    @property
-    def files(self) -> list[Path]:
-        """Those that are there."""
-        return [path for path in [self.image, *self.masks] if path.exists()]
+    def changed(self) -> int:
+        """When its image last was, in seconds; 0 where that is missing."""
+        return int(self.image.stat().st_mtime) if self.image.exists() else 0
 
 
 class Packed(Protocol):
@@ -260,8 +255,8 @@ def plan_shards(source: Packed, side: int | None, shard_bytes: int) -> tuple[np.
         item = source.item(number)
         sizes[number] = item.size()
         is_pair = item.labels is None
-        content = digest_files(item.image, *item.masks) if is_pair else item.times()
-        digest.update(f"{item.key} {sizes[number]} {item.labels} {content}\n".encode())
+        content = digest_files(item.image, *item.masks) if is_pair else item.changed()
+        digest.update(f"{item.key} {sizes[number]} {item.labels}{content}\n".encode())
     sizes = np.round(sizes * _shrinkage(source, side)).astype(np.int64) + OVERHEAD
     starts = np.cumsum(sizes) - sizes
     return np.unique(starts // shard_bytes, return_inverse=True)[1], digest.hexdigest()
@@ -289,8 +284,9 @@ def check_plan(target: Path, fingerprint: str) -> None:
     path = target / PLAN
     plan = {"format": PLAN_FORMAT, "fingerprint": fingerprint}
     if path.exists():
-        with_plan = read_text(path, "expected what is packed here") == json.dumps(plan)
-        other = None if with_plan else "shards of another source, or made with other options"
+        is_this = read_text(path, "expected what is packed here") == json.dumps(plan)
+        changed = "shards of another source, or made with other options, or of files since changed"
+        other = None if is_this else changed
     else:
         other = "shards made elsewhere" if shards_in(target) else None
     if other is not None:

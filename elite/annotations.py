@@ -172,7 +172,8 @@ def _is_box_type(dtype: np.dtype) -> bool:
 
 
 def usable_masks(boxes: np.ndarray) -> np.ndarray:
-    """The rows of the index with both sides of at least 100 px and an aspect of 0.5 to 2."""
+    """Which rows of the index have both sides of at least 100 px and an aspect of 0.5 to 2, bool
+    (N,)."""
     height, width = boxes["he"] - boxes["hs"], boxes["we"] - boxes["ws"]
     large = (height >= 100) & (width >= 100)
-    return boxes[large & (height <= 2 * width) & (width <= 2 * height)]
+    return large & (height <= 2 * width) & (width <= 2 * height)

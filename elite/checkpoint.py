@@ -56,10 +56,9 @@ def load_mapper(
     try:
         if not folder.exists():  # a name on the hub
             folder = Path(snapshot_download(str(path), allow_patterns=WANTED))
-        config = cls.load_config(folder)
-        _check_config(config, cls)
-        shapes = _shapes_in(folder)
-        mapper = cls.from_pretrained(folder, use_safetensors=True)
+        _check_config(cls.load_config(folder), cls)
+        _check_files(folder)
+        mapper, report = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
     except Exception as error:  # a config of any shape
         raise ValueError(
             f"{path}: not a {cls.__name__} folder ({first_line(error)}); expected config.json "
@@ -68,7 +67,10 @@ def load_mapper(
     sizes = mapper.config.hidden_dim, mapper.config.hidden_layers
     with torch.device("meta"):  # no memory used
         reference = cls.shaped_for(unet, image_encoder, *sizes)
-    _check_keys(shapes, reference, name=str(path))
+    found = _shapes(mapper.state_dict()) | dict.fromkeys(report["unexpected_keys"], ())
+    for key in report["missing_keys"]:
+        del found[key]
+    _check_keys(found, reference, name=str(path))
     _check_values(mapper.state_dict(), name=str(path))
     return mapper
 
@@ -133,18 +135,13 @@ def _release_sizes(state: dict[str, Tensor]) -> tuple[int, tuple[int, ...]]:
     return hidden_dim, hidden_layers
 
 
-def _shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the weights in a folder. Raises ValueError where they are of a kind that
-    loading would convert."""
-    shapes: dict[str, tuple[int, ...]] = {}
+def _check_files(folder: Path) -> None:
+    """Raises ValueError where the weights of a folder are of a kind that loading would convert."""
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-        found = {part.get_dtype() for part in slices.values()}
+            found = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
         if not found <= {"F32", "F16", "BF16"}:
             raise ValueError(f"{path.name}: holds {', '.join(sorted(found))}")
-        shapes |= {key: tuple(part.get_shape()) for key, part in slices.items()}
-    return shapes
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -40,6 +40,7 @@ from elite.text import read_prompt
 from elite.wording import first_line
 
 HUB_IMAGE_ENCODER = "openai/clip-vit-large-patch14"
+EXPECTED = "expected a folder in diffusers layout, a hub name or a single-file checkpoint"
 SCHEDULERS = {
     "lms": LMSDiscreteScheduler,
     "dpm++": DPMSolverMultistepScheduler,
@@ -260,7 +261,7 @@ def load_part(
     source: str | Path,
     subfolder: str = "",
     loader: str = "from_pretrained",
-    remedy: str = "expected a folder in diffusers layout, a hub name or a single-file checkpoint",
+    remedy: str = EXPECTED,
     **options: Any,
 ) -> Any:
     """One part, as its loader gives it."""
@@ -294,7 +295,12 @@ def may_be_on_hub(source: str | Path) -> bool:
 
 
 def load_model(
-    cls: type, source: str | Path, subfolder: str = "", unread: str = "", **options: Any
+    cls: type,
+    source: str | Path,
+    subfolder: str = "",
+    unread: str = "",
+    remedy: str = EXPECTED,
+    **options: Any,
 ) -> Any:
     """A model in float32, none of its weights missing: loaders fill those with random numbers.
 
@@ -305,11 +311,13 @@ def load_model(
         ValueError: as `load_part`, or weights are missing.
     """
     options["output_loading_info"] = True
-    model, report = load_part(cls, source, subfolder, **options)
+    model, report = load_part(cls, source, subfolder, remedy=remedy, **options)
     needed = [key for key in report["missing_keys"] if not (unread and key.startswith(unread))]
     if needed:
         place = f"{source}: {subfolder}" if subfolder else f"{source}:"
-        raise ValueError(f"{place} has no weights for {min(needed)}; it is damaged, get it again")
+        raise ValueError(
+            f"{place} has no weights for {min(needed)}; it is damaged or of another kind, {remedy}"
+        )
     return model.float().eval()
 
 

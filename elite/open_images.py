@@ -156,23 +156,27 @@ class OpenImagesFolder:
         """Raises ValueError: table or index is missing or pickled, or has no usable mask."""
         path = self.table("object-segmentation")
         index_path = mask_boxes_path(self.root, self.set_name)
-        every = load_mask_boxes(index_path)
-        index = usable_masks(every)
-        if not len(index):
+        index = load_mask_boxes(index_path)
+        usable = usable_masks(index)
+        if not usable.any():
             raise ValueError(
                 f"{index_path}: no mask of 100 px or more with an aspect of 0.5 to 2; nothing to "
                 "train on"
             )
-        if len(index) < len(every):
-            left_out = f"{len(every) - len(index):,} of {len(every):,} masks are left out"
-            note(f"{index_path}: {left_out}; they have under 100 px or an aspect beyond 0.5 to 2")
+        if left_out := int((~usable).sum()):
+            note(
+                f"{index_path}: {left_out:,} of {len(index):,} masks are left out; they have under "
+                "100 px or an aspect beyond 0.5 to 2"
+            )
         blocks = read_blocks(path, ["MaskPath", "ImageID"])
         mask_names, image_ids = map(np.concatenate, zip(*blocks, strict=True))
         known = [name.encode() for name in index["name"].tolist()]
         try:
-            rows, entries = same_masks(mask_names.tolist(), image_ids, known)
+            same = same_masks(mask_names.tolist(), image_ids, known)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        rows, entries = (np.array(part, dtype=np.int64) for part in same)
+        rows, entries = rows[usable[entries]], entries[usable[entries]]
         if not len(rows):
             raise ValueError(
                 f"{path}: names none of the {len(index)} masks of {index_path}, such as "
@@ -336,16 +340,18 @@ def same_masks(
     listed: Sequence[bytes], image_ids: np.ndarray, known: Sequence[bytes]
 ) -> tuple[list[int], list[int]]:
     """Rows of the table of masks and of the index that are of the same file, ordered by its name:
-    by the path where both say the same, else by the file's own name in small letters.
+    by the path where both say the same, else by the file's own name in small letters, among those
+    that no row names by their path.
 
     Raises:
         ValueError: a row may mean two files, or a file is listed for two images.
     """
     places = {name: entry for entry, name in enumerate(known)}
+    named = {places[name] for name in listed if name in places}
     by_key: dict[bytes, int] = {}
     doubtful: dict[bytes, int] = {}
     for entry, name in enumerate(known):
-        if by_key.setdefault(key := file_key(name), entry) != entry:
+        if entry not in named and by_key.setdefault(key := file_key(name), entry) != entry:
             doubtful[key] = entry
     row_of: dict[int, int] = {}
     for row, name in enumerate(listed):

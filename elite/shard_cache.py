@@ -56,18 +56,23 @@ class Listed:
         """Its path or URL."""
         return f"{self.folder}/{self.name}"
 
-    def fault(self, path: Path, hashed: bool = True) -> str | None:
-        """What keeps a file from being this one, in words; not hashed, by its size alone."""
+    def damage(self, path: Path, hashed: bool = True) -> str:
+        """In what a file is not this one, in words, "" for nothing; not hashed, by its size alone.
+        Raises OSError where it cannot be read."""
+        if path.stat().st_size != self.bytes:
+            return f"{self.kind} is damaged (its size is not that of the index)"
+        if hashed and sha256_of(path) != self.sha256:
+            return f"{self.kind} is damaged (its SHA-256 is not that of the index)"
+        return ""
+
+    def fault(self, path: Path, hashed: bool = True) -> str:
+        """What keeps a file from being read as this one, in words, "" for nothing."""
         try:
-            if path.stat().st_size != self.bytes:
-                return f"{self.kind} is damaged (its size is not that of the index)"
-            if hashed and sha256_of(path) != self.sha256:
-                return f"{self.kind} is damaged (its SHA-256 is not that of the index)"
+            return self.damage(path, hashed)
         except FileNotFoundError:
             return f"{self.kind} is missing"
         except OSError as error:
             return f"{self.kind} cannot be read ({error.strerror})"
-        return None
 
 
 class Store(Protocol):
@@ -108,14 +113,14 @@ class InPlace:
     def __init__(self, hashed: bool = True) -> None:
         self.hashed = hashed
         self._whole: set[Listed] = set()
-        self._faults: dict[Listed, tuple[float, str | None]] = {}  # and since when
+        self._faults: dict[Listed, tuple[float, str]] = {}  # since when, and what
 
     def path(self, file: Listed) -> Path:
         path = Path(file.place)
         if file in self._whole and path.exists():
             return path
         self._whole.discard(file)
-        since, fault = self._faults.pop(file, (-math.inf, None))
+        since, fault = self._faults.pop(file, (-math.inf, ""))
         if time.monotonic() - since >= RETRY_AFTER:
             since, fault = time.monotonic(), file.fault(path, self.hashed)
         if fault:
@@ -183,23 +188,22 @@ class Cache:
             try:
                 with suppress(PermissionError):  # of another user, who shares the cache
                     os.utime(path)  # so that it is used most recently
-                self._check(file, path)
-                return path
+                if self._is_whole(file):
+                    return path
             except FileNotFoundError:
-                self._fetch(file, wait=True)
-
-    def _check(self, file: Listed, path: Path) -> None:
-        """When this process first uses a file: removes one that is no longer what was fetched, as
-        after a crash of the machine. Raises FileNotFoundError for it."""
-        if file in self._whole:
-            return
-        if fault := file.fault(path):
-            try:
-                path.unlink(missing_ok=True)
+                pass
             except OSError as error:
-                raise ValueError(f"{path}: {fault}; remove it ({error.strerror})") from None
-            raise FileNotFoundError(path)
-        self._whole.add(file)
+                raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+            self._fetch(file, wait=True)
+
+    def _is_whole(self, file: Listed) -> bool:
+        """Whether the file in the cache is what was fetched, which a crash of the machine may have
+        undone; seen once by each process. Raises OSError where it cannot be read."""
+        if file not in self._whole:
+            if file.damage(self._place(file)):
+                return False
+            self._whole.add(file)
+        return True
 
     def expect(self, files: Sequence[Listed]) -> None:
         self._here()
@@ -236,12 +240,23 @@ class Cache:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = self.folder / f"{file.sha256}.lock"
             with self._held(lock, wait) as is_mine:
-                if is_mine and not self._place(file).exists():
+                if is_mine and not self._is_there(file):
                     self._download(file, is_needed=wait)
         except OSError as error:
             self._fail(file, f"{file.kind} cannot be kept in {self.folder} ({error.strerror})")
         finally:
             lock_here.release()
+
+    def _is_there(self, file: Listed) -> bool:
+        """Whether the file is in the cache; a damaged one is removed. Its lock is held."""
+        place = self._place(file)
+        try:
+            if self._is_whole(file):
+                return place.exists()
+        except FileNotFoundError:
+            return False
+        place.unlink(missing_ok=True)
+        return False
 
     @contextmanager
     def _held(self, path: Path, wait: bool = True) -> Iterator[bool]:
@@ -265,7 +280,7 @@ class Cache:
     def _download(self, file: Listed, is_needed: bool) -> None:
         """Has the file in its place; one that is not needed yet, only where there is room."""
         part = self.folder / f"{file.sha256}.{file.bytes}.part"
-        fault: str | None = None
+        fault = ""
         for pause in PAUSES:
             time.sleep(pause)
             if not self._make_room(file, part, is_needed):
@@ -280,7 +295,7 @@ class Cache:
                 break
             except Exception as error:  # every file system has errors of its own
                 fault = f"{file.kind} cannot be fetched ({type(error).__name__}: {error})"
-            if fault is None:
+            if not fault:
                 with self._room_locked(), suppress(FileNotFoundError):
                     flush_file(part)
                     os.replace(part, self._place(file))
@@ -288,7 +303,7 @@ class Cache:
                     return
                 fault = f"{file.kind} went from {self.folder} to make room"
         part.unlink(missing_ok=True)
-        self._fail(file, str(fault))
+        self._fail(file, fault)
 
     # --- room -------------------------------------------------------------------------------------
 

@@ -25,7 +25,8 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
             yield pool
         except BrokenProcessPool:
             raise ValueError(
-                "a worker process has ended before its work; if memory ran out, lower --workers"
+                "a worker process has ended before its work; if memory ran out, let fewer work at "
+                "once"
             ) from None
         except BaseException:
             pool.shutdown(cancel_futures=True)

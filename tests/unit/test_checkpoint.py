@@ -193,6 +193,17 @@ def test_wrong_weights_of_a_folder_are_listed(tmp_path, parts, mappers):
     assert "missing 1: mapping_0.0.weight" in message and "unexpected 1: surplus" in message
 
 
+def test_other_files_beside_the_weights_count_for_nothing(tmp_path, parts, mappers):
+    mappers[0].save_pretrained(tmp_path)
+    save_file({"words": torch.zeros(2)}, tmp_path / "concept.safetensors")
+    (path,) = tmp_path.glob("diffusion*.safetensors")
+    whole = load_file(path)
+    load_mapper(GlobalMapper, tmp_path, parts["unet"], parts["image_encoder"])
+    save_file({k: v for k, v in whole.items() if k != "mapping_0.0.weight"}, path)
+    save_file(whole, path.with_suffix(".fp16.safetensors"))
+    assert "missing 1: mapping_0.0.weight" in complaint(parts, tmp_path)
+
+
 def test_folder_with_a_damaged_config_is_refused(tmp_path, parts, mappers):
     mappers[0].save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")

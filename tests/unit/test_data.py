@@ -251,7 +251,8 @@ SAME = [  # table, image ids, index, rows and entries or what is wrong
         ["1/b.png", "2/b.png"],
         "'b.png' may be '1/b.png' or '2/b.png'; write its fol",
     ),
-    (["a.png", "A.png"], "xy", ["a.png"], "'A.png' is listed for 'x' and 'y'; leave one out"),
+    (["a.png", "A.png", "2/a.png"], "xyz", ["a.png"], ([0], [0])),
+    (["A.png", "2/a.png"], "xy", ["a.png"], "'2/a.png' is listed for 'x' and 'y'; leave one out"),
 ]
 
 
@@ -265,6 +266,20 @@ def test_masks_find_their_rows(listed, images, known, expected):
     else:
         with pytest.raises(ValueError, match=expected):
             same_masks(*given)
+
+
+def test_a_small_mask_takes_nothing_from_one_of_its_name(tmp_path):
+    root = make_open_images(tmp_path, n=1)
+    name = next((root / "images" / "test").iterdir()).stem
+    table = root / "annotations" / "test-annotations-object-segmentation.csv"
+    rows = [("1/x.png", name), ("2/x.png", "b")]
+    write_csv(table, ("MaskPath", "ImageID"), rows)
+    index = {"1/x.png": (0, 120, 0, 120), "2/x.png": (0, 40, 0, 40)}
+    for known in (index, {"1/x.png": index["1/x.png"]}):  # the other one is small, or not there
+        save_mask_boxes(mask_boxes_path(root), known)
+        dataset = OpenImagesMasks(root)
+        assert dataset.image_ids.tolist() == [name.encode()]
+        assert dataset.index["name"].tolist() == ["1/x.png"]
 
 
 def test_names_of_screenshots_are_file_names(tmp_path):

@@ -32,6 +32,6 @@ def test_workers_leave_the_signal_to_the_script():
 
 def test_a_killed_worker_is_one_line():
     """It was a traceback of the pool."""
-    said = r"a worker process has ended before .*lower --workers"
+    said = r"a worker process has ended before .*fewer work at once"
     with pytest.raises(ValueError, match=said), worker_pool(1) as pool:
         pool.submit(os._exit, 9).result()

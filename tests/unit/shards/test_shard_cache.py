@@ -178,6 +178,49 @@ def test_a_cached_file_that_is_damaged_is_fetched_anew(shards, tmp_path, spoil):
         assert {server.asked[file.name] for file in before.values()} == {2}
 
 
+def test_a_cached_file_that_cannot_be_read_now_stays(shards, tmp_path, monkeypatch):
+    def refuse(path):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with served(shards) as server:
+        cache = {"cache": tmp_path / "cache", "window": ALL}
+        path = open_source(server.url, **cache).store.path(
+            shard := open_source(server.url, **cache).index.shards[0]
+        )
+        again = open_source(server.url, **cache)
+        with monkeypatch.context() as patch:
+            patch.setattr("elite.shard_cache.sha256_of", refuse)
+            with pytest.raises(ValueError, match=r"cannot be read \(Too many open files\)"):
+                again.store.path(shard)
+        assert again.store.path(shard) == path and server.asked[shard.name] == 1
+
+
+def test_a_damaged_file_is_fetched_once_for_all(shards, tmp_path):
+    """Each that had found it damaged removed what another had just fetched."""
+    with served(shards) as server:
+        cache = {"cache": tmp_path / "cache", "window": ALL}
+        shard = open_source(server.url, **cache).index.shards[0]
+        place = open_source(server.url, **cache).store.path(shard)
+        place.write_bytes(bytes(shard.bytes))
+        store = open_source(server.url, **cache).store
+        context = multiprocessing.get_context("fork")
+        meet = context.Barrier(4)
+
+        def use():
+            assert not store._is_whole(shard)
+            meet.wait()
+            store._fetch(shard, wait=True)
+            assert store.path(shard).read_bytes() == (shards / shard.name).read_bytes()
+
+        readers = [context.Process(target=use) for _ in range(meet.parties)]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join(60)
+        assert [reader.exitcode for reader in readers] == [0] * len(readers)
+        assert server.asked[shard.name] == 2
+
+
 def test_a_folder_may_be_cached_too(shards, tmp_path):
     dataset = STAGES["boxes"](open_source(shards, cache=tmp_path / "cache", window=ALL))
     dataset.crop(0)
