@@ -1,7 +1,6 @@
 """Mapper weights in our format (safetensors + config.json) and in the release's (`.pt` state
 dicts)."""
 
-import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -89,7 +88,7 @@ def load_torch(path: Path | str) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # Torch's own message says how to load it all the same.
-        holds_more = isinstance(error, pickle.UnpicklingError)
+        holds_more = type(error).__name__ == "UnpicklingError"
         reason = "it holds other objects" if holds_more else first_line(error)
         raise ValueError(
             f"{path}: not plain tensors ({reason}); it is refused, since loading "

@@ -219,7 +219,7 @@ def test_a_schedule_that_begins_anew_is_told(tmp_path, capfd):
 def test_the_saved_settings_do_not_lead_back(tmp_path):
     config = {"seed": 0, "resume_from_checkpoint": "elsewhere"}
     train(tmp_path, config=config, max_steps=1)
-    assert read_yaml(tmp_path / "config.yaml") == {"seed": 0}
+    assert read_yaml(tmp_path / "config.yaml") == {"seed": "0"}
 
 
 # --- another run ----------------------------------------------------------------------------------

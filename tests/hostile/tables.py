@@ -224,7 +224,7 @@ def refused_prompts() -> Iterator[tuple[str, str, bytes]]:
         "p.yaml",
         b"prompts: {object: ['a {}'], living: ['a {}']}\nliving: [[a]]\n",
     )
-    yield "classes_are_numbers", "p.yaml", b"prompts: {object: ['a {}']}\nclasses: {a: 7}\n"
+    yield "classes_are_lists", "p.yaml", b"prompts: {object: ['a {}']}\nclasses: {a: [b]}\n"
     yield "python_object", "p.yaml", b"prompts: !!python/object/apply:os.system ['touch canary']\n"
     yield "txt_empty", "p.txt", b""
     yield "txt_binary", "p.txt", np.random.default_rng(3).bytes(3000)
@@ -272,7 +272,7 @@ def cases(world: World) -> Iterator[Case]:
         "index",
         "good",
         masks_case,
-        index_of("m.png", 40, 160, 40, 160),
+        index_of("m.png", 50, 150, 50, 150),
         table.format("m.png"),
         refused=False,
     )
