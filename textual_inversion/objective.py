@@ -210,7 +210,7 @@ class TextualInversionObjective(DenoisingObjective):
         middle."""
         for template in templates:
             try:
-                self.tokens([template.format(self.placeholder)])
+                self.tokens([template.replace("{}", self.placeholder)])
             except ValueError as error:
                 raise ValueError(f"{source}: {error}, or lower --num_vectors") from None
 

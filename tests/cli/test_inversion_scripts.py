@@ -347,7 +347,7 @@ def test_captions_that_cut_the_word_are_found_before_training(
     model_folder, photos, tmp_path, capsys
 ):
     """They ended a run in its middle."""
-    lines = ["a photo of {}"] * 15 + ["very " * 90 + "{}"]
+    lines = ["a photo of {}", "a {odd} photo of {}", "very " * 90 + "{}"]
     (tmp_path / "captions.txt").write_text("\n".join(lines))
     given = ("--template_file", tmp_path / "captions.txt")
     assert train(model_folder, photos, tmp_path / "out", *given) == 2
