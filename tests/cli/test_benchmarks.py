@@ -462,7 +462,7 @@ def test_what_is_frozen_in_bf16_never_is_in_float32():
         (generation.main, ["--steps", "1"], "--steps 1: expected 2 or more"),
         (loader.main, ["--count", "1"], "--count 1: expected 4 or more"),
         (loader.main, ["--output", "/dev/null/x/y.json"], "/dev/null/x: cannot be written"),
-        (table.main, ["--page", "nowhere.md"], "nowhere.md: no such file"),
+        (table.main, ["--pages", "nowhere.md"], "nowhere.md: no such file"),
     ],
     ids=lambda x: x.__module__ if callable(x) else str(x),
 )
