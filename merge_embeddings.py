@@ -23,7 +23,13 @@ def main() -> int:
     quiet_libraries()
     from pathlib import Path
 
-    from textual_inversion.files import EMBEDDING_FILES, files_of, merge_embeddings, save_embeddings
+    from textual_inversion.files import (
+        EMBEDDING_FILES,
+        either,
+        files_of,
+        merge_embeddings,
+        save_embeddings,
+    )
 
     renames = [(old, new) for old, _, new in (text.rpartition("=") for text in config.rename)]
     merged = merge_embeddings(config.embeddings, renames)
@@ -32,7 +38,7 @@ def main() -> int:
         save_embeddings(folder / name, content)
     if config.format == "diffusers":  # what is read as a whole
         for name in set(EMBEDDING_FILES.values()) - files.keys():
-            for path in (folder / name, (folder / name).with_suffix(".bin")):
+            for path in either(folder / name):
                 path.unlink(missing_ok=True)
     for encoder, embeddings in merged.items():
         words = ", ".join(f"{name} ({len(rows)})" for name, rows in embeddings.items())

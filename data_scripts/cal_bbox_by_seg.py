@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
 
-from elite.annotations import save_mask_boxes
+from elite.annotations import INDEX_ENDING, save_mask_boxes
 from elite.console import add_set_name, add_workers, check_least, list_failures, run, script_parser
 from elite.files import check_writable
 from elite.images import read_mask
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
     check_least(args, workers=1)
     masks, place = find_masks(Path(os.path.abspath(args.folder)), args.set_name)
-    index_path = place.with_name(f"{place.name}_bbox_dict.npy")
+    index_path = place.with_name(f"{place.name}{INDEX_ENDING}")
     check_writable(index_path.parent)
     boxes, failures = boxes_of_files(masks, place, args.workers)
     if not boxes:

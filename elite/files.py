@@ -116,6 +116,7 @@ def _flush(path: Path) -> None:
 
 
 def flush_file(path: Path) -> None:
+    """Waits until a file, or the list of names of a folder, is on the disk."""
     if sys.platform == "win32" and path.is_dir():
         return  # folders cannot be opened there
     descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)

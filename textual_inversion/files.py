@@ -96,6 +96,11 @@ def files_of(embeddings: Mapping[str, Embeddings], form: str) -> dict[str, dict[
     return files
 
 
+def either(path: Path) -> tuple[Path, Path]:
+    """A file of embeddings as safetensors, and as older versions of diffusers wrote it."""
+    return path, path.with_suffix(".bin")
+
+
 def load_embeddings(source: Path | str) -> dict[str, Embeddings]:
     """Embeddings by text encoder: what is in a file, or in a folder of diffusers' files.
 
@@ -109,7 +114,7 @@ def load_embeddings(source: Path | str) -> dict[str, Embeddings]:
         return _load_file(source)
     found = {}
     for encoder, name in EMBEDDING_FILES.items():
-        for path in (source / name, (source / name).with_suffix(".bin")):
+        for path in either(source / name):
             if encoder not in found and path.exists():
                 found[encoder] = _load_file(path)["text_encoder"]
     if "text_encoder" not in found:
