@@ -16,10 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found from any working directory
 
-from elite.annotations import csv_opened
+from elite.annotations import csv_opened, file_key
 from elite.console import OK, add_set_name, run, script_parser
 from elite.files import sha256_of, write_atomically, write_text
-from elite.open_images import file_key, files_in, image_file
+from elite.open_images import files_in, image_file
 
 TABLES = ("annotations-bbox", "annotations-object-segmentation")
 

@@ -21,6 +21,7 @@ from elite.annotations import (
     mask_boxes_path,
     read_blocks,
     read_boxes,
+    same_masks,
     usable_masks,
 )
 from elite.augment import clip_view, object_view, scaled_target
@@ -329,50 +330,6 @@ def files_in(folder: Path, ending: str) -> list[Path]:
     paths = [*folder.glob("*"), *folder.glob("*/*")]
     found = [path for path in paths if path.suffix.lower() == ending and path.name[0] != "."]
     return sorted(with_text_names(folder, found))
-
-
-def file_key(path: bytes) -> bytes:
-    """A path's file name in small letters, the same whatever folder the file was unzipped to."""
-    return path.rpartition(b"/")[2].lower()
-
-
-def same_masks(
-    listed: Sequence[bytes], image_ids: np.ndarray, known: Sequence[bytes]
-) -> tuple[list[int], list[int]]:
-    """Rows of the table of masks and of the index that are of the same file, ordered by its name:
-    by the path where both say the same, else by the file's own name in small letters, among those
-    that no row names by their path.
-
-    Raises:
-        ValueError: a row may mean two files, or a file is listed for two images.
-    """
-    places = {name: entry for entry, name in enumerate(known)}
-    named = {places[name] for name in listed if name in places}
-    by_key: dict[bytes, int] = {}
-    doubtful: dict[bytes, int] = {}
-    for entry, name in enumerate(known):
-        if entry not in named and by_key.setdefault(key := file_key(name), entry) != entry:
-            doubtful[key] = entry
-    row_of: dict[int, int] = {}
-    for row, name in enumerate(listed):
-        key = file_key(name)
-        entry = places[name] if name in places else by_key.get(key, -1)
-        if entry < 0:  # of a file that is not there
-            continue
-        if name not in places and key in doubtful:
-            both = (brief(known[by_name[key]].decode()) for by_name in (by_key, doubtful))
-            raise ValueError(
-                f"{brief(name.decode())} may be {' or '.join(both)}; write its folder into "
-                "MaskPath, or rename one of them"
-            )
-        first = row_of.setdefault(entry, row)
-        if image_ids[first] != image_ids[row]:
-            images = (brief(image_ids[n].decode()) for n in (first, row))
-            raise ValueError(
-                f"{brief(name.decode())} is listed for {' and '.join(images)}; leave one out"
-            )
-    entries = sorted(row_of, key=lambda entry: (file_key(known[entry]), known[entry]))
-    return [row_of[entry] for entry in entries], entries
 
 
 def _inside(folder: Path, name: str) -> Path:

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from data_scripts.cal_bbox_by_seg import main as index_masks
-from elite.annotations import mask_boxes_path, save_mask_boxes
+from elite.annotations import mask_boxes_path, same_masks, save_mask_boxes
 from elite.images import resize, to_clip_pixels, to_pixels
 from elite.open_images import (
     PHOTO_TEMPLATES,
@@ -15,7 +15,6 @@ from elite.open_images import (
     OpenImagesMasks,
     image_file,
     padded,
-    same_masks,
     with_framing,
 )
 from tests.open_images import (
