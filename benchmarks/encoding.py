@@ -21,7 +21,7 @@ from benchmarks.harness import Goal, Row, Table, alternate, finish, make_parser,
 from benchmarks.models import DTYPES, build_elite, build_parts, picture
 from elite import Concept, ElitePipeline
 from elite.console import run
-from elite.inference import pick_device
+from elite.hardware import pick_device
 from elite.mappers import clip_levels
 
 CLIP, ELITE = "two CLIP passes", "encode_concept"

@@ -26,7 +26,7 @@ from elite import ElitePipeline
 from elite.console import run
 from elite.data import PairFolder
 from elite.drawing import Drawing, draw_folder
-from elite.inference import pick_device
+from elite.hardware import pick_device
 from small_world.flags import MODEL
 
 PAIRS = REPOSITORY / "test_datasets"

@@ -49,8 +49,7 @@ from benchmarks.models import (
 )
 from elite.console import run
 from elite.defaults import DEFAULT_SAMPLER, GUIDANCE_SCALE
-from elite.hardware import compile_blocks
-from elite.inference import pick_device
+from elite.hardware import compile_blocks, pick_device
 from elite.loading import SCHEDULERS, side_in_pixels
 from elite.mappers import cross_attention_layers
 from elite.pipeline import initial_noise, make_generators

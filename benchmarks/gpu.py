@@ -23,7 +23,7 @@ from benchmarks.models import DTYPES
 from benchmarks.training import CASES, STAGES
 from elite.console import run
 from elite.defaults import DEFAULT_STEPS
-from elite.inference import pick_device
+from elite.hardware import pick_device
 from elite.loading import side_in_pixels
 from elite.speed import RUNGS
 

@@ -27,6 +27,7 @@ import torch
 from benchmarks.harness import REPOSITORY, SIZES
 from benchmarks.models import MAPPERS, build_image_encoder, build_stable_diffusion
 from elite.console import OK, PARTLY_FAILED, run, script_parser
+from elite.hardware import pick_device
 from elite.images import read_image
 from elite.loading import side_in_pixels
 
@@ -184,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = script_parser(__doc__)
     parser.add_argument("--size", choices=SIZES, default="tiny")
     args = parser.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(None)
     if args.size == "full" and device.type != "cuda":
         raise ValueError("no CUDA device here; run this on a machine with an NVIDIA GPU")
     failed = False

@@ -21,7 +21,7 @@ from benchmarks.harness import Goal, Row, Table, alternate, finish, make_parser,
 from benchmarks.models import DTYPES
 from elite.console import run
 from elite.defaults import DEFAULT_SAMPLER, DEFAULT_STEPS
-from elite.inference import pick_device
+from elite.hardware import pick_device
 from elite.loading import make_scheduler, side_in_pixels
 from elite.speed import RUNGS, single_knobs
 

@@ -36,7 +36,7 @@ from benchmarks.harness import (
 from benchmarks.memory import memory_rows, peak_memory
 from benchmarks.models import PROMPT, build_parts
 from elite.console import run
-from elite.inference import pick_device
+from elite.hardware import pick_device
 from elite.loading import pixels_per_latent, side_in_pixels
 from elite.mappers import Mapper
 from elite.objectives import EliteObjective, GlobalObjective, LocalObjective

@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     from elite.files import is_file
-    from elite.inference import pick_device
+    from elite.hardware import pick_device
     from elite.latents import cache_latents
     from elite.loading import load_model, load_part, load_stable_diffusion, side_for_training
     from elite.open_images import OpenImagesBoxes

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
+from elite.hardware import pick_device
 from elite.loading import load_model, load_part
 from elite.masks import Box, Found
 from elite.wording import brief, first_line
@@ -32,10 +33,9 @@ class Detector:
     def __init__(self, name_or_path: str | Path, words: Sequence[str]) -> None:
         remedy = f"expected a zero-shot detector's folder or hub name, as {HUB_DETECTOR}"
         self.processor = load_part(AutoProcessor, name_or_path, remedy=remedy)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = load_model(
             AutoModelForZeroShotObjectDetection, name_or_path, remedy=remedy
-        ).to(device)
+        ).to(pick_device(None))
         self.words = list(words)
         try:
             self(np.full((64, 64, 3), 128, dtype=np.uint8), 0.5)

@@ -1,6 +1,7 @@
-"""How a pipeline sits on its device: less memory for more time, and faster kernels."""
+"""Which device it is, and how a pipeline sits on it: less memory for more time, faster kernels."""
 
 import torch
+from accelerate import PartialState
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from elite.loading import side_in_pixels
@@ -10,6 +11,26 @@ from elite.wording import note
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
 FP8 = torch.float8_e4m3fn
 KINDS_COMPILED = 64  # of calls: sizes, rows, numbers of concepts; torch's own limit is 8
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of this process: the one named, else CUDA, MPS or the CPU, as there is.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    # Without being told so, accelerate shares no work among processes on a machine of CPUs only.
+    only_cpu = not torch.accelerator.is_available()
+    try:
+        device = torch.device(name) if name else PartialState(cpu=only_cpu).device
+        torch.zeros(1, device=device).item()  # "meta" holds nothing
+    except Exception:  # each backend that is not there has an error of its own
+        raise ValueError(
+            f"device {name!r} is not available; leave out --device or use --device cpu"
+        ) from None
+    if device.type == "cpu":
+        PartialState(cpu=True)
+    return device
 
 
 def computes_in_bf16(device: torch.device) -> bool:

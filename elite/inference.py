@@ -25,6 +25,7 @@ from elite.hardware import (
     note_emulation,
     offload_in_groups,
     order_channels_last,
+    pick_device,
     store_in_fp8,
 )
 from elite.loading import DTYPES, MOST_STEPS, image_encoder_sizes, make_scheduler
@@ -46,26 +47,6 @@ NO_MASK_COST = (
     "note: with --no_mask a picture's background becomes part of its concept and is drawn with it "
     "in every scene; python data_scripts/make_masks.py makes masks"
 )
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The device of this process: the one named, else CUDA, MPS or the CPU, as there is.
-
-    Raises:
-        ValueError: no such device here.
-    """
-    # Without being told so, accelerate shares no work among processes on a machine of CPUs only.
-    only_cpu = not torch.accelerator.is_available()
-    try:
-        device = torch.device(name) if name else PartialState(cpu=only_cpu).device
-        torch.zeros(1, device=device).item()  # "meta" holds nothing
-    except Exception:  # each backend that is not there has an error of its own
-        raise ValueError(
-            f"device {name!r} is not available; leave out --device or use --device cpu"
-        ) from None
-    if device.type == "cpu":
-        PartialState(cpu=True)
-    return device
 
 
 def model_name(config: ModelConfig) -> str:

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from transformers import SamModel, SamProcessor
 
+from elite.hardware import pick_device
 from elite.loading import load_model, load_part
 from elite.masks import Box, check_box
 
@@ -33,8 +34,7 @@ class Sam:
             kind = config.get("model_type", "no known kind")
             raise ValueError(f"{name_or_path}: is a model of {kind}; {remedy}")
         self.processor = load_part(SamProcessor, name_or_path, remedy=remedy)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = load_model(SamModel, name_or_path, remedy=remedy).to(device)
+        self.model = load_model(SamModel, name_or_path, remedy=remedy).to(pick_device(None))
 
     @torch.inference_mode()
     def __call__(self, image: np.ndarray, box: Box | None = None) -> np.ndarray:

@@ -3,7 +3,7 @@ rows between which its scores are read."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,8 @@ import numpy as np
 from PIL import Image
 
 from elite.files import digest_weights, sha256_of
-from elite.images import read_image
 from elite.markdown import table
-from evaluation.cases import Case, ClipScores, DinoScores, Metric, score_batch, summarise
+from evaluation.cases import Case, ClipScores, DinoScores, score_batch, summarise
 from evaluation.subjects import Subject
 
 METRICS = ("clip", "dino")
@@ -118,7 +117,9 @@ def digest_prompts(cases: Sequence[Case], subject: Subject) -> str:
 # --- the two rows ---------------------------------------------------------------------------------
 
 
-def baselines(cases: Sequence[Case], metrics: Sequence[Metric]) -> dict[str, list[dict]]:
+def baselines(
+    cases: Sequence[Case], metrics: Sequence[ClipScores | DinoScores]
+) -> dict[str, list[dict]]:
     """Rows of scores as `score_cases` gives them: what real pictures reach, and what pasting the
     object reaches without drawing anything. Subjects of one picture have no ceiling."""
     first = [case for case in cases if case.seed == cases[0].seed]
@@ -130,16 +131,22 @@ def baselines(cases: Sequence[Case], metrics: Sequence[Metric]) -> dict[str, lis
     return {name: rows for name, rows in found.items() if rows}
 
 
-def real_rows(subject: Subject, metrics: Sequence[Metric]) -> list[dict]:
+def real_rows(subject: Subject, metrics: Sequence[ClipScores | DinoScores]) -> list[dict]:
     """Each real picture of a subject against the others; it was made to no prompt."""
-    rows = []
-    for number, path in enumerate(subject.reference_paths):
-        others = tuple(other for other in subject.reference_paths if other != path)
-        if others:
-            case = Case(replace(subject, reference_paths=others), 0, "{}", number)
-            (row,) = score_batch([Image.fromarray(read_image(path))], [case], metrics)
-            rows.append({**row, "clip_t": None})
-    return rows
+    pictures = subject.references(cropped=False)
+    if len(pictures) == 1:
+        return []
+    columns: dict[str, list[float]] = {}
+    for metric in metrics:
+        cosines = metric.model.images(pictures) @ metric.references(subject).T
+        others = (cosines.sum(1) - cosines.diagonal()) / (len(pictures) - 1)
+        columns[f"{metric.name}_i"] = others.tolist()
+    return [
+        Case(subject, 0, "{}", number).key
+        | {name: values[number] for name, values in columns.items()}
+        | {"clip_t": None}
+        for number in range(len(pictures))
+    ]
 
 
 def pasted(subject: Subject) -> Image.Image:

@@ -62,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     quiet_libraries()
     import torch
 
+    from elite.hardware import pick_device
     from small_world.large_training import preview, train_all
     from small_world.mixed import MixedWorld
     from small_world.pretrain import save_model
@@ -79,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
         side=size.side,
         rounds=size.rounds,
         backgrounds=size.backgrounds,
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        device=pick_device(None),
     )
     passed = time.monotonic() - started
     print(f"{size.critters} critters and {len(files)} things after {passed:.0f} s", flush=True)

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elite.encoding import batches
+from elite.hardware import pick_device
 from elite.loading import load_stable_diffusion, make_scheduler
 from elite.markdown import percent, table
 from elite.pipeline import ElitePipeline
@@ -441,7 +442,7 @@ def load_elite(
 
 def _ready(pipeline):
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    return pipeline.to(pick_device(None))
 
 
 def score_model(
