@@ -58,6 +58,8 @@ def main() -> int:
     for failure in failures.values():
         complain(failure)
     if not rows:
+        if (earlier := output_dir / "results.json").exists():
+            complain(f"{earlier}: is of an earlier run; nothing was scored in this one")
         return BAD_INPUT
     references = {
         subject.name: subject.measured_with(config.crop_references)

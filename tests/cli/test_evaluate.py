@@ -18,7 +18,7 @@ from elite.sheets import HEADER, TILE
 from evaluation.subjects import read_prompts, read_subjects
 from small_world.classifier import Judge
 from tests import tiny
-from tests.conftest import run_script
+from tests.conftest import error_of, run_script
 
 REPOSITORY = Path(__file__).parents[2]
 PROMPTS = "prompts: {object: ['a {} on the grass', 'a {} in the snow']}\n"
@@ -187,6 +187,19 @@ def test_a_concept_that_broke_since_is_not_scored_by_its_old_pictures(evaluate, 
     assert json.loads((out / "results.json").read_text())["subjects"] == 1
     with Image.open(out / "grid_00.png") as sheet:
         assert sheet.height == HEADER + TILE
+
+
+def test_results_of_an_earlier_run_are_told_where_nothing_is_scored(
+    evaluate, subjects, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    assert run_script(*evaluate, "--output_dir", out) == 0
+    for mask in subjects.glob("*_bg.png"):
+        mask.write_bytes(b"no picture")
+    assert run_script(*evaluate, "--output_dir", out) == 2
+    assert error_of(capsys) == (
+        f"error: {out / 'results.json'}: is of an earlier run; nothing was scored in this one"
+    )
 
 
 @pytest.mark.parametrize(
