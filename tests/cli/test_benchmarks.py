@@ -476,8 +476,11 @@ def test_a_mistake_is_one_line(main, arguments, message, capsys):
 
 @pytest.mark.timeout(900)
 def test_gpu_runs_at_the_tiny_size_on_a_cpu(tmp_path, monkeypatch):
-    """Everything but what is compiled, memory in this process."""
+    """Everything but what is compiled, memory in this process, two of the cases of training (others
+    take minutes where bf16 is emulated)."""
     monkeypatch.setattr(memory, "in_fresh_process", in_this_process)
+    two = {name: training.CASES[name] for name in (training.PLAIN, training.BEST)}
+    monkeypatch.setattr(gpu, "CASES", two)
     monkeypatch.setattr(gpu, "DEFAULT_STEPS", 5)
     arguments = ["--eager", "--dtypes", "fp32", "--batch_sizes", "1", "--rounds", "1"]
     arguments += ["--steps", "2", "--output", str(tmp_path / "gpu.json")]

@@ -126,17 +126,15 @@ def test_each_block_is_compiled_once_and_draws_the_same(pipe, concept):
     assert counts[:2] == [blocks] * 2 and blocks < counts[2] <= 2 * blocks
 
 
-@torch._dynamo.config.patch(recompile_limit=3)
+@torch._dynamo.config.patch(recompile_limit=1)
 def test_more_kinds_of_calls_are_compiled_than_torch_allows(pipe, concept, monkeypatch):
     torch._dynamo.reset()
     compiled = partial(pipe.unet.compile_repeated_blocks, backend=counting([]))
     monkeypatch.setattr(pipe.unet, "compile_repeated_blocks", compiled)
     compile_blocks(pipe.unet)
-    for count in range(1, 4):  # each number of pictures is another kind
-        for guidance_scale in (1.0, 5.0):
-            options = {"concept": concept, "num_inference_steps": 1, "seed": list(range(count))}
-            drawn = draw(pipe, ["a S"] * count, guidance_scale=guidance_scale, **options)
-            assert torch.isfinite(drawn).all()
+    for guidance_scale in (1.0, 5.0):  # twice as many rows are another kind
+        options = {"concept": concept, "num_inference_steps": 1}
+        assert torch.isfinite(draw(pipe, guidance_scale=guidance_scale, **options)).all()
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="no C++ compiler")
