@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from elite import markdown
 from elite.console import OK, script_parser
-from elite.files import check_writable, write_json
+from elite.files import check_writable_file, write_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -281,7 +281,7 @@ def parse(parser: argparse.ArgumentParser, name: str, argv: list[str] | None) ->
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     args.output = args.output or default_output(name, args.size)
-    check_writable(args.output.parent)
+    check_writable_file(args.output)
     for key, value in vars(args).items():
         least = 0 if key in MAY_BE_NONE else 1
         for number in value if isinstance(value, list) else [value]:

@@ -26,7 +26,7 @@ from diffusers import UNet2DConditionModel
 
 from benchmarks.ladder import counted_flops
 from benchmarks.models import TEXT_LENGTH, UNET
-from elite.console import OK, check_least, run, script_parser
+from elite.console import OK, run, script_parser
 from elite.deep_features import deep_features_reused
 from elite.defaults import DEFAULT_SAMPLER, LAMBDA
 from elite.files import check_writable, read_text, write_atomically, write_json, write_text
@@ -35,7 +35,7 @@ from elite.markdown import table
 from elite.speed import RUNGS, Speed, single_knobs
 from small_world.claims import Condition, Interval, Verdicts, fidelity, interval
 from small_world.classifier import Judge, load_judge
-from small_world.flags import add_drawing
+from small_world.flags import add_drawing, check_drawing
 from small_world.methods import Method, Pictures, verdicts
 from small_world.models import digest_weight_files
 from small_world.report import contact_sheet
@@ -243,7 +243,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--scheduler", default=DEFAULT_SAMPLER)
     parser.add_argument("--ladder", type=Path, help="file of benchmarks.ladder to take work from")
     args = parser.parse_args(argv)
-    check_least(args, samples=2, num_inference_steps=1, batch_size=1)
+    check_drawing(args, samples=2)
     check_writable(args.output_dir)
     return args
 

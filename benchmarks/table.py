@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.harness import REPOSITORY, RESULTS, table_lines
 from elite.console import OK, run, script_parser
-from elite.files import check_writable, write_text
+from elite.files import check_writable_file, write_text
 
 PAGES = ("docs/BENCHMARKS.md", "docs/RESULTS.md", "README.md", "small_world/README.md")
 SECTION = re.compile(
@@ -75,9 +75,13 @@ def origin(result: dict[str, Any]) -> list[str]:
 
 
 def read_results(folder: Path) -> dict[str, list[str]]:
-    """The lines of the files of results, by name. Raises ValueError where one is damaged."""
+    """The lines of the files of results, by name. Raises ValueError where one is damaged, or there
+    is none."""
+    paths = sorted([*folder.glob("*.json"), *folder.glob("*.md")])
+    if not paths:  # with which every section of the pages would be emptied
+        raise ValueError(f"{folder}: no results in it; expected benchmarks/results, or measure")
     results = {}
-    for path in sorted([*folder.glob("*.json"), *folder.glob("*.md")]):
+    for path in paths:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".md":
             results[path.stem] = text.strip().splitlines()
@@ -100,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     for page in args.pages:
         if not page.exists():
             raise ValueError(f"{page}: no such file; expected a page with markers for results")
-        check_writable(page.parent)
+        check_writable_file(page)
     results = read_results(args.results)
     texts = [page.read_text(encoding="utf-8") for page in args.pages]
     shown = {match["name"] for text in texts for match in SECTION.finditer(text)}

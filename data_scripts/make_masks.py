@@ -41,7 +41,7 @@ from elite.console import (
     script_parser,
 )
 from elite.data import Pair, PairFolder
-from elite.files import check_writable, write_atomically
+from elite.files import check_writable, check_writable_file, write_atomically
 from elite.images import cut_out, read_image
 from elite.masks import Box, Find, find_object
 from elite.sheets import SHEET_ROWS, TILE, fit_tile, label_tile, tile_rows
@@ -259,7 +259,7 @@ def check_sheet(path: Path, folder: Path) -> None:
         raise ValueError(f"--sheet {path}: expected a file name that ends in .png")
     if path.resolve().parent == folder.resolve():
         raise ValueError(f"--sheet {path}: lies among the pictures; choose another folder")
-    check_writable(path.parent)
+    check_writable_file(path)
 
 
 def main(arguments: list[str] | None = None) -> int:

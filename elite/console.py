@@ -110,9 +110,13 @@ def list_failures(failures: Sequence[object], what: str) -> int:
     return PARTLY_FAILED if failures else OK
 
 
-def run(main: Callable[[], int]) -> None:
+def run(main: Callable[[], int], keeps: bool = True) -> None:
     """Runs a script and exits: with its status, 2 and one line on stderr for a ValueError, a file
-    that cannot be reached or a lost process of `accelerate launch`, 130 for Ctrl-C."""
+    that cannot be reached or a lost process of `accelerate launch`, 130 for Ctrl-C.
+
+    Args:
+        keeps: whether an interrupted one leaves what it has finished.
+    """
     atexit.register(_leave_processes)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # letters that the terminal does not have as \u51fa
@@ -136,7 +140,8 @@ def run(main: Callable[[], int]) -> None:
         )
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
-        print("interrupted; what is finished is kept", file=sys.stderr)
+        finished = "what is finished is kept" if keeps else "nothing is written before the end"
+        print(f"interrupted; {finished}", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 

@@ -87,6 +87,13 @@ def check_writable(folder: Path | str) -> None:
         return
 
 
+def check_writable_file(path: Path) -> None:
+    """Raises ValueError where a file cannot be written; creates nothing."""
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; expected the name of a file to write")
+    check_writable(path.parent)
+
+
 def check_apart(folder: Path | str, data: Path | str) -> None:
     """Raises ValueError where pictures written into a folder would be taken for those of the data,
     in which each folder is an object."""

@@ -27,6 +27,9 @@ from evaluation.rate import MOST, RUN_REMEDY, read_ratings
 # What of the settings decides how a picture is measured, where no protocol says it.
 MEASURED_BY = ("clip_name_or_path", "dino_name_or_path", "judge_path", "crop_references")
 
+# For a verdict: in simulated runs without any difference 11 % were told apart by 8, 25 % by 3.
+FEWEST_SUBJECTS = 8
+
 
 @dataclass(frozen=True)
 class Run:
@@ -133,8 +136,10 @@ def compare(one: Run, other: Run) -> list[dict]:
 
 
 def verdict(interval: tuple[float, float], subjects: int) -> str:
-    """What an interval of one subject would say is chance."""
-    if subjects < 2 or interval[0] <= 0 <= interval[1]:
+    """What the interval says, where there are enough subjects for it."""
+    if subjects < FEWEST_SUBJECTS:
+        return "too few subjects"
+    if interval[0] <= 0 <= interval[1]:
         return "not told apart"
     return "second higher" if interval[0] > 0 else "first higher"
 

@@ -16,6 +16,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor, nn
 
 from elite.files import write_atomically
+from elite.loading import load_model
 from small_world.flags import scaled
 from small_world.objectives import ViewsObjective
 from small_world.pretrain import train
@@ -157,12 +158,7 @@ def train_judge(work_dir: Path, target: Path, scale: float) -> None:
 
 def load_judge(folder: Path) -> Judge:
     """The judge in float32. Raises ValueError where there is none."""
-    try:
-        if not (folder / "config.json").is_file():
-            raise ValueError("no config.json in it")
-        return Judge.from_pretrained(folder, torch_dtype=torch.float32).eval()
-    except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-        raise ValueError(
-            f"{folder}: no judge ({reason}); make it with python -m small_world.judge train"
-        ) from None
+    remedy = "expected a judge, make it with python -m small_world.judge train"
+    if not (folder / "config.json").is_file():  # or the loader would look for it on a hub
+        raise ValueError(f"{folder}: no judge; {remedy}")
+    return load_model(Judge, folder, remedy=remedy)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from elite.console import check_least, run, script_parser
-from elite.files import check_writable, read_rows, write_atomically
+from elite.files import check_writable_file, read_rows, write_atomically
 
 
 def read_metric(folder: Path, metric: str) -> tuple[np.ndarray, np.ndarray]:
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("curves.png"))
     args = parser.parse_args(arguments)
     check_least(args, windows=1)
-    check_writable(args.output.parent)
+    check_writable_file(args.output)
     plot([parse_curve(text) for text in args.curves], args.windows, args.output)
     print(f"curves in {args.output}")
     return 0

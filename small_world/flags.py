@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from elite.config import REPOSITORY
+from elite.console import check_least
 from elite.defaults import DEFAULT_STEPS, GUIDANCE_SCALE
 
 MODEL = REPOSITORY / "checkpoints" / "small_world"
@@ -20,6 +21,11 @@ def add_drawing(parser: argparse.ArgumentParser, samples: int, what: str) -> Non
     parser.add_argument("--guidance_scale", type=float, default=GUIDANCE_SCALE)
     parser.add_argument("--num_inference_steps", type=int, default=DEFAULT_STEPS)
     parser.add_argument("--batch_size", type=int, default=25)
+
+
+def check_drawing(args: argparse.Namespace, samples: int = 1) -> None:
+    """Raises ValueError where one of these flags is out of range, --samples below `samples`."""
+    check_least(args, samples=samples, seed=0, num_inference_steps=1, batch_size=1)
 
 
 def add_scale(parser: argparse.ArgumentParser) -> None:

@@ -1,5 +1,6 @@
 """Textual inversion of single pictures of the small world, the baseline of `reproduce`."""
 
+import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -29,6 +30,15 @@ def placeholder(case: Case) -> str:
     return f"<critter-{case.seed}>"
 
 
+def way_of(model: Path) -> dict[str, object]:
+    """What embeddings depend on besides their picture."""
+    return {
+        "weights": digest_weight_files(*(model / part for part in ("text_encoder", "unet", "vae"))),
+        "learning_rate": LEARNING_RATE,
+        "batch_size": BATCH_SIZE,
+    }
+
+
 def invert(model: Path, case: Case, folder: Path, step_counts: Sequence[int]) -> dict[int, float]:
     """Learns one vector for the case's one picture, from its class word on, as its user would.
 
@@ -38,11 +48,7 @@ def invert(model: Path, case: Case, folder: Path, step_counts: Sequence[int]) ->
     Returns:
         Seconds of training by number of steps.
     """
-    way = {
-        "weights": digest_weight_files(*(model / part for part in ("text_encoder", "unet", "vae"))),
-        "learning_rate": LEARNING_RATE,
-        "batch_size": BATCH_SIZE,
-    }
+    way = {**way_of(model), "picture": hashlib.sha256(case.source[0].tobytes()).hexdigest()[:16]}
     times = folder / "seconds.json"
     found = json.loads(times.read_text(encoding="utf-8")) if times.exists() else {}
     seconds = found.pop("seconds", {})

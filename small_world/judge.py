@@ -6,21 +6,22 @@
     python -m small_world.judge art ART_FOLDER --output_dir FOLDER [--held_out] [--model MODEL]
 
 `train` leaves its run in WORK_DIR/judge and the weights, fp16, in checkpoints/small_world_judge,
-where `score` finds them. `score` prints a Markdown table of accuracies with 95 % intervals (Wilson)
-and writes it as JSON: the judge itself on fresh renders, the base model on prompts, and ELITE on
-held-out critters, each encoded from one render and drawn in another scene. `couples` draws two
-concepts side by side and tells whose colour each half shows, with and without regions (couples.md,
-couples.json, grid.png). `art` draws other people's things (see `small_world.art`; art.md, art.json,
-grid.png). Exit code 2: bad input.
+where `score` finds them. `score` prints a Markdown table of accuracies with 95 % intervals (Wilson;
+of parts a bootstrap over critters) and writes it as JSON: the judge itself on fresh renders, the
+base model on prompts, and ELITE on held-out critters, each encoded from one render and drawn in
+another scene. `couples` draws two concepts side by side and tells whose colour each half shows,
+with and without regions (couples.md, couples.json, grid.png). `art` draws other people's things
+(see `small_world.art`; art.md, art.json, grid.png). Exit code 2: bad input.
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from elite.console import OK, check_least, quiet_libraries, run, script_parser
-from elite.files import check_writable
-from small_world.flags import JUDGE, add_drawing, add_scale, scaled
+from elite.files import check_writable, check_writable_file
+from small_world.flags import JUDGE, add_drawing, add_scale, check_drawing, scaled
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -144,10 +145,14 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     art_parser.set_defaults(act=art)
     args = parser.parse_args(arguments)
     if args.act is not train:
-        check_least(args, samples=1, batch_size=1, num_inference_steps=1)
-    for name in ("work_dir", "target", "output_dir", "report"):
+        check_drawing(args)
+    if args.act is couples:
+        check_least(args, llambda=0)
+    if args.act is score:
+        check_writable_file(args.report)
+    for name in ("work_dir", "target", "output_dir"):
         if (written := getattr(args, name, None)) is not None:
-            check_writable(written.parent if name == "report" else written)
+            check_writable(written)
     return args
 
 
@@ -165,4 +170,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, keeps="train" in sys.argv[1:2])

@@ -5,8 +5,8 @@
 #   bash small_world/measure.sh score couples    these parts alone
 #   ART=FOLDER bash small_world/measure.sh art    of what data_scripts/fetch_art.py left in FOLDER
 #
-# Everything lands in a folder of runs/measured that is named after weights and configs; what took long and is
-# there already is kept. PYTHON chooses the interpreter.
+# Everything lands in a folder of runs/measured that is named after weights, configs and the code of the world and of
+# its scores; what took long and is there already is kept. PYTHON chooses the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -17,7 +17,8 @@ from pathlib import Path
 from elite.files import digest_files
 
 files = [path for path in Path("checkpoints").rglob("*") if path.suffix in (".safetensors", ".json")]
-print(digest_files(*sorted(files)))
+code = [*Path("small_world").glob("*.py"), *Path("evaluation").glob("*.py")]
+print(digest_files(*sorted(files), *sorted(code)))
 PYTHON
 )
 results=benchmarks/results

@@ -1,8 +1,9 @@
 """Ways of drawing the same cases, their pictures in a folder, and what the judge says of them."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,15 @@ from small_world.score import Case, Row, draw_row, judge_pictures
 
 @dataclass(frozen=True)
 class Method(Row[Case]):
-    """A row whose pictures are kept."""
+    """A row whose pictures are kept.
 
-    cost: str | None = None  # which of the table's seconds a new concept takes; None: nothing
+    Args:
+        cost: which of the table's seconds a new concept takes; None: nothing.
+        way: what its pictures depend on besides the cases and the settings of all methods.
+    """
+
+    cost: str | None = None
+    way: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def file(self) -> str:
@@ -33,13 +40,16 @@ class Pictures:
     """The pictures of methods, one file each, so that an interrupted run goes on where it stopped.
 
     Args:
-        settings: what they depend on besides the method and its cases; pictures of others are drawn
-            anew.
+        settings: what they depend on besides the method's cases and way; pictures of others are
+            drawn anew.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, object], batch_size: int) -> None:
-        self.folder, self.batch_size = folder, batch_size
-        self.key = json.dumps(dict(settings))
+        self.folder, self.batch_size, self.settings = folder, batch_size, dict(settings)
+
+    def key_of(self, method: Method) -> str:
+        """What the method's pictures depend on."""
+        return json.dumps({**self.settings, **method.way, "cases": digest_cases(method.tasks)})
 
     def draw(self, methods: Sequence[Method]) -> None:
         """Draws what is not there yet."""
@@ -57,9 +67,8 @@ class Pictures:
         if not path.exists():
             return None
         with np.load(path, allow_pickle=False) as file:
-            same = str(file["key"]) == self.key
-            pictures = file["pictures"]
-        return pictures if same and len(pictures) == len(method.tasks) else None
+            same = str(file["key"]) == self.key_of(method)
+            return file["pictures"] if same else None
 
     def of(self, method: Method) -> np.ndarray:
         """The same, once they are drawn."""
@@ -68,11 +77,21 @@ class Pictures:
         return pictures
 
     def _save(self, method: Method, pictures: np.ndarray) -> None:
-        key = np.array(self.key)
+        key = np.array(self.key_of(method))
         write_atomically(
             self.folder / method.file,
             lambda temporary: np.savez(temporary, pictures=pictures, key=key),
         )
+
+
+def digest_cases(cases: Sequence[Case]) -> str:
+    """A short name for what is asked and for the pictures that concepts are read from."""
+    digest = hashlib.sha256()
+    for case in cases:
+        digest.update(f"{case.prompt}\n{case.concept_prompt}\n{case.seed}\n".encode())
+        for part in case.source:
+            digest.update(part.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def verdicts(judge: Judge, cases: list[Case], pictures: np.ndarray, known: Tensor) -> Verdicts:

@@ -12,9 +12,9 @@ in drawn/ and inversion/ what an interrupted run goes on from. Exit code 2: bad 
 import argparse
 from pathlib import Path
 
-from elite.console import OK, check_least, quiet_libraries, run, script_parser
+from elite.console import OK, quiet_libraries, run, script_parser
 from elite.files import check_writable
-from small_world.flags import add_drawing
+from small_world.flags import add_drawing, check_drawing
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -26,7 +26,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--inversion_steps", type=int, nargs="+", default=[100, 500, 2000])
     args = parser.parse_args(arguments)
-    check_least(args, samples=1, batch_size=1, num_inference_steps=1)
+    check_drawing(args)
     if not 0 <= args.inversions <= args.samples:
         raise ValueError(f"--inversions {args.inversions}: expected 0 to --samples {args.samples}")
     if args.inversion_steps != sorted(set(args.inversion_steps)) or args.inversion_steps[0] < 1:

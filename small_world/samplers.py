@@ -23,7 +23,7 @@ from elite.console import check_least, run, script_parser
 from elite.files import check_writable, write_text
 from elite.images import read_image
 from elite.markdown import table
-from evaluation.rate import cases_of
+from evaluation.rate import cases_of, results_of
 
 REFERENCE = ("lms", 100)
 CANDIDATES = [(name, steps) for steps in (8, 10, 15, 20, 25) for name in ("dpm++", "unipc")]
@@ -73,7 +73,7 @@ def evaluated(name: str, steps: int, args: argparse.Namespace) -> Sampler:
 def picture_differences(folder: Path, reference: Path) -> np.ndarray:
     """Mean absolute difference, 0 to 255, of each picture that the reference has scored to its
     namesake."""
-    names = sorted(case.path for case in cases_of(reference))
+    names = sorted(case.path for case in cases_of(reference, results_of(reference)))
     return np.array(
         [
             np.abs(read_image(folder / name).astype(int) - read_image(reference / name)).mean()

@@ -25,6 +25,7 @@ from elite.hardware import pick_device
 from elite.loading import load_stable_diffusion, make_scheduler
 from elite.markdown import percent, table
 from elite.pipeline import ElitePipeline
+from elite.wording import note
 from small_world.attributes import judged, right_ones
 from small_world.captions import CLASS_WORD, describe, phrase_of, place, with_article
 from small_world.claims import interval, share_right
@@ -339,6 +340,8 @@ def judge_pictures(
 
 def gallery(judge: Judge, tasks: Sequence[Task]) -> Tensor:
     """The direction in which the judge sees each thing, over some renders, (N, 64)."""
+    if len(tasks) < GALLERY:
+        note(f"identity: among {len(tasks)}, not {GALLERY}; with fewer samples it is easier")
     return mean_directions([judged(judge, task.views)[1] for task in tasks])
 
 

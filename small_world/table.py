@@ -8,7 +8,7 @@ from pathlib import Path
 from elite.files import write_atomically, write_json, write_text
 from small_world.claims import judge_claims
 from small_world.classifier import Judge
-from small_world.inversion import draw_inverted, invert_all
+from small_world.inversion import draw_inverted, invert_all, way_of
 from small_world.methods import Method, Pictures, verdicts
 from small_world.models import digest_weight_files
 from small_world.report import claims_table, contact_sheet, plot_curve, score_table, summary
@@ -98,6 +98,7 @@ class Table:
                 self.inverted,
                 partial(draw_inverted, self.model, folder, steps, **self.drawing),
                 str(steps),
+                {"inversion": way_of(self.model)},
             )
             for steps in (self.inversion_steps if self.inverted else ())
         ]

@@ -203,15 +203,15 @@ def test_runs_are_compared_picture_by_picture(tmp_path, capsys):
 
 
 def test_what_could_be_chance_is_not_told_apart(tmp_path, capsys):
-    one = save_run(tmp_path / "one", {str(n): [0.5, None] for n in range(6)})
-    signs = (1, -1, 1, -1, 1, 1)
+    one = save_run(tmp_path / "one", {str(n): [0.5, None] for n in range(8)})
+    signs = (1, -1, 1, -1, 1, 1, -1, 1)
     mixed = {str(n): [0.5 + sign / 10, 0.5] for n, sign in enumerate(signs)}
     other = save_run(tmp_path / "other", mixed)
     assert run_script(COMPARE, one, other) == 0
-    assert "| 6 | 6 | not told apart |" in capsys.readouterr().out, "what one lacks is no pair"
-    single = save_run(tmp_path / "single", {"0": [0.9]})
-    assert run_script(COMPARE, one, single) == 0
-    assert "| 1 | 1 | not told apart |" in capsys.readouterr().out, "one subject says nothing"
+    assert "| 8 | 8 | not told apart |" in capsys.readouterr().out, "what one lacks is no pair"
+    few = save_run(tmp_path / "few", {str(n): [0.9] for n in range(7)})
+    assert run_script(COMPARE, one, few) == 0
+    assert "| 7 | 7 | too few subjects |" in capsys.readouterr().out, "chance tells few apart"
 
 
 def test_runs_that_do_not_compare_are_refused(tmp_path, capsys):

@@ -2,14 +2,18 @@
 
 import argparse
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from evaluation.cases import Case, report
+from evaluation.subjects import read_subjects
 from small_world import samplers
 from small_world.samplers import Sampler, evaluated, fewest, markdown
+from tests import tiny
 
 
 def sampler(
@@ -39,16 +43,21 @@ def test_a_single_far_picture_is_not_as_good():
     assert not sampler("dpm++", 10, 0.7, 0.9, (0.0, 10.1)).as_good_as(REFERENCE)
 
 
-def test_differences_of_pictures(tmp_path, monkeypatch):
+def test_differences_of_pictures(tmp_path):
     """Of those that were scored: an earlier run with more seeds has left others."""
-    scored = [SimpleNamespace(path="heart/00_00042.png")]
-    monkeypatch.setattr(samplers, "cases_of", lambda folder: scored)
+    data = tiny.save_pairs(tmp_path / "data", 1)
+    (subject,) = read_subjects(data, {}, "thing")
+    case = Case(subject, 0, "a {}", 42)
     for folder, value in (("lms_100", 100), ("dpm++_8", 92)):
-        (tmp_path / folder / "heart").mkdir(parents=True)
         picture = np.full((4, 4, 3), 100, dtype=np.uint8)
         picture[:2] = value
-        Image.fromarray(picture).save(tmp_path / folder / "heart" / "00_00042.png")
-    Image.new("RGB", (4, 4)).save(tmp_path / "lms_100" / "heart" / "00_00043.png")
+        (tmp_path / folder / subject.name).mkdir(parents=True)
+        Image.fromarray(picture).save(tmp_path / folder / case.path)
+    Image.new("RGB", (4, 4)).save(tmp_path / "lms_100" / replace(case, seed=43).path)
+    settings = {"test_data_dir": str(data), "crop_references": False, "class_word": "thing"}
+    references = {subject.name: subject.measured_with(cropped=False)}
+    row = case.key | {"body": 1.0}
+    report([case], [row], tmp_path / "lms_100", settings, {"references": references})
     found = samplers.picture_differences(tmp_path / "dpm++_8", tmp_path / "lms_100")
     assert found.tolist() == [4.0]
 
@@ -84,7 +93,7 @@ def test_scores_of_an_earlier_run_are_not_taken_for_those_of_this_one(tmp_path, 
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(samplers.subprocess, "run", evaluate)
-    monkeypatch.setattr(samplers, "cases_of", lambda folder: [])
+    monkeypatch.setattr(samplers, "picture_differences", lambda *_: np.zeros(1))
     args = argparse.Namespace(work_dir=tmp_path, num_images=1, batch_size=1, llambda=0.6)
     found = evaluated("dpm++", 20, args)
     assert found.scores == REFERENCE.scores and found.steps == 20
