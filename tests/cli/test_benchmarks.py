@@ -463,6 +463,8 @@ def test_what_is_frozen_in_bf16_never_is_in_float32():
         (loader.main, ["--count", "1"], "--count 1: expected 4 or more"),
         (loader.main, ["--output", "/dev/null/x/y.json"], "/dev/null/x: cannot be written"),
         (table.main, ["--pages", "nowhere.md"], "nowhere.md: no such file"),
+        (table.main, ["--results", "nowhere"], "nowhere: no results in it"),
+        (folder.main, ["--output", "/tmp"], "/tmp: is a folder; expected the name of a file"),
     ],
     ids=lambda x: x.__module__ if callable(x) else str(x),
 )

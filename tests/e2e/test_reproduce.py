@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from small_world import methods, reproduce
+from small_world import inversion, methods, reproduce, score
 from small_world.flags import MODEL
 from small_world.methods import Pictures
 from small_world.table import LAMBDAS, NEW_KINDS, Table
@@ -82,6 +82,15 @@ def test_other_settings_draw_anew(folder, monkeypatch):
     reproduce.main(arguments)
     lost.write_bytes(content)
     assert drawn == ["w0"]
+    drawn.clear()
+    monkeypatch.setattr(inversion, "LEARNING_RATE", 1e-4)
+    monkeypatch.setattr(inversion, "invert", lambda *_: {1: 1.0, 3: 3.0})
+    reproduce.main(arguments)
+    assert drawn == ["textual inversion, 1 steps", "textual inversion, 3 steps"]
+    drawn.clear()
+    monkeypatch.setattr(score, "FRESH", 8)  # other critters of the same number
+    reproduce.main(arguments)
+    assert len(drawn) == 13
 
 
 def test_words_of_another_model_are_learned_anew(folder, tmp_path):

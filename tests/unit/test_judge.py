@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from small_world import score
 from small_world.classifier import Judge, JudgeObjective, disturbed, load_judge
+from small_world.flags import MODEL
 from small_world.judge import main as judge_main
 from small_world.score import (
     COLUMNS,
@@ -133,8 +134,10 @@ def test_judge_keeps_its_verdicts_through_its_file(tmp_path):
     assert all(torch.equal(values, own[name]) for name, values in logits.items())
     assert torch.equal(directions, own_directions)
     torch.testing.assert_close(directions.norm(dim=1), torch.ones(2))
-    with pytest.raises(ValueError, match=r"no judge .*; make it with python"):
+    with pytest.raises(ValueError, match=r"no judge; expected a judge, make it with python -m"):
         load_judge(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"unet.* expected a judge, make it"):  # was a traceback
+        load_judge(MODEL / "unet")
 
 
 # --- what is asked --------------------------------------------------------------------------------
