@@ -25,7 +25,7 @@ def main() -> int:
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    from elite.files import check_apart, sampled_digest
+    from elite.files import check_apart, quick_digest
     from elite.inference import build_pipeline, drawing_of, model_metadata
     from evaluation.cases import draw_cases, make_cases, my_share, report, score_cases
     from evaluation.protocol import Setup, by_protocol
@@ -66,7 +66,7 @@ def main() -> int:
         for subject in subjects
         if subject.name not in failures
     }
-    weights = {m.name: sampled_digest([m.network.state_dict()]) for m in metrics}
+    weights = {m.name: quick_digest([m.network.state_dict()]) for m in metrics}
     more: dict[str, Any] = {"references": references, "weights": weights}
     below = ""
     if config.protocol:

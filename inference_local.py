@@ -61,6 +61,10 @@ def draw_several(config: InferenceLocalConfig, pipe: Any, output_dir: Path) -> i
     for name in OF_OTHERS:
         if getattr(config, name) != getattr(defaults, name):
             raise ValueError(f"--concept and --{name} are both given; leave one of them out")
+    if "{}" in config.template:
+        raise ValueError(
+            f"--template {config.template!r}: with --concept, write its words in place of {{}}"
+        )
     files = split_named(config.concept, "--concept")
     weights = dict.fromkeys(files, config.llambda)
     for word, value in split_named(config.concept_llambda, "--concept_llambda").items():

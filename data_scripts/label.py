@@ -30,7 +30,7 @@ from data_scripts.labelling import UNREADABLE, Labelled, Labeller, Limits, label
 from data_scripts.make_masks import check_sheet, finder
 from data_scripts.make_shards import Item, add_packing, check_packing, key_for, pack_and_index
 from elite.console import check_least, quiet_libraries, run, script_parser
-from elite.files import check_writable, sampled_digest, sole_writer, write_atomically
+from elite.files import check_writable, quick_digest, sole_writer, write_atomically
 
 LABELS, LOCK = "labels", "label.lock"
 FLOOR = 0.1  # score; what is below it is noise, and is not written down
@@ -155,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
     find = finder("sam" if args.sam_name_or_path else "grabcut", args.sam_name_or_path)
     limits = Limits(**{field.name: getattr(args, field.name) for field in fields(Limits)})
     networks = [getattr(one, "model", None) for one in (detector, find)]
-    weights = sampled_digest(network.state_dict() for network in networks if network is not None)
+    weights = quick_digest(network.state_dict() for network in networks if network is not None)
     models = f"{args.detector_name_or_path} {args.words} {args.sam_name_or_path} {weights}"
     folder = args.shards / LABELS
     with sole_writer(folder / LOCK, "labels"):

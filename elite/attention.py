@@ -303,7 +303,8 @@ def install(
     local_mapper: LocalMapper | None = None,
     attention_norm: AttentionNorm = "sample",
 ) -> None:
-    """Gives every attn2 of this UNet (and of no other) the mappers' K and V.
+    """Gives every attn2 of this UNet (and of no other) the mappers' K and V. Where others are
+    installed, each layer is given these at once: another thread may be drawing with the UNet.
 
     Raises:
         ValueError: a mapper was made for a UNet with other cross-attention layers.
@@ -317,14 +318,14 @@ def install(
             processor.K_l = _projection(local_mapper, layer, "to_k", attn)
             processor.V_l = _projection(local_mapper, layer, "to_v", attn)
         processors[layer] = processor
-    uninstall(unet)
-    unet._elite_restore = {
-        "of": (global_mapper, local_mapper, attention_norm),
-        "processors": {layer: attn.processor for layer, attn in layers.items()},
-        "encoder_hid_proj": unet.encoder_hid_proj,
-        "encoder_hid_dim_type": unet.config.encoder_hid_dim_type,
-        "hook": unet.register_forward_pre_hook(_image_embeds_given, with_kwargs=True),
-    }
+    if not is_installed(unet):
+        unet._elite_restore = {
+            "processors": {layer: attn.processor for layer, attn in layers.items()},
+            "encoder_hid_proj": unet.encoder_hid_proj,
+            "encoder_hid_dim_type": unet.config.encoder_hid_dim_type,
+            "hook": unet.register_forward_pre_hook(_image_embeds_given, with_kwargs=True),
+        }
+    unet._elite_restore["of"] = global_mapper, local_mapper, attention_norm
     for layer, attn in layers.items():
         processors[layer]._attention_backend = getattr(attn.processor, "_attention_backend", None)
         attn.set_processor(processors[layer])

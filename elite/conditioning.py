@@ -1,10 +1,12 @@
 """A prompt with concepts in it, as the UNet's cross-attentions read it: the context, in which words
 w stand for placeholders, and beside it the feature tokens f, their places and lambda."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from functools import wraps
+from threading import RLock
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,6 +40,23 @@ from elite.named_concepts import (
 )
 from elite.text import check_texts, injected, word_positions
 from elite.wording import note
+
+P = ParamSpec("P")
+T = TypeVar("T")
+# Of the thread that tokenizes (tokenizers keep how they pad), or that plugs its pipeline's mappers
+# into a UNet and computes K and V.
+TURN = RLock()
+
+
+def in_turn(method: Callable[P, T]) -> Callable[P, T]:
+    """The method, which one thread at a time calls."""
+
+    @wraps(method)
+    def locked(*args: P.args, **kwargs: P.kwargs) -> T:
+        with TURN:
+            return method(*args, **kwargs)
+
+    return locked
 
 
 @dataclass(frozen=True)
@@ -110,6 +129,7 @@ class PromptConditioning(DiffusersPipeline):
             "guidance_scale": guidance_scale,
         }
 
+    @in_turn
     def _condition(
         self,
         prompts: list[str],
@@ -206,6 +226,7 @@ class PromptConditioning(DiffusersPipeline):
         self.check_concept(rows)
         return rows
 
+    @in_turn
     def _encode_text(
         self,
         prompts: list[str],
@@ -271,7 +292,9 @@ class PromptConditioning(DiffusersPipeline):
             return local
         context = torch.cat([repeated(x) for x in ip_adapter_image.context])
         lora_scale = (self.cross_attention_kwargs or {}).get("scale", 1.0)
-        ip_adapter_image.kept.update(keys_values(self.unet, context, local, lora_scale))
+        with TURN:  # another thread may have plugged in the mappers of another pipeline
+            self.take_unet()
+            ip_adapter_image.kept.update(keys_values(self.unet, context, local, lora_scale))
         return ip_adapter_image.kept
 
 

@@ -9,14 +9,20 @@ The authors' package `DeepCache` is no dependency; this is written anew. One ten
 batch may lose its unconditional rows in between, and the UNet is given back as it was.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from threading import RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+
+_locks: MutableMapping[nn.Module, AbstractContextManager] = WeakKeyDictionary()  # of each UNet
+_reuse: ContextVar["_Reuse | None"] = ContextVar("reuse", default=None)  # of this thread's call
 
 
 @contextmanager
@@ -25,7 +31,8 @@ def deep_features_reused(
 ) -> Iterator[None]:
     """Within it, the inner modules of this UNet (and of no other) run only at some of its calls,
     its outermost layer at every one; a call is a step of one generation. Afterwards the UNet is
-    as it was.
+    as it was. Calls of other threads, and of a generation within this one (of a callback), are left
+    alone; of two threads that ask for this, one waits.
 
     A call may have fewer rows than the one before: they are taken to be its last ones.
 
@@ -34,19 +41,30 @@ def deep_features_reused(
     """
     reuse = _Reuse(runs_whole)
     inner = inner_modules(unet)
-    before = {module: vars(module).get("forward") for module in inner}
-    hook = unet.register_forward_pre_hook(reuse.call_begins)
+    with _locks.setdefault(unet, RLock()), reuses(reuse):
+        before = {module: vars(module).get("forward") for module in inner}
+        hook = unet.register_forward_pre_hook(reuse.call_begins)
+        try:
+            for module in inner:
+                vars(module)["forward"] = reuse.forward_of(module, is_read=module is inner[-1])
+            yield
+        finally:
+            hook.remove()
+            for module, forward in before.items():
+                if forward is None:
+                    vars(module).pop("forward", None)
+                else:  # of an offloading hook, or of a generation around this one
+                    vars(module)["forward"] = forward
+
+
+@contextmanager
+def reuses(reuse: "_Reuse | None") -> Iterator[None]:
+    """Within it, calls of this thread are of a generation that reuses features so; None: not."""
+    token = _reuse.set(reuse)
     try:
-        for module in inner:
-            vars(module)["forward"] = reuse.forward_of(module, is_read=module is inner[-1])
         yield
     finally:
-        hook.remove()
-        for module, forward in before.items():
-            if forward is None:
-                vars(module).pop("forward", None)
-            else:  # of an offloading hook
-                vars(module)["forward"] = forward
+        _reuse.reset(token)
 
 
 def inner_modules(unet: UNet2DConditionModel) -> list[nn.Module]:
@@ -67,6 +85,8 @@ class _Reuse:
 
     def call_begins(self, unet: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Hook before each call of the UNet; args begin with the latents, (B, C, h, w)."""
+        if _reuse.get() is not self:
+            return
         self.runs_all = self.runs_whole(self.calls)
         self.calls += 1
         self.rows, self.device = len(args[0]), args[0].device
@@ -77,6 +97,8 @@ class _Reuse:
         forward = module.forward
 
         def run_or_reuse(*args: Any, **kwargs: Any) -> Any:
+            if _reuse.get() is not self:
+                return forward(*args, **kwargs)
             if not self.runs_all:
                 return tree_map_only(Tensor, self._again, self.outputs[module])
             output = forward(*args, **kwargs)

@@ -17,7 +17,6 @@ from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 from PIL import Image, PngImagePlugin
 from torch import Tensor
-from tqdm import tqdm
 
 from elite.concept import Concept, ConceptFolder
 from elite.data import PairFolder
@@ -33,6 +32,10 @@ from elite.sheets import SHEET_COLUMNS, SHEET_ROWS, fit_tile, tile_rows
 from elite.speed import EXACT, Speed
 from elite.wording import note
 
+REPLACED = (
+    "{folder}: another run has replaced {count} of these pictures meanwhile; draw again, each run "
+    "with its own --suffix or --output_dir"
+)
 WRITES_WAITING = 64  # pictures kept in memory until they are written
 # Metadata of some pictures, which others must not have.
 OPTIONAL = ("lora", "negative_prompt", "speed", "tiled", "weights")
@@ -149,6 +152,15 @@ def stem_of(index: int, seed: int) -> str:
     return f"{index:05d}_{seed:05d}"
 
 
+def _tell_of_replaced(folder: Path, stems: Iterable[str]) -> None:
+    """Notes pictures of a folder that are drawn anew."""
+    if others := sum((folder / f"{stem}.png").exists() for stem in stems):
+        note(
+            f"{folder}: pictures of another prompt or setting are replaced ({others}); give "
+            "another --suffix or --output_dir to keep them"
+        )
+
+
 def _tell_of_others(folder: Path, count: int, what: str) -> None:
     """Notes pictures of a folder whose numbers are beyond those that are drawn now."""
     stems = (path.stem.partition("_")[0] for path in folder.glob("*_*.png"))
@@ -245,18 +257,18 @@ def draw_folder(
         name = folder.name(index)
         return [Job(index, seed, name, {**source, "seed": str(seed)}) for seed in seeds]
 
-    jobs = [job for index in share for job in jobs_of(index)]
-    count = len(jobs)
+    def is_there(job: Job) -> bool:
+        path = output_dir / f"{job.stem}.png"
+        return is_drawn(path, job.metadata) and (of_files or path.with_suffix(".jpg").exists())
+
+    of_files = isinstance(folder, ConceptFolder)
+    mine = jobs = [job for index in share for job in jobs_of(index)]
     if skip_existing:
-        jobs = [job for job in jobs if not is_drawn(output_dir / f"{job.stem}.png", job.metadata)]
-        if others := sum((output_dir / f"{job.stem}.png").exists() for job in jobs):
-            note(
-                f"{output_dir}: pictures of another prompt or setting are replaced ({others}); "
-                "give another --suffix or --output_dir to keep them"
-            )
+        jobs = [job for job in mine if not is_there(job)]
+        _tell_of_replaced(output_dir, [job.stem for job in jobs])
     _tell_of_others(output_dir, len(folder), "objects")
     left = {index: list(group) for index, group in groupby(jobs, lambda job: job.index)}
-    progress = progress_bar("draw", "picture", count, len(jobs))
+    progress = progress_bar("draw", "picture", len(mine), len(jobs))
     with ThreadPoolExecutor(max_workers=2) as pool, progress as bar:
 
         def failed(message: str) -> None:
@@ -265,6 +277,7 @@ def draw_folder(
 
         entries = read_entries(pool, pipe, folder, list(left), batch_size, failed)
         writing: deque[Future] = deque()
+        drawn: list[Job] = []
         for batch in job_batches(entries, left, batch_size):
             concepts = [entry.concept for _, entry in batch]
             its_seeds = [job.seed for job, _ in batch]
@@ -272,10 +285,13 @@ def draw_folder(
             while len(writing) > WRITES_WAITING:
                 writing.popleft().result()
             for (job, entry), picture in zip(batch, pictures, strict=True):
+                drawn.append(job)
                 writing.append(pool.submit(write_picture, output_dir, job, picture, entry.image))
             bar.update(len(batch))
         for written in writing:
             written.result()
+    if lost := sum(not is_there(job) for job in drawn):
+        failures.append(REPLACED.format(folder=output_dir, count=lost))
     failures = gather_object(failures)
     if state.is_main_process:
         title = f"{prompt}   lambda {drawing.lambda_}"
@@ -337,21 +353,30 @@ def draw_prompt_grid(
     settings = {key: str(value) for key, value in metadata.items() if value is not None}
     check_writable(output_dir)
     _tell_of_others(output_dir, len(prompts), "prompts")
+    jobs = [
+        [Job(number, seed, "", {"prompt": prompt, "seed": str(seed), **settings}) for seed in seeds]
+        for number, prompt in enumerate(prompts)
+    ]
+
+    def is_there(job: Job) -> bool:
+        return is_drawn(output_dir / f"{job.stem}.png", job.metadata)
+
+    left = [[job for job in row if not (skip_existing and is_there(job))] for row in jobs]
+    if skip_existing:
+        _tell_of_replaced(output_dir, [job.stem for row in left for job in row])
     rows: list[list[Image.Image]] = []
-    with tqdm(total=len(prompts) * len(seeds), desc="draw", unit="picture") as progress:
-        for number, prompt in enumerate(prompts):
-            paths = {seed: output_dir / f"{stem_of(number, seed)}.png" for seed in seeds}
-            saying = {seed: {"prompt": prompt, "seed": str(seed), **settings} for seed in seeds}
-            left = [s for s in seeds if not (skip_existing and is_drawn(paths[s], saying[s]))]
-            progress.update(len(seeds) - len(left))
-            for batch in batches(iter(left), batch_size):
-                pictures = draw([prompt] * len(batch), batch)
-                for seed, picture in zip(batch, pictures, strict=True):
-                    write_png(paths[seed], picture, saying[seed] | VERSIONS)
+    with progress_bar("draw", "picture", sum(map(len, jobs)), sum(map(len, left))) as progress:
+        for prompt, row, its_left in zip(prompts, jobs, left, strict=True):
+            for batch in batches(iter(its_left), batch_size):
+                pictures = draw([prompt] * len(batch), [job.seed for job in batch])
+                for job, picture in zip(batch, pictures, strict=True):
+                    write_png(output_dir / f"{job.stem}.png", picture, {**job.metadata, **VERSIONS})
                 progress.update(len(batch))
             if len(rows) < SHEET_ROWS:
-                shown = [read_image(paths[seed]) for seed in seeds[:SHEET_COLUMNS]]
+                shown = [read_image(output_dir / f"{job.stem}.png") for job in row[:SHEET_COLUMNS]]
                 rows.append([fit_tile(Image.fromarray(picture)) for picture in shown])
+    if lost := sum(not is_there(job) for row in jobs for job in row):
+        raise ValueError(REPLACED.format(folder=output_dir, count=lost))
     names = [f"seed {seed}" for seed in seeds[:SHEET_COLUMNS]]
     sheet = tile_rows(rows, names, "; ".join(prompts))
     write_atomically(output_dir / "grid.png", sheet.save)

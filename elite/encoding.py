@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from elite.concept import Concept, ConceptFolder, is_saved
 from elite.data import PairFolder
-from elite.files import check_apart, sampled_digest, write_atomically
+from elite.files import check_apart, quick_digest, write_atomically
 from elite.images import cut_out
 from elite.pipeline import Elite, stack_views
 from elite.sheets import SHEET_ROWS, fit_tile, label_tile, tile_rows
@@ -137,7 +137,7 @@ def encode_folder(
     failures: list[str] = []
     paths = [output_dir / f"{pair.name}.safetensors" for pair in pairs.pairs]
     made_by = {**(metadata or {}), "fingerprint": pipe.fingerprint, "dtype": str(pipe.unet.dtype)}
-    made_by["image_encoder_weights"] = sampled_digest([pipe.image_encoder.state_dict()])
+    made_by["image_encoder_weights"] = quick_digest([pipe.image_encoder.state_dict()])
     origins = {index: {**made_by, "source": pairs.digest(index)} for index in share}
     left = [i for i in share if not (skip_existing and is_saved(paths[i], origins[i]))]
     progress = progress_bar("encode", "pair", len(share), len(left))

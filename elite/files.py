@@ -320,14 +320,22 @@ def digest_weights(*states: Mapping[str, "Tensor"]) -> str:
     return digest.hexdigest()
 
 
-def sampled_digest(states: Iterable[Mapping[str, "Tensor"]]) -> str:
-    """A short name for weights by a few values of each tensor, in no time; any training changes
-    them."""
-    digest = hashlib.sha256()
+def quick_digest(states: Iterable[Mapping[str, "Tensor"]], files: Iterable[Path] = ()) -> str:
+    """A short name for weights, and for files beside them: of each tensor by a few values and the
+    sum of its bytes in words of eight, in a second for Stable Diffusion."""
+    import numpy as np
+    import torch
+
+    digest = hashlib.sha256(digest_files(*files).encode())
     for name, tensor in (item for state in states for item in sorted(state.items())):
-        some = tensor.detach().flatten()[:: max(1, tensor.numel() // VALUES_SAMPLED)]
+        flat = tensor.detach().flatten()
+        some = flat[:: max(1, flat.numel() // VALUES_SAMPLED)]
+        content = flat.cpu().contiguous().view(torch.uint8).numpy()
+        whole = len(content) // 8 * 8
         digest.update(name.encode())
         digest.update(some.cpu().float().contiguous().numpy().data)
+        digest.update(content[:whole].view(np.uint64).sum(dtype=np.uint64).tobytes())
+        digest.update(content[whole:].data)
     return digest.hexdigest()[:16]
 
 

@@ -16,7 +16,7 @@ from elite.concept import Concept, ConceptFolder
 from elite.console import BAD_INPUT, OK, PARTLY_FAILED, complain
 from elite.data import PairFolder
 from elite.drawing import Drawing, draw_prompt_grid
-from elite.files import sampled_digest
+from elite.files import quick_digest
 from elite.gallery import push_gallery, repository_of, save_gallery
 from elite.hardware import (
     FP8,
@@ -133,9 +133,17 @@ def load_pipeline(
     named = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     # The mappers have their fingerprint.
     base = [named[name].state_dict() for name in sorted(named) if not name.endswith("_mapper")]
-    pipe.named_weights = {"base": sampled_digest(base)}
+    configs = [path for folder in (model, encoder) for path in config_files(folder)]
+    pipe.named_weights = {"base": quick_digest(base, configs)}
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def config_files(folder: str | None) -> list[Path]:
+    """What decides besides the weights how the models of a folder compute: configs, scheduler,
+    vocabulary. None of a hub name or a single file."""
+    inside = sorted(Path(folder).rglob("*")) if folder and Path(folder).is_dir() else []
+    return [path for path in inside if path.suffix in (".json", ".txt")]
 
 
 def build_pipeline(

@@ -8,7 +8,6 @@ diffusers alone asks for in `compat.py`.
 
 import copy
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -41,7 +40,7 @@ from elite.compat import (
 )
 from elite.concept import Concept
 from elite.conditioning import Conditioning, PromptConditioning, contexts_of, local_of_prompts
-from elite.deep_features import deep_features_reused
+from elite.deep_features import deep_features_reused, reuses
 from elite.defaults import DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
 from elite.families import SDXL, STABLE_DIFFUSION, family_of
 from elite.images import ImageLike, as_image, as_mask, doubt, fit_mask, object_views
@@ -333,7 +332,7 @@ class Elite(PromptConditioning):
         kwargs |= callback_arguments(conditioning.kept, kwargs, speed, self.family)
         kwargs |= {"ip_adapter_image": conditioning, "ip_adapter_image_embeds": None}
         is_whole = speed.deep_every == 1
-        with nullcontext() if is_whole else deep_features_reused(self.unet, speed.runs_whole):
+        with reuses(None) if is_whole else deep_features_reused(self.unet, speed.runs_whole):
             return super().__call__(
                 prompts or None,
                 num_inference_steps=num_inference_steps,

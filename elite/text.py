@@ -2,6 +2,7 @@
 (paper section 3). And the words of textual inversion beside it."""
 
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -292,9 +293,9 @@ def _inject(embeddings: Tensor, words: Tensor, index: Tensor) -> Tensor:
 def injected(
     text_encoder: CLIPTextModel, words: Tensor, index: Tensor, input_ids: Tensor | None = None
 ) -> Iterator[None]:
-    """Within it, this text encoder (no other instance) reads `words` where the placeholders stand,
-    and `input_ids`, if given, in place of the ids it is called with. Pooled text is taken where the
-    words have moved the end to."""
+    """Within it, this text encoder (no other instance, and in this thread alone) reads `words`
+    where the placeholders stand, and `input_ids`, if given, in place of the ids it is called with.
+    Pooled text is taken where the words have moved the end to."""
     embedding = text_encoder.get_input_embeddings()
     moved = (words.shape[-2] - 1) * index[0].numel()  # places by which words move the end
     embedded = input_ids
@@ -305,10 +306,10 @@ def injected(
         return (_end_moved(embedded, moved, text_encoder.config.eos_token_id), *args[1:])
 
     hooks = [
-        text_encoder.register_forward_pre_hook(ids_given),
-        embedding.register_forward_pre_hook(lambda module, args: (embedded,)),
+        text_encoder.register_forward_pre_hook(_in_this_thread(ids_given)),
+        embedding.register_forward_pre_hook(_in_this_thread(lambda module, args: (embedded,))),
         embedding.register_forward_hook(
-            lambda module, inputs, output: inject_words(output, words, index)
+            _in_this_thread(lambda module, inputs, output: inject_words(output, words, index))
         ),
     ]
     try:
@@ -316,6 +317,12 @@ def injected(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """The hook of a module, which in other threads changes nothing."""
+    owner = threading.get_ident()
+    return lambda *args: hook(*args) if threading.get_ident() == owner else None
 
 
 def _end_moved(input_ids: Tensor, moved: int, end: int) -> Tensor:

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from elite.data import pictures_in
-from elite.files import check_writable, digest_weights, sampled_digest, write_atomically, write_json
+from elite.files import check_writable, digest_weights, quick_digest, write_atomically, write_json
 from elite.open_images import files_in
 from elite.wording import Note
 
@@ -226,18 +226,21 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch
 # --- digests --------------------------------------------------------------------------------------
 
 
-def test_a_sampled_digest_tells_any_training_and_no_copy():
+def test_a_quick_digest_tells_any_training_and_no_copy():
     torch.manual_seed(0)
     linear = torch.nn.Linear(300, 300)
     state = {name: value.detach().clone() for name, value in linear.state_dict().items()}
-    before = sampled_digest([state])
-    assert sampled_digest([{name: value.clone() for name, value in state.items()}]) == before
+    before = quick_digest([state])
+    changed = torch.zeros(4096, 24)
+    changed[17, 1] = 1e-3  # between the values that are looked at
+    assert quick_digest([{"weight": changed}]) != quick_digest([{"weight": torch.zeros(4096, 24)}])
+    assert quick_digest([{name: value.clone() for name, value in state.items()}]) == before
     optimizer = torch.optim.AdamW(linear.parameters(), 1e-6)
     linear(torch.ones(1, 300)).sum().backward()
     optimizer.step()
-    assert sampled_digest([linear.state_dict()]) != before
+    assert quick_digest([linear.state_dict()]) != before
     renamed = {f"x.{name}": value for name, value in state.items()}
-    assert sampled_digest([renamed]) != before
+    assert quick_digest([renamed]) != before
 
 
 def test_digest_is_of_names_and_float32_values():

@@ -371,6 +371,5 @@ def test_one_tensor_is_kept(pipe, concept, monkeypatch):
     """Of all else the shapes."""
     kept: list[Tensor] = []
     monkeypatch.setattr("elite.deep_features._kept", lambda x: kept.append(x) or x.clone())
-    with deep_features_reused(pipe.unet, Speed(deep_every=2).runs_whole):
-        draw(pipe, concept=concept, num_inference_steps=1)
+    draw(pipe, concept=concept, num_inference_steps=1, deep_every=2)
     assert [tuple(x.shape) for x in kept] == [(2, 16, 16, 16)]
