@@ -148,6 +148,10 @@ def test_another_base_model_of_the_same_path_draws_anew(
     assert run_script(*command) == 0
     after = pictures(out)
     assert after.keys() == before.keys() and not set(after.values()) & set(before.values())
+    config = model / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 0.1}))
+    assert run_script(*command) == 0
+    assert not set(pictures(out).values()) & set(after.values()), "of the same weights"
 
 
 def test_processes_share_the_work(evaluate, tmp_path):

@@ -6,7 +6,7 @@ from PIL import Image
 
 from elite.drawing import Drawing
 from tests import tiny
-from tests.conftest import FAST, run_script
+from tests.conftest import FAST, error_of, run_script
 
 
 @pytest.fixture
@@ -63,6 +63,19 @@ def test_each_flag_changes_the_picture(script, concepts, tmp_path):
     for name in ("weight", "region", "negative", "turned"):
         assert not np.array_equal(pictures[name], pictures["plain"]), name
     assert text["lambda"] == "S1 1, S2 1" and len(text["concept S1"]) == 16
+
+
+def test_a_template_for_one_object_is_refused(script, concepts, capsys):
+    """Its braces were drawn as they are."""
+    for template in (["--template", "a S1 {} and S2"], []):
+        assert script(*template, "--concept", *concepts) == 2
+        assert error_of(capsys).endswith("with --concept, write its words in place of {}")
+
+
+def test_pictures_that_are_replaced_are_told(script, concepts, capsys):
+    for template, told in (("S1 and S2", False), ("S2 and S1", True)):
+        assert script("--template", template, "--concept", *concepts) == 0
+        assert ("another prompt or setting are replaced (1)" in capsys.readouterr().err) == told
 
 
 def test_seeds_and_batches(script, concepts, tmp_path):

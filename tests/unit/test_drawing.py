@@ -13,7 +13,7 @@ from elite import ElitePipeline
 from elite import drawing as drawing_module
 from elite.concept import Concept, ConceptFolder
 from elite.data import PairFolder
-from elite.drawing import Drawing, draw_folder, write_png
+from elite.drawing import Drawing, draw_folder, write_picture, write_png
 from elite.encoding import ahead
 from elite.speed import RUNGS, Speed
 from elite.wording import Note
@@ -303,6 +303,26 @@ def test_damaged_picture_is_drawn_anew(pipe, drawn):
         path.write_bytes(damage(whole))
         assert go_on(pipe, pairs, output_dir) == both("00001_00001"), damage
         assert path.read_bytes() == whole
+
+
+def test_a_jpeg_that_is_gone_is_made_again(pipe, drawn):
+    pairs, output_dir = drawn
+    (output_dir / "00001_00001.jpg").unlink()
+    assert go_on(pipe, pairs, output_dir) == both("00001_00001")
+
+
+def test_pictures_of_another_run_are_told(pipe, drawn, monkeypatch):
+    """Of two runs into one folder both ended well, one of them without its pictures."""
+    pairs, output_dir = drawn
+    ours = {path.name: path.read_bytes() for path in output_dir.glob("*_00001.png")}
+
+    def of_another_run(folder, job, picture, image):
+        write_picture(folder, job, picture, image)
+        (folder / "00000_00001.png").write_bytes(ours["00000_00001.png"])
+
+    monkeypatch.setattr(drawing_module, "write_picture", of_another_run)
+    (failure,) = draw(pipe, pairs, output_dir, prompt="a red S")
+    assert failure.startswith(f"{output_dir}: another run has replaced 1 of these pictures")
 
 
 def test_keywords_are_as_png_has_them(tmp_path):
