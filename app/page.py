@@ -358,7 +358,7 @@ def _wire(controls: dict[str, Any], handlers: AppHandlers) -> None:
 
     drawing = []
     for name, drawer in (("draw", handlers.draw), ("sweep", partial(handlers.draw, sweep=True))):
-        begun = controls[name].click(_begin, None, listed(("stop", *BUTTONS, "gallery")), **quick)
+        begun = controls[name].click(_begin, None, listed(("stop", *BUTTONS)), **quick, js=SHRINK)
         everything = chosen(("stop", *OBJECT, *DRAWING))
         worked = begun.then(work(drawer), everything, listed(DRAWN), **working)
         worked.then(_end, None, listed(BUTTONS), **quick)
@@ -369,9 +369,16 @@ def _wire(controls: dict[str, Any], handlers: AppHandlers) -> None:
 
 OFF, ON = gr.update(interactive=False), gr.update(interactive=True)
 
+# Else the enlarged picture's place in the gallery is kept, where others come.
+SHRINK = """() => {
+    const escape = new KeyboardEvent("keydown", { code: "Escape", bubbles: true });
+    document.querySelector("#gallery .preview")?.dispatchEvent(escape);
+    return [];
+}"""
+
 
 def _begin() -> tuple[Any, ...]:
-    return Stop(), OFF, OFF, ON, gr.update(selected_index=None)  # nothing stays enlarged
+    return Stop(), OFF, OFF, ON
 
 
 def _end() -> tuple[Any, ...]:

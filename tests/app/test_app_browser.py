@@ -309,8 +309,9 @@ def test_stop_stops(visit, pairs, monkeypatch):
     page.wait_for_selector("#draw:enabled")
 
 
-def test_who_waits_sees_it_and_may_stop(visit, handlers, monkeypatch):
-    """And is not drawn for later."""
+@contextmanager
+def busy(visit, monkeypatch) -> Iterator:
+    """Another person's page, whose drawing ends where this does."""
     step, going = Clock.__call__, [True]
 
     def slowly(clock: Clock) -> None:
@@ -319,28 +320,53 @@ def test_who_waits_sees_it_and_may_stop(visit, handlers, monkeypatch):
         step(clock)
 
     monkeypatch.setattr(Clock, "__call__", slowly)
+    page = visit()
+    page.locator("#examples button").nth(0).click()
+    views(page)
+    settings(page, steps=2, count=1)
+    page.click("#draw")
+    said(page, "status", "left")
     try:
-        first, second = visit(), visit()
-        for page in (first, second):
-            page.locator("#examples button").nth(0).click()
-            views(page)
-            settings(page, steps=2, count=1)
-        first.click("#draw")
-        said(first, "status", re.compile("left"))
-        second.click("#draw")
-        said(second, "status", re.compile(r"queue: 1/1"))
-        sync_api.expect(second.locator("#status .progress-text")).to_be_visible()
-        second.click("#stop_button")
-        second.wait_for_selector("#draw:enabled")
-        said(second, "status", "stopped before it began")
-        assert not second.locator("#stop_button").is_enabled()
+        yield page
     finally:
         going[0] = False
-    first.wait_for_selector("#draw:enabled")
-    said(first, "status", "1 pictures")
-    second.wait_for_timeout(500)
-    said(second, "status", "stopped before it began")
-    assert len(draw(second)) == 2
+    page.wait_for_selector("#draw:enabled")
+    said(page, "status", "1 pictures")
+
+
+def test_who_waits_sees_it_and_may_stop(visit, monkeypatch):
+    """And is not drawn for later."""
+    page = visit()
+    page.locator("#examples button").nth(0).click()
+    views(page)
+    settings(page, steps=2, count=1)
+    with busy(visit, monkeypatch):
+        page.click("#draw")
+        said(page, "status", "queue: 1/1")
+        sync_api.expect(page.locator("#status .progress-text")).to_be_visible()
+        page.click("#stop_button")
+        page.wait_for_selector("#draw:enabled")
+        said(page, "status", "stopped before it began")
+        assert not page.locator("#stop_button").is_enabled()
+    page.wait_for_timeout(500)
+    said(page, "status", "stopped before it began")
+    assert len(draw(page)) == 2
+
+
+def test_no_file_of_an_earlier_object_comes_late(visit, monkeypatch):
+    page = visit()
+    page.locator("#examples button").nth(0).click()
+    views(page)
+    page.get_by_role("button", name="Keep the object as a file").click()
+    with busy(visit, monkeypatch):
+        page.click("#save")
+        page.wait_for_timeout(500)
+        with another_view(page, 0):
+            page.locator("#examples button").nth(1).click()
+    page.wait_for_timeout(3000)
+    sync_api.expect(page.locator("#saved a")).to_have_count(0)
+    page.click("#save")
+    page.locator("#saved a").first.wait_for()
 
 
 def test_drawing_again_shows_all_pictures(visit):
