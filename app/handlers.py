@@ -22,11 +22,12 @@ import torch
 from PIL import Image
 
 from app.marking import Shown, read_marks
-from app.several import CONTROLS, NEW, Several, numbered
-from app.studio import MAX_PICTURES, Drawn, OnProgress, Order, Studio, save_strip
+from app.notes import noted
+from app.several import CONTROLS, NEW, Several, names, numbered
+from app.studio import MAX_PICTURES, MAX_SEED, Drawn, OnProgress, Order, Studio, save_strip
 from elite.concept import Concept
 from elite.data import PairFolder
-from elite.drawing import stem_of, write_png
+from elite.drawing import VERSIONS, stem_of, write_png
 from elite.images import doubt, read_image
 from elite.masks import Find, find_object
 from elite.named_concepts import Words
@@ -50,15 +51,21 @@ class Stopped(Exception):
 
 @dataclass
 class Stop:
-    """Whether the work of one page is to end; a new one for each piece of work."""
+    """Whether the work of one page has begun, and is to end; a new one for each piece of work."""
 
     requested: bool = False
+    begun: bool = False
 
 
 def message(text: str, error: bool = False) -> str:
     """HTML of a line below a control, read aloud by screen readers."""
     role = "alert" if error else "status"
     return f'<p class="message" role="{role}">{html.escape(text)}</p>'
+
+
+def lines(notes: list[str]) -> str:
+    """HTML of notes, a line each."""
+    return "".join(map(message, notes))
 
 
 def problem(error: Exception) -> str:
@@ -144,82 +151,80 @@ class AppHandlers:
         """What the model sees, and the picture to mark, dark where there is no object."""
         method, views, said, oblong = values["method"], [], "", False
         marked = None
-        try:
-            if values["picture"]:
-                shown, picture, marked = self._read(values)  # stays where no object is found
-                oblong = picture.shape[0] != picture.shape[1]
-                mask = shown.read_mask(picture)
-                views = list(zip(self.studio.look(marked, mask), VIEWS, strict=True))
-                marked = dimmed(marked, mask)
-                doubtful = doubt(mask) if method == "file" else ""
-                said = message(f"mask: {doubtful}") if doubtful else ""
-            if values["concept_file"]:
-                self.studio.load_concept(values["concept_file"])
-                said += message("the object of the file below is drawn, not the picture's")
-        except Exception as error:
-            said = problem(error)
+        with noted() as notes:
+            try:
+                if values["picture"]:
+                    shown, picture, marked = self._read(values)  # stays where no object is found
+                    oblong = picture.shape[0] != picture.shape[1]
+                    mask = shown.read_mask(picture)
+                    views = list(zip(self.studio.look(marked, mask), VIEWS, strict=True))
+                    marked = dimmed(marked, mask)
+                    doubtful = doubt(mask) if method == "file" else ""
+                    said = message(f"mask: {doubtful}") if doubtful else ""
+                if values["concept_file"]:
+                    self.studio.load_concept(values["concept_file"])
+                    said += message("the object of the file below is drawn, not the picture's")
+            except Exception as error:
+                said = problem(error)
         return {
             "marks": gr.update(picture=data_url(marked), method=method),
             "several": gr.update(here=bool(values["picture"]), now=data_url(marked, THUMB_SIDE)),
             "views": views,
-            "object_message": said,
+            "object_message": said + lines(notes),
             "square": gr.update(visible=oblong),
             "mask_part": gr.update(visible=method == "file"),
             "saved": None,  # which is of what was shown before
         }
 
     def new_picture(self, values: Values) -> Values:
-        """`look` for another picture, without marks and mask of the last one."""
-        if is_turned_to(values):
-            return self.look(values)  # which brought its own marks
-        return self._look_unmarked({**values, **self._without_mask(values)})
+        """Takes away marks and mask of the picture before. At once, and then the new one is looked
+        at: what the person chooses meanwhile stays."""
+        answer: Values = {"dropped": "", "earlier": values["picture"] or ""}
+        if not is_turned_to(values):  # which brought its own marks
+            answer["marks"] = ""
+        if values["mask"] and not self._is_own_mask(values):
+            was = "your mask was of another picture, and was taken away"
+            answer |= {"mask": None, "dropped": message(was)}
+            if values["method"] == "file":
+                answer["method"] = NEW["method"]
+        if (merged := values["several"].merged(values)) != values["several"]:
+            again = f"{names([values['picture']])}: among the pictures of the object already"
+            answer |= held(merged, message(again))
+        return answer
 
-    def drop_mask(self, values: Values) -> Values:
-        """Takes away a mask that is of another picture. At once and by itself: what the person
-        chooses while the picture is looked at stays."""
-        return {"mask": gr.skip(), "method": gr.skip(), **self._without_mask(values)}
-
-    def _without_mask(self, values: Values) -> Values:
-        """What becomes of mask and method with a new picture."""
-        if not values["mask"] or is_turned_to(values) or self._is_example(values):
-            return {}
-        return {"mask": None, **({"method": NEW["method"]} if values["method"] == "file" else {})}
-
-    def _is_example(self, values: Values) -> bool:
-        """Whether the picture is the example that was picked last, which comes with its mask."""
-        if values["example"] is None or self.examples is None or not values["picture"]:
-            return False
+    def _is_own_mask(self, values: Values) -> bool:
+        """Whether the mask is of the picture: it came before any, or with an example or a turn."""
+        earlier, picture = values["earlier"], values["picture"]
+        if not earlier or earlier == picture or is_turned_to(values):
+            return True
         try:
-            shown = read_image(values["picture"], self.max_pixels)
-            return np.array_equal(shown, self.examples.read(values["example"])[0])
+            example, _ = self._example(values["example"])
+            return bool(picture) and np.array_equal(read_image(picture, self.max_pixels), example)
         except ValueError:
             return False
 
-    def look_elsewhere(self, values: Values) -> Values:
-        """`look` at another part of the picture, without the marks, which lie on the last one."""
-        looked = self._look_unmarked(values)
-        if values["marks"]:
-            told = message("your marks lay on another part of the picture, and were cleared")
-            looked["object_message"] = told + looked["object_message"]
-        return looked
+    def new_square(self, values: Values) -> Values:
+        """Takes away marks, which lie on another part of the picture."""
+        if not values["marks"]:
+            return {"marks": gr.skip()}
+        told = "your marks lay on another part of the picture, and were cleared"
+        return {"marks": "", "dropped": message(told)}
 
-    def _look_unmarked(self, values: Values) -> Values:
-        """`look`, and no marks from now on."""
-        looked = self.look({**values, "marks": ""})
-        return {**looked, "marks": {**looked["marks"], "value": ""}}
+    def _example(self, index: Any) -> tuple[np.ndarray, np.ndarray]:
+        """An example's picture and mask. Raises ValueError where there is none."""
+        index = whole("example", index)
+        if self.examples is None or not 0 <= index < len(self.examples):
+            raise ValueError(f"example {index}: no such example")
+        return self.examples.read(index)
 
     def pick_example(self, index: Any) -> Values:
         """An example's picture and mask."""
         try:
-            index = whole("example", index)
-            if self.examples is None or not 0 <= index < len(self.examples):
-                raise ValueError(f"example {index}: no such example")
-            picture, mask = self.examples.read(index)
+            picture, mask = self._example(index)
         except Exception as error:
             return {"object_message": problem(error)}
         mask = mask.astype(np.uint8) * 255
-        no_marks = gr.update(value="")  # before the other changes are looked at
-        shown = {"picture": picture, "mask": mask, "method": "file", "marks": no_marks}
+        shown = {"picture": picture, "mask": mask, "method": "file", "marks": ""}
         return {**shown, "example": index, **held(Several())}
 
     def rearrange(self, values: Values) -> Values:
@@ -228,7 +233,7 @@ class AppHandlers:
             several, shown = values["several"].rearranged(values)
         except Exception as error:
             return held(values["several"], problem(error))
-        return {**{name: shown[name] for name in CONTROLS}, **held(several)}
+        return {**{name: shown[name] for name in CONTROLS}, **held(several), "saved": None}
 
     def glance(self, values: Values) -> Values:
         """Thumbnails of the pictures that nobody has looked at yet, and what is wrong with them."""
@@ -267,11 +272,12 @@ class AppHandlers:
         """What is wrong with the file of the second object, and with prompts now that there is one
         or none."""
         said = ""
-        try:
-            self._second(values)
-        except Exception as error:
-            said = problem(error)
-        return {"second_message": said, **self.check(values)}
+        with noted() as notes:
+            try:
+                self._second(values)
+            except Exception as error:
+                said = problem(error)
+        return {"second_message": said + lines(notes), **self.check(values)}
 
     def _second(self, values: Values) -> dict[str, Concept]:
         """The second object by its word, if there is one."""
@@ -301,7 +307,11 @@ class AppHandlers:
         except Exception as error:
             yield {"saved": None, "object_message": problem(error)}
             return
-        yield {"saved": str(path), "object_message": ""}
+        yield {"saved": str(path), "saved_of": object_of(values)}
+
+    def check_saved(self, values: Values) -> Values:
+        """Takes a file away whose making has waited until the page showed another object."""
+        return {"saved": gr.skip() if values["saved_of"] == object_of(values) else None}
 
     # --- pictures ---------------------------------------------------------------------------------
 
@@ -332,9 +342,11 @@ class AppHandlers:
         others = self._others(values)
         halves = (values["where"] or "").split() if others else ()
         count = 1 if sweep else whole("number of pictures", values["count"])
-        seed = whole("seed", values["seed"])
-        if seed < 0:
+        seed, last = whole("seed", values["seed"]), MAX_SEED - min(count, MAX_PICTURES) + 1
+        if seed == -1:
             seed = secrets.randbelow(DRAWN_SEEDS)
+        if not 0 <= seed <= last:
+            raise ValueError(f"seed {seed}: expected 0 to {last}, or -1, which picks one")
         return Order(
             prompts=self._prompts(values),
             seeds=tuple(range(seed, seed + min(count, MAX_PICTURES + 1))),
@@ -360,16 +372,28 @@ class AppHandlers:
         """
         drawn: list[Drawn] = []
         tiles: list[Any] = []
+        notes: list[str] = []
+        values["stop"].begun = True
         try:
             order = self._order(values, sweep)
             yield {"gallery": [], "strip_part": gr.update(visible=False), "status": ""}
-            concept, seen = self._concept(values)
-            concepts = {self.studio.placeholder_token: concept, **self._second(values)}
-            tiles += own_tiles(seen)
+            with noted():  # of files, which were said when those were chosen
+                concept, seen = self._concept(values)
+                concepts = {self.studio.placeholder_token: concept, **self._second(values)}
+            metadata = {f"concept {self.studio.placeholder_token}": concept.digest, **VERSIONS}
+            for number, (picture, said) in enumerate(own_tiles(seen), 1):
+                path = folder / f"object_{number}.png"
+                write_png(path, Image.fromarray(picture), metadata)
+                tiles.append((str(path), said))
             self._at_work.append(values["stop"])
             told = teller(values["stop"], tell)
 
             def work(give: Callable[[Values], None]) -> None:
+                with noted() as told_of:
+                    draw(give)
+                notes.extend(told_of)
+
+            def draw(give: Callable[[Values], None]) -> None:
                 def show(pictures: np.ndarray) -> None:
                     give({"preview": preview(pictures)})
 
@@ -382,7 +406,8 @@ class AppHandlers:
                     give({"gallery": list(tiles), "preview": ""})
 
             yield from in_background(work, values["stop"])
-            done: Values = {"status": message(f"{len(drawn)} pictures, {seeds_of(order)}")}
+            said = message(f"{len(drawn)} pictures, {seeds_of(order)}") + lines(notes)
+            done: Values = {"status": said}
             if sweep:
                 path = folder / f"sweep_{order.seeds[0]:05d}.png"
                 save_strip(drawn, seen[0] if seen else None, path)
@@ -403,9 +428,19 @@ def is_turned_to(values: Values) -> bool:
     return bool(values["picture"]) and values["picture"] == values["several"].given
 
 
+def object_of(values: Values) -> list[Any]:
+    """What tells the object of a page from others."""
+    shown = ({**one, "thumb": ""} for one in values["several"].pictures(values))
+    return [values["concept_file"], *shown]
+
+
 def held(several: Several, said: str = "") -> Values:
-    """What the page holds of several pictures now, and a message about them."""
-    return {"several": gr.update(value=several.text), "several_message": said}
+    """What the page holds of several pictures now, and a message about them.
+
+    A plain value, as of the other controls: the browser takes updates later, and what it asks as
+    soon as the picture changes would come with the former pictures.
+    """
+    return {"several": several.text, "several_message": said}
 
 
 def in_background(work: Callable[[Callable[[Values], None]], None], stop: Stop) -> Iterator[Values]:
@@ -444,9 +479,9 @@ def teller(stop: Stop, tell: Tell) -> OnProgress:
 
 
 def caption(drawn: Drawn, order: Order) -> str:
-    """Of a thumbnail, which has room for two lines: the prompt where there are several."""
-    prompt = f": {drawn.prompt}" if len(order.prompts) > 1 else ""
-    return f"\u03bb {drawn.metadata['lambda']}, seed {drawn.seed}{prompt}"
+    """Below a thumbnail: the prompt where there are several, lambda and seed."""
+    prompt = f"{drawn.prompt}: " if len(order.prompts) > 1 else ""
+    return f"{prompt}\u03bb {drawn.metadata['lambda']}, seed {drawn.seed}"
 
 
 def own_tiles(seen: list[np.ndarray]) -> list[tuple[np.ndarray, str]]:

@@ -1,6 +1,7 @@
 """The page of app_gradio.py: its controls, and what wires them to `AppHandlers`."""
 
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from app.controls import (
     picture_input,
     uploaded_several,
 )
-from app.handlers import AppHandlers, Stop, Tell, Values, example_pictures
+from app.handlers import AppHandlers, Stop, Tell, Values, example_pictures, message
 from app.several import CONTROLS, MAX_SHOWN
 from app.studio import MAX_GUIDANCE, MAX_LAMBDA, MAX_STEPS, Pace
 from elite.defaults import DEFAULT_SAMPLER, DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA
@@ -31,7 +32,7 @@ INTRODUCTION = (
     "One picture of an object becomes a word, `{word}`; write it into a prompt and the object "
     "appears there."
 )
-OBJECT = (*CONTROLS, "several", "concept_file", "example")
+OBJECT = (*CONTROLS, "several", "concept_file", "example", "earlier")
 SECOND = ("second_file", "second_lambda", "where")
 DRAWING = (
     *("prompts", "lambda_", "count", "guidance", "negative"),
@@ -39,8 +40,8 @@ DRAWING = (
     *SECOND,
 )
 LOOKED = ("marks", "several", "views", "object_message", "square", "mask_part", "saved")
-DROPPED = ("mask", "method")
-LOOK_ELSEWHERE = (("squaring", "change"), ("position", "release"))
+DROPPED = ("mask", "method", "marks", "earlier", "dropped", "several", "several_message")
+NEW_SQUARE = (("squaring", "input"), ("position", "input"))  # not "change": turning does that, too
 LOOK_AGAIN = (
     ("concept_file", "change"),
     ("method", "change"),
@@ -48,8 +49,10 @@ LOOK_AGAIN = (
     ("marks", "input"),
 )
 HELD = ("several", "several_message")
-PICKED = ("picture", "mask", "method", "marks", "object_message", "example", *HELD)
-SAVED = ("saved", "object_message")
+# The picture last: its change is answered with what the others hold by then.
+ARRANGED = (*HELD, "saved", *reversed(CONTROLS))
+PICKED = (*HELD, "example", "object_message", "marks", "method", "mask", "picture")
+SAVED = ("saved", "saved_of", "object_message")
 CHECKED = ("second_message", "prompt_message")
 DRAWN = ("gallery", "preview", "status", "strip", "strip_part")
 BUTTONS = ("draw", "sweep", "stop_button")
@@ -63,8 +66,14 @@ def build_page(handlers: AppHandlers) -> gr.Blocks:
         title="ELITE", analytics_enabled=False, delete_cache=KEEP_FILES, fill_width=True
     ) as page:
         gr.Markdown(INTRODUCTION.format(word=word))
-        controls["stop"] = gr.State(Stop())
-        controls["example"] = gr.State(None)  # the last one picked
+        controls["stop"], controls["saved_of"] = gr.State(Stop()), gr.State()
+        controls["given_up"] = gr.Number(visible=False)  # anew with each drawing that only waited
+        # The example picked last and the picture before this one, kept by the browser: so they come
+        # with picture and mask of the same moment.
+        controls["example"], controls["earlier"] = (
+            gr.Number(visible=False),
+            gr.Textbox(visible=False),
+        )
         with gr.Row():
             with gr.Column(min_width=320):
                 _object_part(controls, handlers)
@@ -149,6 +158,7 @@ def _object_part(controls: dict[str, Any], handlers: AppHandlers) -> None:
             label="Mask of the picture: white where the object is, black elsewhere", height=240
         )
     controls["marks"] = _asset("marker", picture="", method="centre", clicks=handlers.takes_clicks)
+    controls["dropped"] = gr.HTML()
     controls["object_message"] = gr.HTML()
     controls["views"] = gallery(
         "What the model sees: the picture, the object, the patches it reads (not pink)",
@@ -320,15 +330,19 @@ def _wire(controls: dict[str, Any], handlers: AppHandlers) -> None:
     def pick(event: gr.SelectData) -> dict:
         return parts(handlers.pick_example(event.index))
 
-    changed = controls["picture"].change
-    changed(answer(handlers.new_picture), chosen(OBJECT), listed(LOOKED), **looking)
-    changed(answer(handlers.drop_mask), chosen(OBJECT), listed(DROPPED), **quick)
-    for events, handler in ((LOOK_ELSEWHERE, handlers.look_elsewhere), (LOOK_AGAIN, handlers.look)):
-        for name, event in events:
-            listener = getattr(controls[name], event)
-            listener(answer(handler), chosen(OBJECT), listed(LOOKED), **looking)
+    looked = {"inputs": chosen(OBJECT), "outputs": listed(LOOKED), **looking}
+    moves = [("picture", "change", handlers.new_picture)]
+    moves += [(*moved, handlers.new_square) for moved in NEW_SQUARE]
+    for name, event, handler in moves:
+        moved = getattr(controls[name], event)
+        begun = {**quick, "trigger_mode": "always_last"}
+        moved = moved(answer(handler), chosen(OBJECT), listed(DROPPED), **begun)
+        moved.then(answer(handlers.look), **looked)
+    for name, event in LOOK_AGAIN:
+        getattr(controls[name], event)(answer(handlers.look), **looked)
+    controls["marks"].input(lambda: "", None, controls["dropped"], **quick)
     wished = controls["several"].input
-    wished = wished(answer(handlers.rearrange), chosen(OBJECT), listed((*CONTROLS, *HELD)), **quick)
+    wished = wished(answer(handlers.rearrange), chosen(OBJECT), listed(ARRANGED), **quick)
     wished.then(answer(handlers.glance), chosen(OBJECT), listed(HELD), **looking)
     for name in ("prompts", "words", "negative"):
         listener = controls[name].change
@@ -338,17 +352,29 @@ def _wire(controls: dict[str, Any], handlers: AppHandlers) -> None:
     if "examples" in controls:
         controls["examples"].select(pick, None, listed(PICKED), **quick)
     saving = work(lambda values, folder, _: handlers.save_concept(values, folder))
-    controls["save"].click(saving, chosen(OBJECT), listed(SAVED), **working)
+    saved = controls["save"].click(saving, chosen(OBJECT), listed(SAVED), **working)
+    current = chosen((*OBJECT, "saved_of"))
+    saved.then(answer(handlers.check_saved), current, controls["saved"], **quick)
 
+    drawing = []
     for name, drawer in (("draw", handlers.draw), ("sweep", partial(handlers.draw, sweep=True))):
-        begun = controls[name].click(_begin, None, listed(("stop", *BUTTONS)), **quick)
+        begun = controls[name].click(_begin, None, listed(("stop", *BUTTONS)), **quick, js=SHRINK)
         everything = chosen(("stop", *OBJECT, *DRAWING))
         worked = begun.then(work(drawer), everything, listed(DRAWN), **working)
         worked.then(_end, None, listed(BUTTONS), **quick)
-    controls["stop_button"].click(_stop, controls["stop"], None, **quick)
+        drawing.append(worked)
+    controls["stop_button"].click(_stop, controls["stop"], listed(("given_up", "status")), **quick)
+    controls["given_up"].change(None, cancels=drawing)
 
 
 OFF, ON = gr.update(interactive=False), gr.update(interactive=True)
+
+# Else the enlarged picture's place in the gallery is kept, where others come.
+SHRINK = """() => {
+    const escape = new KeyboardEvent("keydown", { code: "Escape", bubbles: true });
+    document.querySelector("#gallery .preview")?.dispatchEvent(escape);
+    return [];
+}"""
 
 
 def _begin() -> tuple[Any, ...]:
@@ -359,5 +385,9 @@ def _end() -> tuple[Any, ...]:
     return ON, ON, OFF
 
 
-def _stop(stop: Stop) -> None:
+def _stop(stop: Stop) -> tuple[Any, Any]:
+    """What has begun ends by itself, and says so; what still waits is given up."""
     stop.requested = True
+    if stop.begun:
+        return gr.skip(), gr.skip()
+    return time.monotonic(), message("stopped before it began")

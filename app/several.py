@@ -78,8 +78,19 @@ class Several:
             ValueError: too many.
         """
         own = {**{name: controls[name] for name in CONTROLS}, "thumb": self.thumb}
-        shown = [own] if own["picture"] else []
-        return checked([*self.others[: self.at], *shown, *self.others[self.at :]])
+        shown, held = [own] if own["picture"] else [], self.merged(controls)
+        return checked([*held.others[: held.at], *shown, *held.others[held.at :]])
+
+    def merged(self, controls: Mapping[str, Any]) -> "Several":
+        """This with each picture once, and none that the controls show."""
+        seen, others, at = {controls["picture"]}, list[Picture](), self.at
+        for place, one in enumerate(self.others):
+            if one["picture"] not in seen:
+                others.append(one)
+            elif place < self.at:
+                at -= 1
+            seen.add(one["picture"])
+        return replace(self, others=tuple(others), at=at)
 
     def rearranged(self, controls: Mapping[str, Any]) -> tuple["Several", Picture]:
         """After what is wanted: this, and the picture that the controls are to show.

@@ -229,7 +229,7 @@ class Studio:
             return self.pipe.encode_views(**self.pipe.concept_views(image, mask))
 
     def load_concept(self, path: Path | str) -> Concept:
-        """One object of a file of `Concept.save`.
+        """One object of a file of `Concept.save`; notes where lambda has nothing to weigh.
 
         Raises:
             ValueError: the file is something else, or of other mappers.
@@ -245,6 +245,8 @@ class Studio:
                 fits = fits and not tokens.shape[1] % self.pipe.grid**2
             if not fits:
                 raise ValueError(f"{path}: concept of other sizes; encode it again")
+            if self.has_details and tokens is None:
+                note(f"{Path(path).name}: encoded without the local mapper, so lambda does nothing")
             return concept
 
     def draw(

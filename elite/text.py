@@ -39,7 +39,7 @@ def find_placeholder(prompt: str, placeholder: str) -> int:
         count = "no" if not found else f"{len(found)} times the"
         raise ValueError(
             f"prompt {brief(prompt)} has {count} placeholder {brief(placeholder)}; "
-            "write it (or {} in a --template) exactly once, as a word of its own"
+            "write it exactly once, as a word of its own"
         )
     return found[0]
 
@@ -119,10 +119,11 @@ def read_prompt(
         tell: told of text that is cut off.
 
     Raises:
-        ValueError: a learned word is cut off.
+        ValueError: a learned word is cut off, or a text is none of Unicode.
     """
     if not isinstance(prompt, str):
         return [str(read_prompt(one, tokenizer, length, tell)) for one in prompt]
+    check_texts(prompt)
     text, length = spell_out(prompt, tokenizer), length or tokenizer.model_max_length
     whole = tokenizer(text, return_offsets_mapping=True, verbose=False)
     ids, spans = whole["input_ids"], whole["offset_mapping"]

@@ -36,6 +36,7 @@ DEFAULTS = {
     "several": "",
     "concept_file": None,
     "example": None,
+    "earlier": "",
     "prompts": "a photo of a S",
     "lambda_": 0.8,
     "count": 1,

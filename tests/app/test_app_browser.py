@@ -309,6 +309,102 @@ def test_stop_stops(visit, pairs, monkeypatch):
     page.wait_for_selector("#draw:enabled")
 
 
+@contextmanager
+def busy(visit, monkeypatch) -> Iterator:
+    """Another person's page, whose drawing ends where this does."""
+    step, going = Clock.__call__, [True]
+
+    def slowly(clock: Clock) -> None:
+        while going[0] and clock.done == 1:
+            time.sleep(0.05)
+        step(clock)
+
+    monkeypatch.setattr(Clock, "__call__", slowly)
+    page = visit()
+    page.locator("#examples button").nth(0).click()
+    views(page)
+    settings(page, steps=2, count=1)
+    page.click("#draw")
+    said(page, "status", "left")
+    try:
+        yield page
+    finally:
+        going[0] = False
+    page.wait_for_selector("#draw:enabled")
+    said(page, "status", "1 pictures")
+
+
+def test_who_waits_sees_it_and_may_stop(visit, monkeypatch):
+    """And is not drawn for later."""
+    page = visit()
+    page.locator("#examples button").nth(0).click()
+    views(page)
+    settings(page, steps=2, count=1)
+    with busy(visit, monkeypatch):
+        page.click("#draw")
+        said(page, "status", "queue: 1/1")
+        sync_api.expect(page.locator("#status .progress-text")).to_be_visible()
+        page.click("#stop_button")
+        page.wait_for_selector("#draw:enabled")
+        said(page, "status", "stopped before it began")
+        assert not page.locator("#stop_button").is_enabled()
+    page.wait_for_timeout(500)
+    said(page, "status", "stopped before it began")
+    assert len(draw(page)) == 2
+
+
+def test_no_file_of_an_earlier_object_comes_late(visit, monkeypatch):
+    page = visit()
+    page.locator("#examples button").nth(0).click()
+    views(page)
+    page.get_by_role("button", name="Keep the object as a file").click()
+    with busy(visit, monkeypatch):
+        page.click("#save")
+        page.wait_for_timeout(500)
+        with another_view(page, 0):
+            page.locator("#examples button").nth(1).click()
+    page.wait_for_timeout(3000)
+    sync_api.expect(page.locator("#saved a")).to_have_count(0)
+    page.click("#save")
+    page.locator("#saved a").first.wait_for()
+
+
+def test_drawing_again_shows_all_pictures(visit):
+    """Though one of the last was enlarged."""
+    page = visit()
+    page.locator("#examples button").nth(0).click()
+    views(page)
+    settings(page, steps=2, count=1)
+    draw(page)
+    page.locator("#gallery .grid-container button").nth(1).click()
+    page.locator("#gallery .preview").wait_for()
+    assert len(draw(page)) == 2
+    sync_api.expect(page.locator("#gallery .preview")).to_have_count(0)
+
+
+@pytest.mark.parametrize("width", [320, 390, 1280])
+def test_captions_are_below_pictures(visit, width):
+    page = visit({"width": width, "height": 844})
+    page.locator("#examples button").nth(0).click()
+    views(page)
+    page.fill("#prompts textarea", "a S on the grass of a wide meadow\na S on the beach")
+    settings(page, steps=2, count=2)
+    draw(page)
+    frame = page.locator("#gallery").bounding_box()
+    for item in page.locator("#gallery .grid-container button").all():
+        image, caption = (item.locator(part).bounding_box() for part in ("img", ".caption-label"))
+        assert image["y"] + image["height"] <= caption["y"] + 1
+        below = item.bounding_box()
+        assert caption["y"] + caption["height"] <= below["y"] + below["height"] + 1
+        for part in (image, caption):
+            assert frame["x"] <= part["x"]
+            assert part["x"] + part["width"] <= frame["x"] + frame["width"] + 1
+        text = item.locator(".caption-label")
+        assert text.evaluate("one => one.scrollWidth <= one.clientWidth + 1")
+    if folder := os.environ.get("ELITE_SCREENSHOTS"):
+        page.locator("#gallery").screenshot(path=Path(folder) / f"captions_{width}.png")
+
+
 def test_the_sweep_is_one_strip(visit):
     page = visit()
     page.locator("#examples button").nth(2).click()
@@ -320,12 +416,10 @@ def test_the_sweep_is_one_strip(visit):
     assert strip.shape[1] == 8 * 160
 
 
-def test_oblong_pictures_are_squared_as_asked(visit, tmp_path):
-    columns = np.linspace(0, 255, 60, dtype=np.uint8)
-    Image.fromarray(np.tile(columns[None, :, None], (40, 1, 3))).save(tmp_path / "wide.png")
+def test_oblong_pictures_are_squared_as_asked(visit, wide):
     page = visit()
     sync_api.expect(page.locator("#squaring")).to_be_hidden()
-    upload(page, tmp_path / "wide.png")
+    upload(page, wide)
     choose(page, "The whole picture")
     cropped = views(page)[0]
     with another_view(page, 0):
@@ -333,6 +427,91 @@ def test_oblong_pictures_are_squared_as_asked(visit, tmp_path):
     padded = views(page)[0]
     assert 30 < cropped[16, 0, 0] < 60 and padded[16, 0, 0] < 10
     assert padded[1].min() > 240 and cropped[1].min() < 60
+
+
+@pytest.fixture
+def wide(tmp_path) -> Path:
+    """Columns from dark to light, wider than high."""
+    columns = np.linspace(0, 255, 60, dtype=np.uint8)
+    Image.fromarray(np.tile(columns[None, :, None], (40, 1, 3))).save(tmp_path / "wide.png")
+    return tmp_path / "wide.png"
+
+
+def paint_again(page) -> None:
+    said(page, "object_message", "nothing is marked")
+    drag(page, (0.2, 0.5), (0.8, 0.5))
+    page.wait_for_selector("#views img")
+
+
+def test_turning_keeps_the_marks_of_padded_and_of_cropped_pictures(visit, wide, tmp_path):
+    other = tmp_path / "other.png"
+    Image.open(wide).transpose(Image.Transpose.ROTATE_180).save(other)
+    page = visit()
+    upload(page, wide)
+    choose(page, "Where I paint")
+    choose(page, "Add white to the shorter side")
+    paint_again(page)
+    seen = {1: views(page)[1]}
+    upload(page, other, "several")
+    said(page, "several", "Picture 2 of 2 is shown")
+    choose(page, "Where I paint")
+    paint_again(page)
+    seen[2] = views(page)[1]
+    for number in (1, 2, 1):
+        with another_view(page, 1):
+            page.get_by_role("button", name=f"Picture {number} of 2: show it").click()
+        said(page, "several", f"Picture {number} of 2 is shown")
+        page.wait_for_timeout(500)  # of which nothing comes
+        assert np.array_equal(views(page)[1], seen[number])
+        assert page.locator("#object_message p, #dropped p").count() == 0
+    page.get_by_role("button", name="Remove picture 2").click()
+    sync_api.expect(page.locator("#several li")).to_have_count(0)
+    page.wait_for_timeout(500)
+    assert np.array_equal(views(page)[1], seen[1])
+
+
+def test_which_part_is_kept_is_chosen_by_keyboard(visit, wide):
+    page = visit()
+    upload(page, wide)
+    choose(page, "Where I paint")
+    paint_again(page)
+    part = page.locator("#position input[type=range]")
+    with another_view(page, 0):
+        part.press("End")
+    said(page, "dropped", "your marks lay on another part of the picture, and were cleared")
+    said(page, "object_message", "nothing is marked")
+    choose(page, "The whole picture")
+    with another_view(page, 0):
+        part.press("Home")
+    assert views(page)[0].max() < 190, "its dark end"
+    with another_view(page, 0):
+        page.locator("#position input[type=number]").fill("1")
+    assert views(page)[0].max() > 240
+
+
+def test_a_mask_may_come_before_its_picture(visit, pairs):
+    page = visit()
+    choose(page, "White in a mask file")
+    upload(page, pairs / "pair1_bg.png", "mask")
+    page.wait_for_selector("#mask img")
+    upload(page, pairs / "pair1.png")
+    views(page)
+    sync_api.expect(page.get_by_label("White in a mask file")).to_be_checked()
+    assert page.locator("#mask img").count() == 1
+    page.locator("#picture").get_by_label("Remove Image").click()
+    said(page, "dropped", "your mask was of another picture, and was taken away")
+    sync_api.expect(page.get_by_label("In the middle (found by GrabCut)")).to_be_checked()
+
+
+def test_examples_picked_quickly_keep_their_own_masks(visit, pairs):
+    page = visit()
+    for _ in range(3):
+        for number in (0, 1, 2):
+            page.locator("#examples button").nth(number).evaluate("button => button.click()")
+            page.wait_for_timeout(50)
+        page.wait_for_timeout(1500)
+        (mask,) = fetched(page, "#mask img")
+        assert np.array_equal(mask[..., 0] > 0, np.asarray(Image.open(pairs / "pair2_bg.png")) > 0)
 
 
 def save_object(page, path: Path) -> Path:

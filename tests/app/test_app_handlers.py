@@ -1,7 +1,6 @@
 """What the page's controls do, without a browser."""
 
 import html
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,42 +89,47 @@ def test_an_inverted_mask_gets_a_hint(handlers, values, tmp_path):
 def test_another_picture_empties_the_marks(handlers, values):
     marked = {**values, "method": "brush", "marks": "not read"}
     assert "cannot be read" in handlers.look(marked)["object_message"]
-    answer = handlers.new_picture(marked)
-    assert answer["marks"]["value"] == "" and "nothing is marked" in answer["object_message"]
+    assert handlers.new_picture(marked)["marks"] == ""
+    answer = handlers.look({**marked, "marks": ""})
+    assert "nothing is marked" in answer["object_message"]
     assert answer["marks"]["picture"].startswith("data:image/jpeg")  # to be painted on
 
 
 def test_another_picture_drops_the_mask_of_the_last(handlers, values, pairs, tmp_path):
+    """And says so; what came before any picture, or with an example or a turn, stays."""
     answer = handlers.pick_example(1)
     example = tmp_path / "example.png"
     Image.fromarray(answer["picture"]).save(example)
     mask = str(pairs / "pair1_bg.png")
     picked = {**values, "picture": str(example), "method": "file", "mask": mask}
-    stays = {"mask": gr.skip(), "method": gr.skip()}
-    assert handlers.drop_mask({**picked, "example": answer["example"]}) == stays, "its own"
-    for example in (None, answer["example"]):
-        own = {**picked, "picture": values["picture"], "example": example}
-        assert handlers.drop_mask(own) == {"mask": None, "method": "centre"}
-        looked = handlers.new_picture(own)
-        assert looked["saved"] is None and not looked["mask_part"]["visible"]
-    assert handlers.drop_mask({**values, "method": "box"}) == stays
+    own = {**values, "method": "file", "mask": mask}
     given = replace(values["several"], given=values["picture"])
-    assert handlers.drop_mask({**picked, "picture": values["picture"], "several": given}) == stays
+    before = str(pairs / "pair2.png")
+    for kept in (
+        {**picked, "earlier": before, "example": answer["example"]},
+        {**own, "earlier": "", "example": 1},
+        {**own, "earlier": own["picture"]},
+        {**own, "earlier": before, "several": given},
+    ):
+        answered = handlers.new_picture(kept)
+        assert not {"mask", "method"} & set(answered) and answered["dropped"] == ""
+        assert answered["earlier"] == kept["picture"]
+    for number in (None, 1, 9):
+        dropped = handlers.new_picture({**own, "earlier": before, "example": number})
+        assert dropped["mask"] is None and dropped["method"] == "centre"
+        assert "your mask was of another picture, and was taken away" in dropped["dropped"]
+    removed = handlers.new_picture({**own, "picture": None, "earlier": own["picture"]})
+    assert removed["mask"] is None and removed["earlier"] == ""
+    assert "method" not in handlers.new_picture({**own, "method": "box", "earlier": before})
+    assert handlers.look(own)["saved"] is None
 
 
-def test_another_part_of_the_picture_has_no_marks_yet(handlers, values, tmp_path):
-    wide = str(noise_file(tmp_path / "wide.png", 60, 40))
-    stroke = {"points": [[0.5, 0.5]], "width": 0.2}
-    painted = {**values, "picture": wide, "method": "brush"}
-    painted["marks"] = json.dumps({"box": None, "strokes": [stroke]})
-    assert handlers.look(painted)["object_message"] == ""
-    moved = handlers.look_elsewhere({**painted, "position": 1.0})
-    assert moved["marks"]["value"] == ""
-    assert (
-        "your marks lay on another part of the picture, and were cleared"
-        in (moved["object_message"])
-    )
-    assert "cleared" not in handlers.look_elsewhere({**painted, "marks": ""})["object_message"]
+def test_another_part_of_the_picture_has_no_marks_yet(handlers, values):
+    answer = handlers.new_square({**values, "marks": "not read"})
+    assert answer["marks"] == ""
+    cleared = "your marks lay on another part of the picture, and were cleared"
+    assert cleared in answer["dropped"]
+    assert handlers.new_square(values) == {"marks": gr.skip()}, "so that what was said stays"
 
 
 def test_white_makes_no_square_of_too_many_pixels(handlers, values, tmp_path):
@@ -142,6 +146,37 @@ def test_a_file_that_is_drawn_instead_is_said(handlers, values, tmp_path):
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
     junk = handlers.look({**values, "concept_file": str(tmp_path / "junk.safetensors")})
     assert "junk.safetensors" in junk["object_message"]
+
+
+def test_a_file_is_of_the_object_that_the_page_shows(handlers, values, pairs, tmp_path):
+    """It may have waited for somebody's drawing while another picture came."""
+    (saved,) = handlers.save_concept(values, tmp_path)
+    assert "object_message" not in saved, "what it warns of still holds"
+    shown = {**values, **saved}
+    assert handlers.check_saved(shown) == {"saved": gr.skip()}
+    seen = {"several": replace(values["several"], thumb="data:,seen")}
+    assert handlers.check_saved({**shown, **seen}) == {"saved": gr.skip()}
+    another = str(pairs / "pair1.png")
+    for change in ({"picture": another}, {"method": "box"}, {"concept_file": another}):
+        assert handlers.check_saved({**shown, **change}) == {"saved": None}
+
+
+def test_notes_of_the_library_are_shown(handlers, values, tmp_path, capsys):
+    """Each time: of a file without local features, whose pictures do not change with lambda."""
+    path = tmp_path / "global.safetensors"
+    whole = handlers._concept(values)[0]
+    replace(whole, feature_tokens=None).save(path)
+    given = {**values, "concept_file": str(path), "second_file": str(path), "prompts": "a S, S2"}
+    for _ in range(2):
+        shown = [
+            handlers.look(given)["object_message"],
+            handlers.new_second(given)["second_message"],
+            last(handlers.draw(given, tmp_path, silent))["status"],
+        ]
+        assert ["lambda does nothing" in one for one in shown] == [True] * 3
+        assert "global.safetensors: encoded without the local mapper" in shown[0]
+    assert "lambda" not in last(handlers.draw(values, tmp_path, silent))["status"]
+    assert capsys.readouterr().err == ""
 
 
 def test_who_closes_the_app_ends_the_drawing(handlers, values, tmp_path, monkeypatch):
@@ -187,7 +222,7 @@ def test_examples_bring_their_mask(handlers, pairs):
     picture, mask = PairFolder(pairs).read(1)
     assert np.array_equal(answer["picture"], picture) and answer["method"] == "file"
     assert np.array_equal(answer["mask"] > 0, mask)
-    assert answer["marks"]["value"] == "", "strokes of the picture before"
+    assert answer["marks"] == "", "strokes of the picture before"
     for index in (3, -1, "1", None):
         assert 'role="alert"' in handlers.pick_example(index)["object_message"]
 
@@ -195,7 +230,8 @@ def test_examples_bring_their_mask(handlers, pairs):
 def test_prompts_are_checked(handlers, values):
     assert handlers.check(values) == {"prompt_message": ""}
     said = handlers.check({**values, "prompts": "a <b>S</b> S"})["prompt_message"]
-    assert "2 times the placeholder" in said and "<b>" not in said and "&lt;b&gt;" in said
+    assert "2 times the placeholder" in said and "template" not in said
+    assert "<b>" not in said and "&lt;b&gt;" in said
 
 
 def test_a_fast_drawing_does_not_flood_the_page(monkeypatch):
@@ -220,7 +256,7 @@ def test_drawing_tells_steps_and_gives_files_with_metadata(handlers, values, tmp
     answer = last(handlers.draw(wanted, tmp_path, lambda at, desc, unit: told.append((*at, desc))))
     tiles = answer["gallery"]
     captions = [caption for _, caption in tiles]
-    assert captions[:2] == ["your object", "λ 0.8, seed 41: a S"] and len(tiles) == 5
+    assert captions[:2] == ["your object", "a S: λ 0.8, seed 41"] and len(tiles) == 5
     assert answer["status"] == message("4 pictures, seeds 41 to 42")
     alone = last(
         handlers.draw({**wanted, "prompts": "a S", "count": 1}, tmp_path, lambda *_, **__: 0)
@@ -228,6 +264,8 @@ def test_drawing_tells_steps_and_gives_files_with_metadata(handlers, values, tmp
     assert alone["gallery"][1][1] == "λ 0.8, seed 41", "a caption that is cut off"
     assert [done for done, _, _ in told] == list(range(1, 9)) and told[0][1] == 8
     assert told[-1][2] == "about 0 s left"
+    with Image.open(tiles[0][0]) as picture:
+        assert Path(tiles[0][0]).name == "object_1.png" and len(picture.text["concept S"]) > 8
     with Image.open(tiles[4][0]) as picture:
         assert picture.text["prompt"] == "S on grass" and picture.text["seed"] == "42"
         assert picture.text["fingerprint"] == handlers.studio.pipe.fingerprint
@@ -309,6 +347,7 @@ def test_stop_ends_the_drawing_and_keeps_what_is_there(handlers, values, tmp_pat
     [
         ({"prompts": "a photo"}, "no placeholder"),
         ({"prompts": None}, "0 prompts"),
+        ({"negative": "\ud83d"}, "none of Unicode"),
         ({"count": 33}, "number of pictures 33"),
         ({"count": 1e300}, "number of pictures 33"),
         ({"count": 1.5}, "number of pictures 1.5: expected a whole number"),
@@ -317,6 +356,8 @@ def test_stop_ends_the_drawing_and_keeps_what_is_there(handlers, values, tmp_pat
         ({"seed": float("inf")}, "expected a whole number"),
         ({"seed": 2**40}, "seed 1099511627776"),
         ({"seed": None}, "expected a whole number"),
+        ({"seed": -5}, "seed -5: expected 0 to 2147483647, or -1"),
+        ({"seed": 2**31 - 2, "count": 4}, "seed 2147483646: expected 0 to 2147483644, or -1"),
         ({"lambda_": 9}, "lambda 9"),
         ({"lambda_": None}, "lambda None"),
         ({"guidance": 1e9}, "guidance"),

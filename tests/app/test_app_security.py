@@ -46,9 +46,8 @@ def outside(tmp_path) -> str:
 
 
 def test_an_upload_is_seen(client, pairs):
-    seen = client.call(
-        client.dependency("picture", "change"), picture=client.upload(pairs / "pair0.png")
-    )
+    look = client.dependency("picture", "change", then=True)
+    seen = client.call(look, picture=client.upload(pairs / "pair0.png"))
     assert len(seen["views"]) == 3 and seen["object_message"] == ""
 
 
@@ -106,7 +105,7 @@ def test_files_in_use_live_on(client, pairs):
     used, other = (client.upload(pairs / f"pair{number}.png") for number in (0, 1))
     paths = [Path(one["path"]) for one in (used, other)]
     before = [path.stat().st_ctime_ns for path in paths]
-    client.call(client.dependency("picture", "change"), picture=used)
+    client.call(client.dependency("picture", "change", then=True), picture=used)
     now = [path.stat().st_ctime_ns for path in paths]
     assert now[0] > before[0] and now[1] == before[1]
 
@@ -120,7 +119,7 @@ def test_what_was_deleted_is_to_be_uploaded_again(client, draw, pairs):
 
 def test_what_nobody_needs_may_be_deleted(client, draw, pairs):
     """A mask that the way to mark does not use, and another picture of the object."""
-    look = client.dependency("picture", "change")
+    look = client.dependency("picture", "change", then=True)
     names = ("pair0.png", "pair0_bg.png", "pair1.png")
     picture, mask, other = (client.upload(pairs / name) for name in names)
     others = [{**NEW, "picture": other["path"]}]
@@ -142,7 +141,7 @@ def test_a_mistake_opens_no_other_file(client, draw, pairs, outside):
     wish = client.dependency("several", "input")
     said = client.call(wish, picture=up, several=json.dumps(again))
     assert "among the pictures of the object already" in said["several_message"]
-    look = client.dependency("picture", "change")
+    look = client.dependency("picture", "change", then=True)
     for control in ("picture", "mask"):
         with pytest.raises(RuntimeError, match="this is no uploaded file"):
             client.call(look, **{"picture": up, "method": "file", control: {"path": outside}})
@@ -172,7 +171,7 @@ def test_large_files_are_refused(client, tmp_path):
 
 
 def test_large_requests_are_refused(client):
-    look = client.dependency("picture", "change")
+    look = client.dependency("picture", "change", then=True)
     assert client.ask(look, marks="x" * (MAX_UPLOAD + 2**20)).status_code == 413
 
 
@@ -220,7 +219,8 @@ def test_a_flood_is_answered_or_refused(served, draw, pairs):
 def test_the_answer_to_the_last_change_comes_last(client, tmp_path):
     """Though GrabCut takes longer than taking the whole picture."""
     up = client.upload(noise_file(tmp_path / "large.png", 300, 300))
-    looks = [client.dependency("picture", "change"), client.dependency("method", "change")]
+    names = (("picture", "change", True), ("method", "change"))
+    looks = [client.dependency(*name) for name in names]
     asked = [
         client.ask(look, picture=up, method=method).json()["event_id"]
         for look, method in zip(looks, ("centre", "whole"), strict=True)
@@ -282,7 +282,7 @@ def test_a_password_guards_everything(handlers, pairs):
     url = serve(page, auth=("me", "secret"), prevent_thread_lock=True, quiet=True)
     try:
         stranger = Client(page, url)
-        look = stranger.dependency("picture", "change")
+        look = stranger.dependency("picture", "change", then=True)
         assert stranger.ask(look).status_code == 401
         with pytest.raises(httpx.HTTPStatusError, match="401"):
             stranger.upload(pairs / "pair0.png")

@@ -30,7 +30,7 @@ def wish(values: dict, **wanted) -> dict:
 def answered(values: dict, answer: dict) -> dict:
     """What the page holds after an answer of `rearrange`."""
     shown = {name: answer[name] for name in CONTROLS if name in answer}
-    return {**values, **shown, "several": read_several(answer["several"]["value"])}
+    return {**values, **shown, "several": read_several(answer["several"])}
 
 
 @pytest.fixture
@@ -85,8 +85,8 @@ def test_every_picture_keeps_its_own_mask(handlers, values, arranged, files):
     back = arranged(both, turn=files[0])
     assert {name: back[name] for name in CONTROLS} == {name: first[name] for name in CONTROLS}
     assert order(back) == files[:2] and back["several"].at == 0
-    assert "value" not in handlers.new_picture(back)["marks"]  # as marked before
-    assert handlers.new_picture({**back, "picture": files[2]})["marks"]["value"] == ""
+    assert "marks" not in handlers.new_picture(back)  # as marked before
+    assert handlers.new_picture({**back, "picture": files[2]})["marks"] == ""
 
 
 def test_pictures_come_and_go_in_order(values, arranged, files):
@@ -103,6 +103,20 @@ def test_pictures_come_and_go_in_order(values, arranged, files):
     assert order(arranged(cleared, turn=files[2])) == [files[0], files[2]]
     none = arranged(arranged(two, remove=""), remove="")
     assert none["picture"] is None and order(none) == [] and none["several"] == Several()
+
+
+def test_a_picture_that_is_there_twice_counts_once(handlers, values, arranged, files):
+    both = arranged(values, add=files[1:2])
+    again = {**both, "picture": files[0]}  # put into the control itself
+    assert order(again) == files[:1]
+    answer = handlers.new_picture(again)
+    assert "pair0.png: among the pictures of the object already" in answer["several_message"]
+    assert read_several(answer["several"]).others == ()
+    assert order(arranged(again, add=files[2:])) == [files[0], files[2]]
+    other = both["several"].others
+    forged = {**both, "several": replace(both["several"], others=other * 2, at=2)}
+    assert order(forged) == files[:2] and arranged(forged, remove=files[0])["picture"] == files[1]
+    assert "several" not in handlers.new_picture(both)
 
 
 def test_dropped_on_an_empty_page(values, arranged, files):
@@ -138,7 +152,7 @@ def test_the_shown_picture_has_its_thumbnail_by_the_look(handlers, values):
 
 
 def test_an_example_is_another_object(handlers):
-    assert handlers.pick_example(0)["several"]["value"] == ""
+    assert handlers.pick_example(0)["several"] == ""
 
 
 def test_mistakes_with_several_pictures_come_back_as_messages(
@@ -158,7 +172,8 @@ def test_mistakes_with_several_pictures_come_back_as_messages(
         assert not set(answer) & set(CONTROLS)
     full = arranged(values, add=copies[1:])
     assert len(order(full)) == MAX_SHOWN
-    forged = replace(full["several"], others=full["several"].others * 2)
+    more = tuple({**NEW, "picture": f"{number}.png"} for number in range(MAX_SHOWN))
+    forged = replace(full["several"], others=more)
     answer = last(handlers.draw({**full, "several": forged}, tmp_path, silent))
     assert "show at most 8 of one object" in answer["status"]
     both = arranged(values, add=files[1:2])
@@ -235,9 +250,7 @@ def test_pictures_are_added_and_drawn_without_a_trace_on_the_server(client, pair
     answer = client.call(rearrange, picture=first, several=json.dumps(held))
     assert answer["picture"]["path"] == second["path"]
     drawn = client.call(
-        client.dependency("draw", "click", then=True),
-        picture=second,
-        several=answer["several"]["value"],
+        client.dependency("draw", "click", then=True), picture=second, several=answer["several"]
     )
     assert [tile["caption"] for tile in drawn["gallery"][:2]] == [
         "your object, picture 1",

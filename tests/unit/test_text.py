@@ -103,6 +103,8 @@ def test_halves_of_characters_are_refused(tokenizer):
     for prompt in ("a \ud83d S", "a S \udcff"):
         with pytest.raises(ValueError, match="none of Unicode"):
             tokenize(tokenizer, [prompt], "S")
+        with pytest.raises(ValueError, match="none of Unicode"):
+            read_prompt(["a", prompt], tokenizer)
 
 
 def test_find_placeholder_gives_the_character():
