@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from inspect import signature
 from numbers import Integral, Real
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
@@ -19,9 +19,18 @@ from elite.attention import KeysValues, conditional_rows, is_installed
 from elite.cards import Carded, pipeline_card
 from elite.families import Family, text_encoders
 from elite.loading import side_in_pixels
+from elite.mappers import fingerprint_of
 from elite.speed import Speed
 from elite.text import read_prompt
 from elite.wording import brief, nearest
+
+MAPPERS = "global_mapper", "local_mapper"
+
+
+def with_fingerprint(parts: dict[str, Any]) -> dict[str, Any]:
+    """Parts and config of a pipeline that is made of another one or a folder: the fingerprint of
+    that is not of mappers that are given. None computes it."""
+    return {"fingerprint": None, **parts} if parts.keys() & set(MAPPERS) else parts
 
 
 class DiffusersPipeline(Carded, DiffusionPipeline):
@@ -38,6 +47,32 @@ class DiffusersPipeline(Carded, DiffusionPipeline):
     def resolution(self) -> int:
         """Side in pixels of the pictures the model draws by default."""
         return side_in_pixels(self.unet, self.vae)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
+        """As diffusers'; with mappers in place of the folder's the fingerprint is theirs."""
+        return super().from_pretrained(pretrained_model_name_or_path, **with_fingerprint(kwargs))
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
+        """As diffusers'; with mappers in place of the pipeline's the fingerprint is theirs."""
+        return super().from_pipe(pipeline, **with_fingerprint(kwargs))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As diffusers'; a mapper in place of another one has another fingerprint."""
+        is_other = name in MAPPERS and vars(self).get(name, value) is not value
+        super().__setattr__(name, value)
+        if is_other:
+            self.register_to_config(fingerprint=None)
+
+    @property
+    def fingerprint(self) -> str:
+        """Ties concepts to the mappers that are there. Of exchanged ones it is computed when it is
+        first asked for."""
+        if self.config.fingerprint is None:
+            mappers = self.global_mapper, self.local_mapper
+            self.register_to_config(fingerprint=fingerprint_of(*mappers))
+        return self.config.fingerprint
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:

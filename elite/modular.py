@@ -6,7 +6,9 @@ Without the first block a concept that was encoded before is an input:
     blocks.sub_blocks.pop("concept")
 """
 
+from copy import deepcopy
 from inspect import signature
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -26,6 +28,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModel
 
 from elite.attention import install, keys_values, local_inputs
+from elite.compat import with_fingerprint
 from elite.concept import Concept
 from elite.defaults import DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
 from elite.families import STABLE_DIFFUSION, family_of
@@ -193,6 +196,14 @@ class Decode(ModularPipelineBlocks):
         return components, state
 
 
+class EliteModularPipeline(ModularPipeline):
+    """What `EliteBlocks().init_pipeline()` makes."""
+
+    def update_components(self, **kwargs: Any) -> None:
+        """As diffusers'; of mappers that are given without a fingerprint it is computed."""
+        super().update_components(**with_fingerprint(kwargs))
+
+
 class EliteBlocks(SequentialPipelineBlocks):
     """All of them: `EliteBlocks().init_pipeline()`, then `update_components(**pipe.components,
     fingerprint=pipe.fingerprint)` with the parts of an ElitePipeline."""
@@ -200,3 +211,6 @@ class EliteBlocks(SequentialPipelineBlocks):
     block_classes = [EncodeConcept, TextWithWord, Denoise, Decode]
     block_names = ["concept", "text", "denoise", "decode"]
     description = "Draws a prompt with the object of one picture (ELITE, arXiv 2302.13848)."
+
+    def init_pipeline(self, *args: Any, **kwargs: Any) -> EliteModularPipeline:
+        return EliteModularPipeline(deepcopy(self), *args, **kwargs)

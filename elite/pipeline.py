@@ -77,8 +77,9 @@ class Elite(PromptConditioning):
                 precision. None takes one of their values.
         """
         self.register_modules(global_mapper=global_mapper, local_mapper=local_mapper)
-        self.fingerprint = fingerprint or fingerprint_of(global_mapper, local_mapper)
-        self.register_to_config(fingerprint=self.fingerprint)
+        self.register_to_config(
+            fingerprint=fingerprint or fingerprint_of(global_mapper, local_mapper)
+        )
         self.install()
 
     @classmethod

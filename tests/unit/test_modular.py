@@ -88,3 +88,16 @@ def test_blocks_do_not_take_sdxl(xl_folder, pipe, concept):
     modular.update_components(unet=UNet2DConditionModel.from_pretrained(xl_folder / "unet"))
     with pytest.raises(ValueError, match="not with SDXL"):
         modular(concept=concept, **GIVEN)
+
+
+@pytest.mark.parametrize("drawn_before", [False, True])
+def test_exchanged_mappers_refuse_concepts_of_the_others(model_folder, pipe, concept, drawn_before):
+    blocks = EliteBlocks()
+    blocks.sub_blocks.pop("concept")
+    modular = modular_of(pipe, blocks)
+    if drawn_before:
+        modular(concept=concept, **GIVEN)
+    global_mapper, local_mapper = tiny.build_mappers(model_folder, seed=5)
+    modular.update_components(global_mapper=global_mapper, local_mapper=local_mapper)
+    with pytest.raises(ValueError, match="concept was made by other mappers"):
+        modular(concept=concept, **GIVEN)
