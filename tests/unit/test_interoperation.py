@@ -153,6 +153,30 @@ def test_a_lora_that_was_fused_and_unloaded_is_not_in_elites_projections(pipe, c
     assert torch.equal(draw(pipe, concept=concept), expected)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "fuses", "message"),
+    [
+        ("LoraConfig", {"use_dora": True}, False, "'odd': is a DoRA; of these ELITE's cross"),
+        ("LoraConfig", {"use_dora": True}, True, "'odd': is a DoRA; of these ELITE's cross"),
+        ("LoraConfig", {"lora_bias": True}, False, "'odd': is a LoRA with a bias; of these"),
+        ("LoHaConfig", {}, False, r"\['odd'\]: is no LoRA; of these"),
+    ],
+)
+def test_adapters_that_are_no_plain_lora_are_refused(pipe, concept, kind, options, fuses, message):
+    """What they do beside adding to the weight was left out."""
+    peft = pytest.importorskip("peft")
+    config = getattr(peft, kind)(r=4, target_modules=CROSS_KV, **options)
+    expected = draw(pipe, concept=concept)
+    pipe.unet.add_adapter(config, "odd")
+    if fuses:
+        pipe.unet.fuse_lora()
+    with pytest.raises(ValueError, match=message):
+        draw(pipe, concept=concept)
+    pipe.unet.disable_adapters()
+    if not fuses:
+        assert relative(draw(pipe, concept=concept), expected) < CLOSE
+
+
 # --- the prompt -----------------------------------------------------------------------------------
 
 
