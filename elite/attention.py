@@ -352,9 +352,17 @@ def uninstall(unet: UNet2DConditionModel) -> None:
 
 
 def _image_embeds_given(unet: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Stock pipelines give none with a plain prompt."""
-    beside = kwargs.get("added_cond_kwargs") or {}
-    return args, {**kwargs, "added_cond_kwargs": {"image_embeds": [], **beside}}
+    """Stock pipelines give none with a plain prompt. Raises ValueError for regions of another
+    size than that of the latents (B, C, h, w)."""
+    beside = {"image_embeds": [], **(kwargs.get("added_cond_kwargs") or {})}
+    visible, latents = visible_of(beside["image_embeds"]), args[0] if args else kwargs["sample"]
+    if visible is not None and visible.shape[2:] != latents.shape[2:]:
+        made, drawn = (" x ".join(map(str, x.shape[2:])) for x in (visible, latents))
+        raise ValueError(
+            f"regions were made for {made} latents (height x width), {drawn} are drawn; pass "
+            "height and width of the picture to condition"
+        )
+    return args, {**kwargs, "added_cond_kwargs": beside}
 
 
 def is_installed(unet: UNet2DConditionModel) -> bool:
@@ -427,6 +435,13 @@ def split_local_inputs(local: list[Tensor]) -> tuple[list[list[Tensor]], Tensor 
     whole = len(local) - len(local) % 3
     concepts = [local[start : start + 3] for start in range(0, whole, 3)]
     return concepts, local[-1] if whole < len(local) else None
+
+
+def visible_of(image_embeds: list[Tensor] | dict[str, KeysValues]) -> Tensor | None:
+    """The visibility in what goes with the text, of all layers, if there is one."""
+    if isinstance(image_embeds, dict):
+        return next(iter(image_embeds.values())).visible if image_embeds else None
+    return split_local_inputs(image_embeds)[1]
 
 
 def local_values(local_mapper: LocalMapper, f: Tensor) -> list[Tensor]:
