@@ -13,7 +13,7 @@ regions as many for each reading of the prompt.
 """
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from elite.adapters import added_by_lora
 from elite.mappers import GlobalMapper, LocalMapper, Mapper, cross_attention_layers
+from elite.wording import brief
 
 AttentionNorm = Literal["sample", "batch"]
 COLUMNS = 8  # channels beside V, one a concept: fused kernels want multiples of 8
@@ -306,8 +307,11 @@ def install(
     """Gives every attn2 of this UNet (and of no other) the mappers' K and V.
 
     Raises:
-        ValueError: a mapper was made for a UNet with other cross-attention layers.
+        ValueError: a mapper was made for a UNet with other cross-attention layers, or no such norm.
     """
+    if attention_norm not in get_args(AttentionNorm):
+        known = " or ".join(get_args(AttentionNorm))
+        raise ValueError(f"attention_norm is {brief(attention_norm)}; expected {known}")
     layers = cross_attention_layers(unet)
     processors = {}
     for layer, attn in layers.items():

@@ -151,8 +151,9 @@ class Elite(PromptConditioning):
     def install(self, attention_norm: AttentionNorm | None = None) -> None:
         """Plugs the mappers into this pipeline's UNet; done by the constructor. None keeps the
         norm, "sample" at first and in a pipeline that was saved and loaded."""
-        self.attention_norm = attention_norm or self.attention_norm
-        install(self.unet, self.global_mapper, self.local_mapper, self.attention_norm)
+        norm = self.attention_norm if attention_norm is None else attention_norm
+        install(self.unet, self.global_mapper, self.local_mapper, norm)
+        self.attention_norm = norm
 
     def take_unet(self) -> None:
         """Plugs the mappers in anew where another pipeline of this UNet has plugged in its own."""

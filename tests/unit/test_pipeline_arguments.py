@@ -1,5 +1,6 @@
 """Arguments of ElitePipeline that are none: one line that says what was expected."""
 
+import re
 import warnings
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from elite.mappers import cross_attention_layers
 from elite.wording import Note
 from tests import tiny
 from tests.tiny import draw
@@ -238,3 +240,16 @@ def test_a_concept_without_feature_tokens_is_told(pipe, concept):
         assert torch.equal(draw(pipe, concept=words, lambda_=0), drawn)
     with pytest.raises(ValueError, match="different numbers of feature tokens"):
         draw(pipe, ["a S"] * 2, concept=[concept, words])
+
+
+@pytest.mark.parametrize("norm", ["foo", "", 5, True])
+def test_norms_that_are_none_are_refused_and_change_nothing(pipe, concept, norm):
+    """They were taken for "sample"."""
+    pipe.install("batch")
+    message = re.escape(f"attention_norm is {norm!r}; expected sample or batch")
+    with pytest.raises(ValueError, match=message):
+        pipe.install(norm)
+    pipe.install()
+    assert pipe.attention_norm == "batch"
+    layers = cross_attention_layers(pipe.unet).values()
+    assert {attn.processor.attention_norm for attn in layers} == {"batch"}
