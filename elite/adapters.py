@@ -4,7 +4,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from elite.wording import brief
 
@@ -41,6 +41,12 @@ def _names(layer: Any) -> list[str]:
             kind = "is a DoRA" if is_dora else "is a LoRA with a bias"
             raise ValueError(f"adapter {brief(name)}: {kind}; {REMEDY}")
     return names
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether layers of a model are wrapped for adapters, loaded or fused; its weights then have
+    other names."""
+    return any(hasattr(layer, "merged_adapters") for layer in model.modules())
 
 
 def remember_merged(unet: UNet2DConditionModel) -> None:

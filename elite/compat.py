@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
-from elite.adapters import remember_merged
+from elite.adapters import has_adapters, remember_merged
 from elite.attention import KeysValues, conditional_rows, is_installed
 from elite.cards import Carded, pipeline_card
 from elite.families import Family, text_encoders
@@ -87,7 +87,13 @@ class DiffusersPipeline(Carded, DiffusionPipeline):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Saves the whole in diffusers layout, with a model card; the UNet's files are plain Stable
-        Diffusion."""
+        Diffusion. Raises ValueError while a LoRA is loaded: what is saved could not be loaded."""
+        for name, part in self.components.items():
+            if isinstance(part, nn.Module) and has_adapters(part):
+                raise ValueError(
+                    f"{name} has a LoRA beside its weights, which cannot be saved; call "
+                    "pipe.unload_lora_weights() first, and elite.lora.fuse_loras to save it as well"
+                )
         with self._plain_unet():
             super().save_pretrained(*args, **kwargs)
 
