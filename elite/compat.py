@@ -280,10 +280,18 @@ def callback_arguments(kept: dict, kwargs: dict, speed: Speed, family: Family) -
     before the VAE decodes, which takes more memory than the steps."""
     callback = kwargs.get("callback_on_step_end")
     asked = _callback_inputs(kwargs)
+    if callback is not None and not callable(callback):
+        raise ValueError(f"callback_on_step_end is {brief(callback)}; expected a function")
 
     def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
         given = {name: tensors[name] for name in asked}
         answer = given if callback is None else callback(pipe, step, timestep, given)
+        answer = {} if answer is None else answer
+        if not isinstance(answer, dict):
+            raise ValueError(
+                f"callback_on_step_end gives back {brief(answer)}; expected tensors by name, or "
+                "None to change nothing"
+            )
         for name in answer:
             if "prompt_embeds" in name and name not in asked:
                 raise ValueError(

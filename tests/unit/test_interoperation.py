@@ -265,6 +265,26 @@ def test_a_callback_changes_no_text_that_it_was_not_given(pipe, concept):
         draw(pipe, concept=concept, callback_on_step_end=changed)
 
 
+@pytest.mark.parametrize("speed", ["exact", "fast"])
+def test_a_callback_may_answer_nothing(pipe, concept, speed):
+    """Which was a traceback."""
+    drawn = draw(pipe, concept=concept, speed=speed, callback_on_step_end=lambda *_: None)
+    assert torch.equal(drawn, draw(pipe, concept=concept, speed=speed))
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (3, "callback_on_step_end is 3; expected a function"),
+        (lambda *_: [1], r"callback_on_step_end gives back \[1\]; expected tensors by name, or"),
+        (lambda *_: False, "callback_on_step_end gives back False; expected tensors by name, or"),
+    ],
+)
+def test_callbacks_that_are_none_are_named(pipe, concept, callback, message):
+    with pytest.raises(ValueError, match=message):
+        draw(pipe, concept=concept, callback_on_step_end=callback)
+
+
 # --- savers of memory -----------------------------------------------------------------------------
 
 
