@@ -1,23 +1,22 @@
 """What a pipeline owes to diffusers and the method does not need: the hub, saving, exchanges of
 attention processors, clip_skip, callbacks."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from inspect import signature
-from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any, Self
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
 from elite.adapters import has_adapters, remember_merged
-from elite.attention import KeysValues, conditional_rows, is_installed
+from elite.attention import KeysValues, conditional_rows, is_installed, split_local_inputs
 from elite.cards import Carded, pipeline_card
 from elite.families import Family, text_encoders
+from elite.kinds import is_number, is_whole
 from elite.loading import side_in_pixels
 from elite.mappers import fingerprint_of
 from elite.speed import Speed
@@ -206,10 +205,14 @@ def check_names(given: Iterable[str], options: Set[str], function: Callable) -> 
             raise ValueError(f"{name}: unknown argument{nearest(name, known)}")
 
 
-def check_numbers(pipe: DiffusersPipeline, guidance_scale: float, kwargs: dict) -> None:
-    """Raises ValueError where a number of a call is none, or one that makes no picture."""
-    if not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale):
-        raise ValueError(f"guidance_scale is {brief(guidance_scale)}; expected a number")
+def check_arguments(pipe: DiffusersPipeline, guidance_scale: float, kwargs: dict) -> None:
+    """Raises ValueError where an argument of a call is of another kind, or a number that makes no
+    picture."""
+    check_number("guidance_scale", guidance_scale)
+    for name, (fits, expected) in KINDS.items():
+        given = kwargs.get(name)
+        if given is not None and not fits(given):
+            raise ValueError(f"{name} is {brief(given)}; expected {expected}")
     for side in ("height", "width"):
         if kwargs.get(side) is not None:
             check_whole(side, kwargs[side], least=8)
@@ -219,10 +222,57 @@ def check_numbers(pipe: DiffusersPipeline, guidance_scale: float, kwargs: dict) 
         check_whole("clip_skip", kwargs["clip_skip"], 0, deepest)
 
 
+def _is_tensor(rank: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, Tensor) and value.ndim == rank
+
+
+def _are_all(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list | tuple) and all(isinstance(x, kind) for x in value)
+
+
+def _are_local_inputs(value: Any) -> bool:
+    if not _are_all(Tensor)(value) or len(value) % 3 == 2:
+        return False
+    concepts, visible = split_local_inputs(list(value))
+    ranks = {part.ndim for concept in concepts for part in concept}
+    return ranks <= {3} and (visible is None or visible.ndim == 4)
+
+
+TEXTS = _is_tensor(3), "a tensor (prompts, tokens, width)"
+POOLED = _is_tensor(2), "a tensor (prompts, width)"
+# Whether a value, other than None, is of the kind that is expected.
+KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "regions": (lambda value: isinstance(value, Mapping), '{"S1": mask, "S2": mask}'),
+    "guidance_rescale": (is_number, "a number"),
+    "eta": (is_number, "a number"),
+    "cross_attention_kwargs": (
+        lambda value: isinstance(value, Mapping) and is_number(value.get("scale", 1)),
+        'names with values, {"scale": 0.5}',
+    ),
+    "generator": (
+        lambda value: isinstance(value, Generator) or _are_all(Generator)(value),
+        "a torch.Generator, or one per picture",
+    ),
+    "prompt_embeds": TEXTS,
+    "negative_prompt_embeds": TEXTS,
+    "pooled_prompt_embeds": POOLED,
+    "negative_pooled_prompt_embeds": POOLED,
+    "ip_adapter_image_embeds": (_are_local_inputs, "what condition gives"),
+    "callback_on_step_end": (callable, "a function"),
+    "callback_on_step_end_tensor_inputs": (_are_all(str), "a list of names"),
+}
+
+
+def check_number(name: str, value: Any) -> float:
+    """The value. Raises ValueError where it is no number."""
+    if not is_number(value):
+        raise ValueError(f"{name} is {brief(value)}; expected a number")
+    return value
+
+
 def check_whole(name: str, value: Any, least: int, most: int | None = None) -> int:
     """The value as a whole number. Raises ValueError where it is none, or out of bounds."""
-    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not is_whole or value < least or (most is not None and value > most):
+    if not is_whole(value) or value < least or (most is not None and value > most):
         bounds = f"{least} or more" if most is None else f"{least} to {most}"
         raise ValueError(f"{name} is {brief(value)}; expected {bounds}")
     return int(value)
@@ -237,11 +287,11 @@ def texts_per_prompt(
     Raises:
         ValueError: no prompt, a text that is none, or less than a picture of each.
     """
-    prompts, embeds = _texts("prompt", prompt) or [], kwargs.get("prompt_embeds")
+    prompts, embeds = as_texts("prompt", prompt) or [], kwargs.get("prompt_embeds")
     count = len(prompts if embeds is None else embeds)
     if not count:
         raise ValueError("no prompt; pass one, or several")
-    texts = {name: _texts(name, kwargs.get(name), count) for name in family.texts}
+    texts = {name: as_texts(name, kwargs.get(name), count) for name in family.texts}
     each = kwargs.get("num_images_per_prompt")
     each = check_whole("num_images_per_prompt", 1 if each is None else each, least=1)
     if count * each > 1 and all(kwargs.get(name) is not None for name in NEGATIVE_SIZES):
@@ -252,13 +302,14 @@ def texts_per_prompt(
     return prompts, count, {**kwargs, **texts, "num_images_per_prompt": each}
 
 
-def _texts(name: str, given: Any, count: int = 1) -> list[str] | None:
-    """One text `count` times, or those that are given."""
+def as_texts(name: str, given: Any, count: int = 1) -> list[str] | None:
+    """One text `count` times, or those that are given. Raises ValueError where one is none."""
     if given is None:
         return None
     if isinstance(given, str):
         return [given] * count
-    texts = list(given) if isinstance(given, Iterable) else [given]
+    several = isinstance(given, Iterable) and not isinstance(given, Mapping)
+    texts = list(given) if several else [given]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{name} is {brief(given)}; expected a text, or several")
     return texts
@@ -280,8 +331,6 @@ def callback_arguments(kept: dict, kwargs: dict, speed: Speed, family: Family) -
     before the VAE decodes, which takes more memory than the steps."""
     callback = kwargs.get("callback_on_step_end")
     asked = _callback_inputs(kwargs)
-    if callback is not None and not callable(callback):
-        raise ValueError(f"callback_on_step_end is {brief(callback)}; expected a function")
 
     def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
         given = {name: tensors[name] for name in asked}

@@ -9,7 +9,7 @@ diffusers alone asks for in `compat.py`.
 import copy
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from numbers import Integral
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -34,8 +34,8 @@ from elite.compat import (
     call_options,
     callback_arguments,
     callback_may_change_context,
+    check_arguments,
     check_names,
-    check_numbers,
     check_whole,
     texts_per_prompt,
 )
@@ -45,6 +45,7 @@ from elite.deep_features import deep_features_reused
 from elite.defaults import DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
 from elite.families import SDXL, STABLE_DIFFUSION, family_of
 from elite.images import ImageLike, as_image, as_mask, doubt, fit_mask, object_views
+from elite.kinds import is_whole
 from elite.loading import inside, load_parts, pixels_per_latent
 from elite.mappers import GlobalMapper, LocalMapper, fingerprint_of, words_and_tokens
 from elite.named_concepts import ConceptLike, Concepts, Weights, Words, concepts_by_name
@@ -111,6 +112,8 @@ class Elite(PromptConditioning):
             ValueError: a part is missing or does not fit; the message names it. Or the model is of
                 the other family.
         """
+        if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
+            raise ValueError(f"torch_dtype is {brief(torch_dtype)}; expected one as torch.float16")
         for kind, given in ((GlobalMapper, global_mapper), (LocalMapper, local_mapper)):
             if isinstance(given, str | Path):  # before gigabytes are read
                 check_mapper(kind, given)
@@ -303,17 +306,18 @@ class Elite(PromptConditioning):
             )
         check_names(kwargs, call_options(super().__call__), self.__call__)
         speed = speed_of(speed, guidance_stop, deep_every, deep_first)
-        check_whole("num_inference_steps", num_inference_steps, least=1)
-        check_numbers(self, guidance_scale, kwargs)
+        check_arguments(self, guidance_scale, {**kwargs, "regions": regions})
+        most = self.scheduler.config.get("num_train_timesteps")
+        check_whole("num_inference_steps", num_inference_steps, 1, most)
         # Of one alone, the stock pipeline of Stable Diffusion would take neither.
         kwargs |= {side: kwargs.get(side) or self.resolution for side in ("height", "width")}
         self.take_unet()
         concepts = concepts_by_name(concept, concepts, placeholder_token)
         prompts, count, kwargs = texts_per_prompt(prompt, kwargs, self.family)
         local = local_of_prompts(kwargs.get("ip_adapter_image_embeds") or [], count)
-        if regions and not concepts:
-            raise ValueError("regions are given, but no concept; pass concept or concepts")
-        if concepts:
+        if not concepts:
+            check_unused({"regions": regions or None, "words": words, "lambda_": lambda_})
+        else:
             for name in ("prompt_2", "prompt_embeds", "ip_adapter_image_embeds"):
                 if kwargs.get(name) is not None:
                     raise ValueError(f"{name}: a concept goes with prompt alone; leave {name} out")
@@ -323,6 +327,8 @@ class Elite(PromptConditioning):
             prompts, kwargs = [], kwargs | embeds
         if seed is not None:
             kwargs["generator"], kwargs["latents"] = self._initial_noise(seed, count, kwargs)
+        elif kwargs.get("latents") is not None:
+            kwargs["latents"] = self._checked_latents(count, kwargs)
         context: list[Tensor] = []
         may_change = callback_may_change_context(kwargs)
         if regions or not may_change:
@@ -352,18 +358,28 @@ class Elite(PromptConditioning):
             if kwargs.get(other) is not None:
                 raise ValueError(f"seed and {other} are both given; leave one of them out")
         each = kwargs["num_images_per_prompt"]
-        if isinstance(seed, int | np.integer):
+        if is_whole(seed):
             seed = [int(seed) + i for _ in range(prompts) for i in range(each)]
         given: Any = seed.tolist() if isinstance(seed, np.ndarray | Tensor) else seed
         seeds: list[Any] = list(given) if isinstance(given, list | tuple | range) else [given]
-        if not all(isinstance(x, Integral) and -(2**63) <= int(x) < 2**64 for x in seeds):
-            raise ValueError(f"seed is {brief(seed)}; expected whole numbers of 64 bits")
+        generators = make_generators(seeds)
         if len(seeds) != prompts * each:
             raise ValueError(
                 f"{len(seeds)} seeds for {prompts * each} pictures; pass one, or one per picture"
             )
-        generators = make_generators(list(map(int, seeds)))
         return generators, initial_noise(self, generators, kwargs["height"], kwargs["width"])
+
+    def _checked_latents(self, prompts: int, kwargs: dict) -> Tensor:
+        """The latents of a call, in the number type of the UNet; torch's messages on those that
+        do not fit name neither."""
+        latents, pictures = kwargs["latents"], prompts * kwargs["num_images_per_prompt"]
+        expected = pictures, *latent_shape(self, kwargs["height"], kwargs["width"])
+        if not isinstance(latents, Tensor) or latents.shape != expected:
+            raise ValueError(
+                f"latents is {brief(latents)}; expected a tensor {expected}, or another height, "
+                "width or number of pictures"
+            )
+        return latents.to(self.unet.dtype)
 
 
 class ElitePipeline(Elite, StableDiffusionPipeline):
@@ -453,14 +469,42 @@ def pipeline_of(unet: UNet2DConditionModel) -> type[ElitePipeline] | type[EliteX
     return EliteXLPipeline if family_of(unet) is SDXL else ElitePipeline
 
 
+def check_family(kind: type[Elite], unet: UNet2DConditionModel, source: str | Path) -> None:
+    """Raises ValueError where a UNet is not of the family of a pipeline."""
+    fitting = pipeline_of(unet)
+    if not issubclass(kind, fitting):
+        raise ValueError(
+            f"{source}: is {fitting.family.title}, no model of {kind.__name__}; "
+            f"take {fitting.__name__}"
+        )
+
+
 def stack_views(views: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """What `concept_views` gives of several pictures, for `encode_views` at once."""
     return {key: torch.cat([view[key] for view in views]) for key in views[0]}
 
 
-def make_generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One per picture, on the CPU whatever the pipeline's device."""
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+def check_unused(given: Mapping[str, Any]) -> None:
+    """Raises ValueError where a call without a concept is told something about it."""
+    defaults = {"regions": None, "words": 0, "lambda_": LAMBDA}
+    for name, value in given.items():
+        if not isinstance(value, Real | None) or value != defaults[name]:
+            raise ValueError(f"{name}: no concept; pass concept or concepts, or leave {name} out")
+
+
+def make_generators(seeds: Sequence[Any]) -> list[torch.Generator]:
+    """One per picture, on the CPU whatever the pipeline's device. Raises ValueError for a seed that
+    is none."""
+    for seed in seeds:
+        if not is_whole(seed) or not -(2**63) <= int(seed) < 2**64:
+            raise ValueError(f"seed is {brief(seed)}; expected whole numbers of 64 bits")
+    return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+
+
+def latent_shape(pipe: DiffusionPipeline, height: int, width: int) -> tuple[int, int, int]:
+    """(C, h, w) of pictures of these sizes in pixels."""
+    factor = pixels_per_latent(pipe.vae)
+    return pipe.unet.config.in_channels, height // factor, width // factor
 
 
 def initial_noise(
@@ -468,7 +512,6 @@ def initial_noise(
 ) -> Tensor:
     """Standard normal latents of pictures of these sizes in pixels, each from its own generator in
     float32."""
-    factor = pixels_per_latent(pipe.vae)
-    shape = (pipe.unet.config.in_channels, height // factor, width // factor)
+    shape = latent_shape(pipe, height, width)
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
     return noise.to(pipe._execution_device, pipe.unet.dtype)
