@@ -76,7 +76,11 @@ class Elite(PromptConditioning):
         Args:
             fingerprint: ties concepts to these mappers; kept when they are loaded in another
                 precision. None takes one of their values.
+
+        Raises:
+            ValueError: the UNet is of the other family, or the mappers were made for another one.
         """
+        check_family(type(self), self.unet, "unet")
         self.register_modules(global_mapper=global_mapper, local_mapper=local_mapper)
         self.register_to_config(
             fingerprint=fingerprint or fingerprint_of(global_mapper, local_mapper)
@@ -121,12 +125,8 @@ class Elite(PromptConditioning):
             model, image_encoder, variant=variant, single_file_config=single_file_config
         )
         unet, encoder = parts["unet"], parts["image_encoder"]
-        of_family = pipeline_of(unet)
-        if cls is not Elite and not issubclass(cls, of_family):
-            raise ValueError(
-                f"{model}: is {of_family.family.title}, no model of {cls.__name__}; "
-                f"{of_family.__name__}.from_stable_diffusion takes it"
-            )
+        made_by: Any = pipeline_of(unet) if cls is Elite else cls
+        check_family(made_by, unet, model)
         mappers: dict[str, Any] = {}
         for name, kind, given in (
             ("global_mapper", GlobalMapper, global_mapper),
@@ -148,8 +148,26 @@ class Elite(PromptConditioning):
                 is_given = part in (global_mapper, local_mapper, image_encoder)
                 own = copy.deepcopy(part) if is_given else part  # another pipeline may have it
                 parts[name] = own.to(torch_dtype)
-        made: Any = of_family if cls is Elite else cls
-        return made(**parts, fingerprint=fingerprint)
+        return made_by(**parts, fingerprint=fingerprint)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
+        """Loads what `save_pretrained` wrote; `Elite.from_pretrained` that of either family. With
+        mappers in place of the folder's the fingerprint is theirs."""
+        source = pretrained_model_name_or_path
+        if cls is Elite:
+            source = source if Path(source).is_dir() else cls.download(source, **kwargs)
+            found = cls.load_config(source)["_class_name"]
+            kinds: dict[str, Any] = {
+                kind.__name__: kind for kind in (ElitePipeline, EliteXLPipeline)
+            }
+            if found not in kinds:
+                raise ValueError(
+                    f"{source}: is a {brief(found)}, no pipeline of ELITE's; from_stable_diffusion "
+                    "makes one of it and mappers"
+                )
+            return kinds[found].from_pretrained(source, **kwargs)
+        return super().from_pretrained(source, **kwargs)
 
     def install(self, attention_norm: AttentionNorm | None = None) -> None:
         """Plugs the mappers into this pipeline's UNet; done by the constructor. None keeps the
