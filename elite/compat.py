@@ -20,7 +20,7 @@ from elite.kinds import is_number, is_whole
 from elite.loading import side_in_pixels
 from elite.mappers import fingerprint_of
 from elite.speed import Speed
-from elite.text import read_prompt
+from elite.text import check_texts, read_prompt
 from elite.wording import brief, nearest
 
 MAPPERS = "global_mapper", "local_mapper"
@@ -300,6 +300,20 @@ def texts_per_prompt(
             "one a call"
         )
     return prompts, count, {**kwargs, **texts, "num_images_per_prompt": each}
+
+
+def as_text(name: str, given: Any) -> str:
+    """The text. Raises ValueError where it is none."""
+    if not isinstance(given, str):
+        raise ValueError(f"{name} is {brief(given)}; expected a text")
+    check_texts(given)
+    return given
+
+
+def check_steps(steps: Any, scheduler: Any) -> int:
+    """The number of steps. Raises ValueError where it is none, or more than the scheduler has."""
+    most = scheduler.config.get("num_train_timesteps")
+    return check_whole("num_inference_steps", steps, 1, most)
 
 
 def as_texts(name: str, given: Any, count: int = 1) -> list[str] | None:

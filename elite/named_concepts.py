@@ -121,7 +121,7 @@ def row_per_prompt(
     several: Sequence[Any] = [concept] if is_one else concept  # type: ignore[assignment]
     if not several:
         raise ValueError("an empty list of concepts; pass one, or one per prompt")
-    stacked = Concept.stack([_as_concept(one).to(device) for one in several])
+    stacked = Concept.stack([as_concept(one).to(device) for one in several])
     if len(stacked) not in (1, count):
         raise ValueError(
             f"{len(stacked)} concepts for {count} prompts; pass one, or one per prompt"
@@ -129,7 +129,8 @@ def row_per_prompt(
     return stacked if len(stacked) == count else stacked.expand(count)
 
 
-def _as_concept(concept: ConceptLike) -> Concept:
+def as_concept(concept: ConceptLike) -> Concept:
+    """That of a file, or itself. Raises ValueError where it is neither."""
     if isinstance(concept, str | Path):
         return Concept.load(concept)
     if not isinstance(concept, Concept):

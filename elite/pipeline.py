@@ -36,7 +36,7 @@ from elite.compat import (
     callback_may_change_context,
     check_arguments,
     check_names,
-    check_whole,
+    check_steps,
     texts_per_prompt,
 )
 from elite.concept import Concept
@@ -325,8 +325,7 @@ class Elite(PromptConditioning):
         check_names(kwargs, call_options(super().__call__), self.__call__)
         speed = speed_of(speed, guidance_stop, deep_every, deep_first)
         check_arguments(self, guidance_scale, {**kwargs, "regions": regions})
-        most = self.scheduler.config.get("num_train_timesteps")
-        check_whole("num_inference_steps", num_inference_steps, 1, most)
+        check_steps(num_inference_steps, self.scheduler)
         # Of one alone, the stock pipeline of Stable Diffusion would take neither.
         kwargs |= {side: kwargs.get(side) or self.resolution for side in ("height", "width")}
         self.take_unet()
