@@ -13,7 +13,7 @@ regions as many for each reading of the prompt.
 """
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from elite.adapters import added_by_lora
 from elite.mappers import GlobalMapper, LocalMapper, Mapper, cross_attention_layers
+from elite.wording import brief
 
 AttentionNorm = Literal["sample", "batch"]
 COLUMNS = 8  # channels beside V, one a concept: fused kernels want multiples of 8
@@ -307,8 +308,11 @@ def install(
     installed, each layer is given these at once: another thread may be drawing with the UNet.
 
     Raises:
-        ValueError: a mapper was made for a UNet with other cross-attention layers.
+        ValueError: a mapper was made for a UNet with other cross-attention layers, or no such norm.
     """
+    if attention_norm not in get_args(AttentionNorm):
+        known = " or ".join(get_args(AttentionNorm))
+        raise ValueError(f"attention_norm is {brief(attention_norm)}; expected {known}")
     layers = cross_attention_layers(unet)
     processors = {}
     for layer, attn in layers.items():
@@ -353,9 +357,17 @@ def uninstall(unet: UNet2DConditionModel) -> None:
 
 
 def _image_embeds_given(unet: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Stock pipelines give none with a plain prompt."""
-    beside = kwargs.get("added_cond_kwargs") or {}
-    return args, {**kwargs, "added_cond_kwargs": {"image_embeds": [], **beside}}
+    """Stock pipelines give none with a plain prompt. Raises ValueError for regions of another
+    size than that of the latents (B, C, h, w)."""
+    beside = {"image_embeds": [], **(kwargs.get("added_cond_kwargs") or {})}
+    visible, latents = visible_of(beside["image_embeds"]), args[0] if args else kwargs["sample"]
+    if visible is not None and visible.shape[2:] != latents.shape[2:]:
+        made, drawn = (" x ".join(map(str, x.shape[2:])) for x in (visible, latents))
+        raise ValueError(
+            f"regions were made for {made} latents (height x width), {drawn} are drawn; pass "
+            "height and width of the picture to condition"
+        )
+    return args, {**kwargs, "added_cond_kwargs": beside}
 
 
 def is_installed(unet: UNet2DConditionModel) -> bool:
@@ -428,6 +440,13 @@ def split_local_inputs(local: list[Tensor]) -> tuple[list[list[Tensor]], Tensor 
     whole = len(local) - len(local) % 3
     concepts = [local[start : start + 3] for start in range(0, whole, 3)]
     return concepts, local[-1] if whole < len(local) else None
+
+
+def visible_of(image_embeds: list[Tensor] | dict[str, KeysValues]) -> Tensor | None:
+    """The visibility in what goes with the text, of all layers, if there is one."""
+    if isinstance(image_embeds, dict):
+        return next(iter(image_embeds.values())).visible if image_embeds else None
+    return split_local_inputs(image_embeds)[1]
 
 
 def local_values(local_mapper: LocalMapper, f: Tensor) -> list[Tensor]:

@@ -1,27 +1,35 @@
 """What a pipeline owes to diffusers and the method does not need: the hub, saving, exchanges of
 attention processors, clip_skip, callbacks."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from inspect import signature
-from numbers import Integral, Real
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
-from elite.adapters import remember_merged
-from elite.attention import KeysValues, conditional_rows, is_installed
+from elite.adapters import has_adapters, remember_merged
+from elite.attention import KeysValues, conditional_rows, is_installed, split_local_inputs
 from elite.cards import Carded, pipeline_card
 from elite.families import Family, text_encoders
+from elite.kinds import is_number, is_whole
 from elite.loading import side_in_pixels
+from elite.mappers import fingerprint_of
 from elite.speed import Speed
-from elite.text import read_prompt
+from elite.text import check_texts, read_prompt
 from elite.wording import brief, nearest
+
+MAPPERS = "global_mapper", "local_mapper"
+
+
+def with_fingerprint(parts: dict[str, Any]) -> dict[str, Any]:
+    """Parts and config of a pipeline that is made of another one or a folder: the fingerprint of
+    that is not of mappers that are given. None computes it."""
+    return {"fingerprint": None, **parts} if parts.keys() & set(MAPPERS) else parts
 
 
 class DiffusersPipeline(Carded, DiffusionPipeline):
@@ -40,6 +48,32 @@ class DiffusersPipeline(Carded, DiffusionPipeline):
         return side_in_pixels(self.unet, self.vae)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
+        """As diffusers'; with mappers in place of the folder's the fingerprint is theirs."""
+        return super().from_pretrained(pretrained_model_name_or_path, **with_fingerprint(kwargs))
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
+        """As diffusers'; with mappers in place of the pipeline's the fingerprint is theirs."""
+        return super().from_pipe(pipeline, **with_fingerprint(kwargs))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As diffusers'; a mapper in place of another one has another fingerprint."""
+        is_other = name in MAPPERS and vars(self).get(name, value) is not value
+        super().__setattr__(name, value)
+        if is_other:
+            self.register_to_config(fingerprint=None)
+
+    @property
+    def fingerprint(self) -> str:
+        """Ties concepts to the mappers that are there. Of exchanged ones it is computed when it is
+        first asked for."""
+        if self.config.fingerprint is None:
+            mappers = self.global_mapper, self.local_mapper
+            self.register_to_config(fingerprint=fingerprint_of(*mappers))
+        return self.config.fingerprint
+
+    @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
         """Fetches a pipeline from the hub for `from_pretrained` and returns its folder.
 
@@ -52,7 +86,13 @@ class DiffusersPipeline(Carded, DiffusionPipeline):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Saves the whole in diffusers layout, with a model card; the UNet's files are plain Stable
-        Diffusion."""
+        Diffusion. Raises ValueError while a LoRA is loaded: what is saved could not be loaded."""
+        for name, part in self.components.items():
+            if isinstance(part, nn.Module) and has_adapters(part):
+                raise ValueError(
+                    f"{name} has a LoRA beside its weights, which cannot be saved; call "
+                    "pipe.unload_lora_weights() first, and elite.lora.fuse_loras to save it as well"
+                )
         with self._plain_unet():
             super().save_pretrained(*args, **kwargs)
 
@@ -165,10 +205,14 @@ def check_names(given: Iterable[str], options: Set[str], function: Callable) -> 
             raise ValueError(f"{name}: unknown argument{nearest(name, known)}")
 
 
-def check_numbers(pipe: DiffusersPipeline, guidance_scale: float, kwargs: dict) -> None:
-    """Raises ValueError where a number of a call is none, or one that makes no picture."""
-    if not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale):
-        raise ValueError(f"guidance_scale is {brief(guidance_scale)}; expected a number")
+def check_arguments(pipe: DiffusersPipeline, guidance_scale: float, kwargs: dict) -> None:
+    """Raises ValueError where an argument of a call is of another kind, or a number that makes no
+    picture."""
+    check_number("guidance_scale", guidance_scale)
+    for name, (fits, expected) in KINDS.items():
+        given = kwargs.get(name)
+        if given is not None and not fits(given):
+            raise ValueError(f"{name} is {brief(given)}; expected {expected}")
     for side in ("height", "width"):
         if kwargs.get(side) is not None:
             check_whole(side, kwargs[side], least=8)
@@ -178,10 +222,57 @@ def check_numbers(pipe: DiffusersPipeline, guidance_scale: float, kwargs: dict) 
         check_whole("clip_skip", kwargs["clip_skip"], 0, deepest)
 
 
+def _is_tensor(rank: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, Tensor) and value.ndim == rank
+
+
+def _are_all(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list | tuple) and all(isinstance(x, kind) for x in value)
+
+
+def _are_local_inputs(value: Any) -> bool:
+    if not _are_all(Tensor)(value) or len(value) % 3 == 2:
+        return False
+    concepts, visible = split_local_inputs(list(value))
+    ranks = {part.ndim for concept in concepts for part in concept}
+    return ranks <= {3} and (visible is None or visible.ndim == 4)
+
+
+TEXTS = _is_tensor(3), "a tensor (prompts, tokens, width)"
+POOLED = _is_tensor(2), "a tensor (prompts, width)"
+# Whether a value, other than None, is of the kind that is expected.
+KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "regions": (lambda value: isinstance(value, Mapping), '{"S1": mask, "S2": mask}'),
+    "guidance_rescale": (is_number, "a number"),
+    "eta": (is_number, "a number"),
+    "cross_attention_kwargs": (
+        lambda value: isinstance(value, Mapping) and is_number(value.get("scale", 1)),
+        'names with values, {"scale": 0.5}',
+    ),
+    "generator": (
+        lambda value: isinstance(value, Generator) or _are_all(Generator)(value),
+        "a torch.Generator, or one per picture",
+    ),
+    "prompt_embeds": TEXTS,
+    "negative_prompt_embeds": TEXTS,
+    "pooled_prompt_embeds": POOLED,
+    "negative_pooled_prompt_embeds": POOLED,
+    "ip_adapter_image_embeds": (_are_local_inputs, "what condition gives"),
+    "callback_on_step_end": (callable, "a function"),
+    "callback_on_step_end_tensor_inputs": (_are_all(str), "a list of names"),
+}
+
+
+def check_number(name: str, value: Any) -> float:
+    """The value. Raises ValueError where it is no number."""
+    if not is_number(value):
+        raise ValueError(f"{name} is {brief(value)}; expected a number")
+    return value
+
+
 def check_whole(name: str, value: Any, least: int, most: int | None = None) -> int:
     """The value as a whole number. Raises ValueError where it is none, or out of bounds."""
-    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not is_whole or value < least or (most is not None and value > most):
+    if not is_whole(value) or value < least or (most is not None and value > most):
         bounds = f"{least} or more" if most is None else f"{least} to {most}"
         raise ValueError(f"{name} is {brief(value)}; expected {bounds}")
     return int(value)
@@ -196,11 +287,11 @@ def texts_per_prompt(
     Raises:
         ValueError: no prompt, a text that is none, or less than a picture of each.
     """
-    prompts, embeds = _texts("prompt", prompt) or [], kwargs.get("prompt_embeds")
+    prompts, embeds = as_texts("prompt", prompt) or [], kwargs.get("prompt_embeds")
     count = len(prompts if embeds is None else embeds)
     if not count:
         raise ValueError("no prompt; pass one, or several")
-    texts = {name: _texts(name, kwargs.get(name), count) for name in family.texts}
+    texts = {name: as_texts(name, kwargs.get(name), count) for name in family.texts}
     each = kwargs.get("num_images_per_prompt")
     each = check_whole("num_images_per_prompt", 1 if each is None else each, least=1)
     if count * each > 1 and all(kwargs.get(name) is not None for name in NEGATIVE_SIZES):
@@ -211,13 +302,28 @@ def texts_per_prompt(
     return prompts, count, {**kwargs, **texts, "num_images_per_prompt": each}
 
 
-def _texts(name: str, given: Any, count: int = 1) -> list[str] | None:
-    """One text `count` times, or those that are given."""
+def as_text(name: str, given: Any) -> str:
+    """The text. Raises ValueError where it is none."""
+    if not isinstance(given, str):
+        raise ValueError(f"{name} is {brief(given)}; expected a text")
+    check_texts(given)
+    return given
+
+
+def check_steps(steps: Any, scheduler: Any) -> int:
+    """The number of steps. Raises ValueError where it is none, or more than the scheduler has."""
+    most = scheduler.config.get("num_train_timesteps")
+    return check_whole("num_inference_steps", steps, 1, most)
+
+
+def as_texts(name: str, given: Any, count: int = 1) -> list[str] | None:
+    """One text `count` times, or those that are given. Raises ValueError where one is none."""
     if given is None:
         return None
     if isinstance(given, str):
         return [given] * count
-    texts = list(given) if isinstance(given, Iterable) else [given]
+    several = isinstance(given, Iterable) and not isinstance(given, Mapping)
+    texts = list(given) if several else [given]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{name} is {brief(given)}; expected a text, or several")
     return texts
@@ -243,6 +349,12 @@ def callback_arguments(kept: dict, kwargs: dict, speed: Speed, family: Family) -
     def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
         given = {name: tensors[name] for name in asked}
         answer = given if callback is None else callback(pipe, step, timestep, given)
+        answer = {} if answer is None else answer
+        if not isinstance(answer, dict):
+            raise ValueError(
+                f"callback_on_step_end gives back {brief(answer)}; expected tensors by name, or "
+                "None to change nothing"
+            )
         for name in answer:
             if "prompt_embeds" in name and name not in asked:
                 raise ValueError(

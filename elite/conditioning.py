@@ -15,8 +15,9 @@ from elite.attention import KeysValues, is_installed, keys_values, local_inputs,
 from elite.compat import (
     CONDITION_OPTIONS,
     DiffusersPipeline,
+    as_texts,
+    check_arguments,
     check_names,
-    check_numbers,
     text_options,
 )
 from elite.concept import Concept
@@ -107,13 +108,14 @@ class PromptConditioning(DiffusersPipeline):
         if not isinstance(prompt, str):
             raise ValueError(f"expected one prompt, not {prompt!r}; call once per prompt")
         check_names(kwargs, CONDITION_OPTIONS, self.condition)
-        check_numbers(self, guidance_scale, kwargs)
+        check_arguments(self, guidance_scale, {**kwargs, "regions": regions})
+        negative_prompts = as_texts("negative_prompt", negative_prompt)
         named = concepts_by_name(concept, concepts, placeholder_token)
         if not named:
             raise ValueError("no concept; pass concept or concepts")
         self.take_unet()
         embeds, local = self._condition([prompt], named, lambda_, words, regions or {}, kwargs)
-        given = {**kwargs, **embeds, "negative_prompt": negative_prompt}
+        given = {**kwargs, **embeds, "negative_prompt": negative_prompts}
         embeds = self._encode_text([], guidance_scale, given, regions or {})
         contexts = contexts_of(embeds)
         if not local:  # stock pipelines want some; this adds nothing

@@ -6,7 +6,9 @@ Without the first block a concept that was encoded before is an input:
     blocks.sub_blocks.pop("concept")
 """
 
+from copy import deepcopy
 from inspect import signature
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -26,12 +28,14 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModel
 
 from elite.attention import install, keys_values, local_inputs
+from elite.compat import as_text, check_names, check_number, check_steps, with_fingerprint
 from elite.concept import Concept
 from elite.defaults import DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
 from elite.families import STABLE_DIFFUSION, family_of
 from elite.images import as_image, as_mask, fit_mask, object_views
 from elite.loading import side_in_pixels
 from elite.mappers import GlobalMapper, LocalMapper, fingerprint_of, words_and_tokens
+from elite.named_concepts import as_concept
 from elite.pipeline import initial_noise, make_generators
 from elite.text import encode_text, read_prompt, spell_out, tokenize
 
@@ -91,7 +95,7 @@ class TextWithWord(ModularPipelineBlocks):
     expected_configs = [FINGERPRINT]
     inputs = [
         InputParam("prompt", str, required=True, description="with the placeholder once"),
-        InputParam("concept", Concept, required=True),
+        InputParam("concept", Concept, required=True, description="of one object, or its file"),
         InputParam("negative_prompt", str, default=""),
         InputParam("lambda_", float, default=LAMBDA, description="weight of the local branch"),
         InputParam("placeholder_token", str, default=PLACEHOLDER),
@@ -107,25 +111,30 @@ class TextWithWord(ModularPipelineBlocks):
         block = self.get_block_state(state)
         if family_of(components.unet) is not STABLE_DIFFUSION:
             raise ValueError("ELITE's blocks draw with Stable Diffusion 1.x and 2.x, not with SDXL")
-        block.concept.check_mappers(_fingerprint(components))
-        if len(block.concept) != 1:
-            raise ValueError(f"concept is of {len(block.concept)} objects; pass one, as concept[0]")
+        check_number("guidance_scale", block.guidance_scale)
+        lambda_ = check_number("lambda_", block.lambda_)
+        texts = "prompt", "negative_prompt", "placeholder_token"
+        prompt, negative, placeholder = (as_text(name, getattr(block, name)) for name in texts)
+        concept = as_concept(block.concept)
+        concept.check_mappers(_fingerprint(components))
+        if len(concept) != 1:
+            raise ValueError(f"concept is of {len(concept)} objects; pass one, as concept[0]")
         tokenizer, encoder = components.tokenizer, components.text_encoder
         unet, device = components.unet, components._execution_device
         install(unet, components.global_mapper, components.local_mapper)
 
-        prompt = spell_out(block.prompt, tokenizer)
-        ids, index = (x.to(device) for x in tokenize(tokenizer, [prompt], block.placeholder_token))
-        word = block.concept.words[:, :1].to(device)  # w0: (1, 1, D)
+        prompt = spell_out(prompt, tokenizer)
+        ids, index = (x.to(device) for x in tokenize(tokenizer, [prompt], placeholder))
+        word = concept.words[:, :1].to(device)  # w0: (1, 1, D)
         context = encode_text(encoder, ids, word, index)
         local = []
-        if block.concept.feature_tokens is not None:
-            f = block.concept.feature_tokens.to(device, unet.dtype)
-            local = local_inputs(f, index, block.lambda_, context.shape[1])
+        if concept.feature_tokens is not None:
+            f = concept.feature_tokens.to(device, unet.dtype)
+            local = local_inputs(f, index, lambda_, context.shape[1])
         if block.guidance_scale > 1:
-            negative = read_prompt(block.negative_prompt, tokenizer)
             options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-            negative_ids = tokenizer([negative], **options).input_ids.to(device)
+            negatives = [read_prompt(negative, tokenizer)]
+            negative_ids = tokenizer(negatives, **options).input_ids.to(device)
             context = torch.cat([encode_text(encoder, negative_ids), context])
         block.prompt_embeds = context
         block.keys_values = keys_values(unet, context, local)
@@ -155,9 +164,11 @@ class Denoise(ModularPipelineBlocks):
     def __call__(self, components: ModularPipeline, state: PipelineState) -> Step:
         block = self.get_block_state(state)
         unet, scheduler, context = components.unet, components.scheduler, block.prompt_embeds
+        guidance_scale = check_number("guidance_scale", block.guidance_scale)
+        steps = check_steps(block.num_inference_steps, scheduler)
         side = side_in_pixels(unet, components.vae)
         (generator,) = generators = make_generators([block.seed])
-        scheduler.set_timesteps(block.num_inference_steps, device=context.device)
+        scheduler.set_timesteps(steps, device=context.device)
         latents = initial_noise(components, generators, side, side) * scheduler.init_noise_sigma
         beside_noise = {"generator": generator, "eta": 0.0}  # as stock pipelines
         taken = signature(scheduler.step).parameters
@@ -168,7 +179,7 @@ class Denoise(ModularPipelineBlocks):
             predicted = unet(rows, t, context, added_cond_kwargs=beside).sample
             if len(context) == 2:
                 negative, positive = predicted.chunk(2)
-                predicted = negative + block.guidance_scale * (positive - negative)
+                predicted = negative + guidance_scale * (positive - negative)
             latents = scheduler.step(predicted, t, latents, **extra).prev_sample
         block.latents = latents
         self.set_block_state(state, block)
@@ -193,6 +204,23 @@ class Decode(ModularPipelineBlocks):
         return components, state
 
 
+class EliteModularPipeline(ModularPipeline):
+    """What `EliteBlocks().init_pipeline()` makes."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As diffusers', which ignores inputs that no block has. Raises ValueError for those."""
+        made = {output.name for output in self.blocks.intermediate_outputs}
+        options = {n for i in self.blocks.inputs for n in (i.name, i.kwargs_type) if n is not None}
+        for name in (made - options) & kwargs.keys():
+            raise ValueError(f"{name}: a block makes it; leave it out, or take out the block")
+        check_names(kwargs, options, super().__call__)
+        return super().__call__(*args, **kwargs)
+
+    def update_components(self, **kwargs: Any) -> None:
+        """As diffusers'; of mappers that are given without a fingerprint it is computed."""
+        super().update_components(**with_fingerprint(kwargs))
+
+
 class EliteBlocks(SequentialPipelineBlocks):
     """All of them: `EliteBlocks().init_pipeline()`, then `update_components(**pipe.components,
     fingerprint=pipe.fingerprint)` with the parts of an ElitePipeline."""
@@ -200,3 +228,6 @@ class EliteBlocks(SequentialPipelineBlocks):
     block_classes = [EncodeConcept, TextWithWord, Denoise, Decode]
     block_names = ["concept", "text", "denoise", "decode"]
     description = "Draws a prompt with the object of one picture (ELITE, arXiv 2302.13848)."
+
+    def init_pipeline(self, *args: Any, **kwargs: Any) -> EliteModularPipeline:
+        return EliteModularPipeline(deepcopy(self), *args, **kwargs)

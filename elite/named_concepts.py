@@ -8,7 +8,6 @@ tell every place of S1.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from elite.concept import Concept
 from elite.images import ImageLike, as_mask
+from elite.kinds import is_whole
 from elite.wording import brief
 
 Words = int | Literal["all"]
@@ -32,10 +32,13 @@ def concepts_by_name(
     concept: ConceptLike | Sequence[ConceptLike] | None, concepts: Concepts | None, placeholder: str
 ) -> Concepts:
     """Concepts by placeholder, whichever way they were given."""
+    if not isinstance(placeholder, str):
+        raise ValueError(f"placeholder_token is {brief(placeholder)}; expected a word")
     if concept is None:
-        if not isinstance(concepts or {}, Mapping):
+        named = {} if concepts is None else concepts
+        if not isinstance(named, Mapping) or not all(isinstance(name, str) for name in named):
             raise ValueError(f'concepts are {brief(concepts)}; expected {{"S1": a, "S2": b}}')
-        return concepts or {}
+        return named
     if concepts is not None:
         raise ValueError("concept and concepts are both given; put all into concepts")
     return {placeholder: concept}
@@ -58,12 +61,13 @@ def weights_by_name(
 def as_weight(weight: Weights) -> Tensor:
     """One number, or one per prompt. Raises ValueError where it is something else."""
     try:
-        read = torch.as_tensor(weight, dtype=torch.float32)
+        given = torch.as_tensor(weight)
     except (TypeError, ValueError, RuntimeError):
-        read = None
-    if read is None or read.ndim > 1 or not read.isfinite().all():
+        given = torch.tensor(torch.nan)
+    is_real = given.dtype != torch.bool and not given.is_complex()
+    if not is_real or given.ndim > 1 or not given.float().isfinite().all():
         raise ValueError(f"lambda_ is {brief(weight)}; expected a number, or one per prompt")
-    return read
+    return given.float()
 
 
 def latent_regions(
@@ -71,9 +75,6 @@ def latent_regions(
 ) -> dict[int, Tensor]:
     """The share of each latent that lies in a region, (height, width), by the place of its concept
     among the names."""
-    if not isinstance(regions, Mapping):
-        found = type(regions).__name__
-        raise ValueError(f'regions are of type {found}; expected {{"S1": mask, "S2": mask}}')
     unknown = set(regions) - set(names)
     if unknown:
         of = ", ".join(sorted(map(str, unknown)))
@@ -120,7 +121,7 @@ def row_per_prompt(
     several: Sequence[Any] = [concept] if is_one else concept  # type: ignore[assignment]
     if not several:
         raise ValueError("an empty list of concepts; pass one, or one per prompt")
-    stacked = Concept.stack([_as_concept(one).to(device) for one in several])
+    stacked = Concept.stack([as_concept(one).to(device) for one in several])
     if len(stacked) not in (1, count):
         raise ValueError(
             f"{len(stacked)} concepts for {count} prompts; pass one, or one per prompt"
@@ -128,7 +129,8 @@ def row_per_prompt(
     return stacked if len(stacked) == count else stacked.expand(count)
 
 
-def _as_concept(concept: ConceptLike) -> Concept:
+def as_concept(concept: ConceptLike) -> Concept:
+    """That of a file, or itself. Raises ValueError where it is neither."""
     if isinstance(concept, str | Path):
         return Concept.load(concept)
     if not isinstance(concept, Concept):
@@ -140,7 +142,7 @@ def pick_words(words: Tensor, which: Words) -> Tensor:
     """w (B, levels, D) to the words that are injected: (B, 1, D) for an index, all for "all"."""
     if which == "all":
         return words
-    if not isinstance(which, Integral) or not 0 <= which < words.shape[1]:
+    if not is_whole(which) or not 0 <= which < words.shape[1]:
         last = words.shape[1] - 1
         raise ValueError(f"word {which} does not exist; choose 0 to {last}, or all words")
     return words[:, which : which + 1]

@@ -8,7 +8,7 @@ diffusers alone asks for in `compat.py`.
 
 import copy
 from collections.abc import Mapping, Sequence
-from numbers import Integral
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -33,9 +33,9 @@ from elite.compat import (
     call_options,
     callback_arguments,
     callback_may_change_context,
+    check_arguments,
     check_names,
-    check_numbers,
-    check_whole,
+    check_steps,
     texts_per_prompt,
 )
 from elite.concept import Concept
@@ -44,6 +44,7 @@ from elite.deep_features import deep_features_reused, reuses
 from elite.defaults import DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
 from elite.families import SDXL, STABLE_DIFFUSION, family_of
 from elite.images import ImageLike, as_image, as_mask, doubt, fit_mask, object_views
+from elite.kinds import is_whole
 from elite.loading import inside, load_parts, pixels_per_latent
 from elite.mappers import GlobalMapper, LocalMapper, fingerprint_of, words_and_tokens
 from elite.named_concepts import ConceptLike, Concepts, Weights, Words, concepts_by_name
@@ -74,10 +75,15 @@ class Elite(PromptConditioning):
         Args:
             fingerprint: ties concepts to these mappers; kept when they are loaded in another
                 precision. None takes one of their values.
+
+        Raises:
+            ValueError: the UNet is of the other family, or the mappers were made for another one.
         """
+        check_family(type(self), self.unet, "unet")
         self.register_modules(global_mapper=global_mapper, local_mapper=local_mapper)
-        self.fingerprint = fingerprint or fingerprint_of(global_mapper, local_mapper)
-        self.register_to_config(fingerprint=self.fingerprint)
+        self.register_to_config(
+            fingerprint=fingerprint or fingerprint_of(global_mapper, local_mapper)
+        )
         self.install()
 
     @classmethod
@@ -109,6 +115,8 @@ class Elite(PromptConditioning):
             ValueError: a part is missing or does not fit; the message names it. Or the model is of
                 the other family.
         """
+        if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
+            raise ValueError(f"torch_dtype is {brief(torch_dtype)}; expected one as torch.float16")
         for kind, given in ((GlobalMapper, global_mapper), (LocalMapper, local_mapper)):
             if isinstance(given, str | Path):  # before gigabytes are read
                 check_mapper(kind, given)
@@ -116,12 +124,8 @@ class Elite(PromptConditioning):
             model, image_encoder, variant=variant, single_file_config=single_file_config
         )
         unet, encoder = parts["unet"], parts["image_encoder"]
-        of_family = pipeline_of(unet)
-        if cls is not Elite and not issubclass(cls, of_family):
-            raise ValueError(
-                f"{model}: is {of_family.family.title}, no model of {cls.__name__}; "
-                f"{of_family.__name__}.from_stable_diffusion takes it"
-            )
+        made_by: Any = pipeline_of(unet) if cls is Elite else cls
+        check_family(made_by, unet, model)
         mappers: dict[str, Any] = {}
         for name, kind, given in (
             ("global_mapper", GlobalMapper, global_mapper),
@@ -143,14 +147,33 @@ class Elite(PromptConditioning):
                 is_given = part in (global_mapper, local_mapper, image_encoder)
                 own = copy.deepcopy(part) if is_given else part  # another pipeline may have it
                 parts[name] = own.to(torch_dtype)
-        made: Any = of_family if cls is Elite else cls
-        return made(**parts, fingerprint=fingerprint)
+        return made_by(**parts, fingerprint=fingerprint)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
+        """Loads what `save_pretrained` wrote; `Elite.from_pretrained` that of either family. With
+        mappers in place of the folder's the fingerprint is theirs."""
+        source = pretrained_model_name_or_path
+        if cls is Elite:
+            source = source if Path(source).is_dir() else cls.download(source, **kwargs)
+            found = cls.load_config(source)["_class_name"]
+            kinds: dict[str, Any] = {
+                kind.__name__: kind for kind in (ElitePipeline, EliteXLPipeline)
+            }
+            if found not in kinds:
+                raise ValueError(
+                    f"{source}: is a {brief(found)}, no pipeline of ELITE's; from_stable_diffusion "
+                    "makes one of it and mappers"
+                )
+            return kinds[found].from_pretrained(source, **kwargs)
+        return super().from_pretrained(source, **kwargs)
 
     def install(self, attention_norm: AttentionNorm | None = None) -> None:
         """Plugs the mappers into this pipeline's UNet; done by the constructor. None keeps the
         norm, "sample" at first and in a pipeline that was saved and loaded."""
-        self.attention_norm = attention_norm or self.attention_norm
-        install(self.unet, self.global_mapper, self.local_mapper, self.attention_norm)
+        norm = self.attention_norm if attention_norm is None else attention_norm
+        install(self.unet, self.global_mapper, self.local_mapper, norm)
+        self.attention_norm = norm
 
     def take_unet(self) -> None:
         """Plugs the mappers in anew where another pipeline of this UNet has plugged in its own."""
@@ -300,17 +323,17 @@ class Elite(PromptConditioning):
             )
         check_names(kwargs, call_options(super().__call__), self.__call__)
         speed = speed_of(speed, guidance_stop, deep_every, deep_first)
-        check_whole("num_inference_steps", num_inference_steps, least=1)
-        check_numbers(self, guidance_scale, kwargs)
+        check_arguments(self, guidance_scale, {**kwargs, "regions": regions})
+        check_steps(num_inference_steps, self.scheduler)
         # Of one alone, the stock pipeline of Stable Diffusion would take neither.
         kwargs |= {side: kwargs.get(side) or self.resolution for side in ("height", "width")}
         self.take_unet()
         concepts = concepts_by_name(concept, concepts, placeholder_token)
         prompts, count, kwargs = texts_per_prompt(prompt, kwargs, self.family)
         local = local_of_prompts(kwargs.get("ip_adapter_image_embeds") or [], count)
-        if regions and not concepts:
-            raise ValueError("regions are given, but no concept; pass concept or concepts")
-        if concepts:
+        if not concepts:
+            check_unused({"regions": regions or None, "words": words, "lambda_": lambda_})
+        else:
             for name in ("prompt_2", "prompt_embeds", "ip_adapter_image_embeds"):
                 if kwargs.get(name) is not None:
                     raise ValueError(f"{name}: a concept goes with prompt alone; leave {name} out")
@@ -320,6 +343,8 @@ class Elite(PromptConditioning):
             prompts, kwargs = [], kwargs | embeds
         if seed is not None:
             kwargs["generator"], kwargs["latents"] = self._initial_noise(seed, count, kwargs)
+        elif kwargs.get("latents") is not None:
+            kwargs["latents"] = self._checked_latents(count, kwargs)
         context: list[Tensor] = []
         may_change = callback_may_change_context(kwargs)
         if regions or not may_change:
@@ -349,18 +374,28 @@ class Elite(PromptConditioning):
             if kwargs.get(other) is not None:
                 raise ValueError(f"seed and {other} are both given; leave one of them out")
         each = kwargs["num_images_per_prompt"]
-        if isinstance(seed, int | np.integer):
+        if is_whole(seed):
             seed = [int(seed) + i for _ in range(prompts) for i in range(each)]
         given: Any = seed.tolist() if isinstance(seed, np.ndarray | Tensor) else seed
         seeds: list[Any] = list(given) if isinstance(given, list | tuple | range) else [given]
-        if not all(isinstance(x, Integral) and -(2**63) <= int(x) < 2**64 for x in seeds):
-            raise ValueError(f"seed is {brief(seed)}; expected whole numbers of 64 bits")
+        generators = make_generators(seeds)
         if len(seeds) != prompts * each:
             raise ValueError(
                 f"{len(seeds)} seeds for {prompts * each} pictures; pass one, or one per picture"
             )
-        generators = make_generators(list(map(int, seeds)))
         return generators, initial_noise(self, generators, kwargs["height"], kwargs["width"])
+
+    def _checked_latents(self, prompts: int, kwargs: dict) -> Tensor:
+        """The latents of a call, in the number type of the UNet; torch's messages on those that
+        do not fit name neither."""
+        latents, pictures = kwargs["latents"], prompts * kwargs["num_images_per_prompt"]
+        expected = pictures, *latent_shape(self, kwargs["height"], kwargs["width"])
+        if not isinstance(latents, Tensor) or latents.shape != expected:
+            raise ValueError(
+                f"latents is {brief(latents)}; expected a tensor {expected}, or another height, "
+                "width or number of pictures"
+            )
+        return latents.to(self.unet.dtype)
 
 
 class ElitePipeline(Elite, StableDiffusionPipeline):
@@ -450,14 +485,42 @@ def pipeline_of(unet: UNet2DConditionModel) -> type[ElitePipeline] | type[EliteX
     return EliteXLPipeline if family_of(unet) is SDXL else ElitePipeline
 
 
+def check_family(kind: type[Elite], unet: UNet2DConditionModel, source: str | Path) -> None:
+    """Raises ValueError where a UNet is not of the family of a pipeline."""
+    fitting = pipeline_of(unet)
+    if not issubclass(kind, fitting):
+        raise ValueError(
+            f"{source}: is {fitting.family.title}, no model of {kind.__name__}; "
+            f"take {fitting.__name__}"
+        )
+
+
 def stack_views(views: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """What `concept_views` gives of several pictures, for `encode_views` at once."""
     return {key: torch.cat([view[key] for view in views]) for key in views[0]}
 
 
-def make_generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One per picture, on the CPU whatever the pipeline's device."""
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+def check_unused(given: Mapping[str, Any]) -> None:
+    """Raises ValueError where a call without a concept is told something about it."""
+    defaults = {"regions": None, "words": 0, "lambda_": LAMBDA}
+    for name, value in given.items():
+        if not isinstance(value, Real | None) or value != defaults[name]:
+            raise ValueError(f"{name}: no concept; pass concept or concepts, or leave {name} out")
+
+
+def make_generators(seeds: Sequence[Any]) -> list[torch.Generator]:
+    """One per picture, on the CPU whatever the pipeline's device. Raises ValueError for a seed that
+    is none."""
+    for seed in seeds:
+        if not is_whole(seed) or not -(2**63) <= int(seed) < 2**64:
+            raise ValueError(f"seed is {brief(seed)}; expected whole numbers of 64 bits")
+    return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+
+
+def latent_shape(pipe: DiffusionPipeline, height: int, width: int) -> tuple[int, int, int]:
+    """(C, h, w) of pictures of these sizes in pixels."""
+    factor = pixels_per_latent(pipe.vae)
+    return pipe.unet.config.in_channels, height // factor, width // factor
 
 
 def initial_noise(
@@ -465,7 +528,6 @@ def initial_noise(
 ) -> Tensor:
     """Standard normal latents of pictures of these sizes in pixels, each from its own generator in
     float32."""
-    factor = pixels_per_latent(pipe.vae)
-    shape = (pipe.unet.config.in_channels, height // factor, width // factor)
+    shape = latent_shape(pipe, height, width)
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
     return noise.to(pipe._execution_device, pipe.unet.dtype)

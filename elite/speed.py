@@ -9,9 +9,9 @@ Nothing is trained for them. `guidance_stop`: late in the denoising, guidance ch
 """
 
 from dataclasses import dataclass, fields, replace
-from numbers import Integral, Real
 from typing import Any
 
+from elite.kinds import is_number, is_whole
 from elite.wording import brief
 
 
@@ -35,14 +35,14 @@ class Speed:
     deep_first: int = 1
 
     def __post_init__(self) -> None:
-        if not isinstance(self.guidance_stop, Real) or not 0 < self.guidance_stop <= 1:
+        if not is_number(self.guidance_stop) or not 0 < self.guidance_stop <= 1:
             raise ValueError(
                 f"guidance_stop {brief(self.guidance_stop)}: expected a share of the steps, more "
                 "than 0 and at most 1"
             )
         for name in ("deep_every", "deep_first"):
             value = getattr(self, name)
-            if not isinstance(value, Integral) or value < 1:
+            if not is_whole(value) or value < 1:
                 raise ValueError(
                     f"{name} {brief(value)}: expected a whole number of steps, 1 or more"
                 )

@@ -8,7 +8,16 @@ from collections.abc import Iterable
 SHOWN = 200  # characters of one value
 LONGEST = 1500  # characters of a message
 
-_short = reprlib.Repr()
+
+class _Short(reprlib.Repr):
+    def repr_instance(self, x: object, level: int) -> str:
+        """Of arrays and tensors, which are many lines, the shape."""
+        if shape := getattr(x, "shape", None):
+            return f"{type(x).__name__} of shape {tuple(shape)}"
+        return super().repr_instance(x, level)
+
+
+_short = _Short()
 _short.maxstring = _short.maxother = _short.maxlong = SHOWN
 _short.maxlevel = 2  # a nested YAML of ten aliases would fill the memory
 _short.maxlist = _short.maxdict = _short.maxtuple = 4

@@ -13,8 +13,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 # A module of elite/ imports only from lines above its own.
 LAYERS = (
-    ("adapters", "defaults", "markdown", "noise", "wording", "workers"),
-    ("files",),
+    ("defaults", "kinds", "markdown", "noise", "wording", "workers"),
+    ("adapters", "files"),
     ("annotations", "cards", "deep_features", "run_state", "shard_cache", "speed", "text"),
     (
         "augment",

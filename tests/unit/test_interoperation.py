@@ -153,6 +153,30 @@ def test_a_lora_that_was_fused_and_unloaded_is_not_in_elites_projections(pipe, c
     assert torch.equal(draw(pipe, concept=concept), expected)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "fuses", "message"),
+    [
+        ("LoraConfig", {"use_dora": True}, False, "'odd': is a DoRA; of these ELITE's cross"),
+        ("LoraConfig", {"use_dora": True}, True, "'odd': is a DoRA; of these ELITE's cross"),
+        ("LoraConfig", {"lora_bias": True}, False, "'odd': is a LoRA with a bias; of these"),
+        ("LoHaConfig", {}, False, r"\['odd'\]: is no LoRA; of these"),
+    ],
+)
+def test_adapters_that_are_no_plain_lora_are_refused(pipe, concept, kind, options, fuses, message):
+    """What they do beside adding to the weight was left out."""
+    peft = pytest.importorskip("peft")
+    config = getattr(peft, kind)(r=4, target_modules=CROSS_KV, **options)
+    expected = draw(pipe, concept=concept)
+    pipe.unet.add_adapter(config, "odd")
+    if fuses:
+        pipe.unet.fuse_lora()
+    with pytest.raises(ValueError, match=message):
+        draw(pipe, concept=concept)
+    pipe.unet.disable_adapters()
+    if not fuses:
+        assert relative(draw(pipe, concept=concept), expected) < CLOSE
+
+
 # --- the prompt -----------------------------------------------------------------------------------
 
 
@@ -239,6 +263,26 @@ def test_a_callback_changes_no_text_that_it_was_not_given(pipe, concept):
 
     with pytest.raises(ValueError, match="gives back prompt_embeds, which it was not given; name"):
         draw(pipe, concept=concept, callback_on_step_end=changed)
+
+
+@pytest.mark.parametrize("speed", ["exact", "fast"])
+def test_a_callback_may_answer_nothing(pipe, concept, speed):
+    """Which was a traceback."""
+    drawn = draw(pipe, concept=concept, speed=speed, callback_on_step_end=lambda *_: None)
+    assert torch.equal(drawn, draw(pipe, concept=concept, speed=speed))
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (3, "callback_on_step_end is 3; expected a function"),
+        (lambda *_: [1], r"callback_on_step_end gives back \[1\]; expected tensors by name, or"),
+        (lambda *_: False, "callback_on_step_end gives back False; expected tensors by name, or"),
+    ],
+)
+def test_callbacks_that_are_none_are_named(pipe, concept, callback, message):
+    with pytest.raises(ValueError, match=message):
+        draw(pipe, concept=concept, callback_on_step_end=callback)
 
 
 # --- savers of memory -----------------------------------------------------------------------------

@@ -169,6 +169,33 @@ def test_files_of_diffusers_are_read(pipe, whole_model, concept, files, tmp_path
     assert relative(draw(other, concept=concept), draw(pipe, concept=concept)) < CLOSE
 
 
+def test_a_fused_lora_is_saved_a_loaded_one_refused(pipe, concept, files, tmp_path):
+    """What diffusers had loaded, or fused, was saved under names that nothing reads."""
+    path, folder = next(iter(files)), tmp_path / "saved"
+    pipe.load_lora_weights(path.parent, weight_name=path.name)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"text_encoder has a LoRA .*; call pipe\.unload_lora"):
+            pipe.save_pretrained(folder)
+        pipe.fuse_lora()
+    assert not folder.exists()
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+    fuse_loras(pipe, [str(path)])
+    expected = draw(pipe, concept=concept)
+    pipe.save_pretrained(folder)
+    loaded = ElitePipeline.from_pretrained(folder)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(loaded, concept=concept), expected)
+
+
+def test_a_loaded_lora_of_sdxl_is_not_saved(xl_folder, tmp_path):
+    tiny.save_mappers(tmp_path, xl_folder)
+    pipe = make_pipe(xl_folder, tmp_path)
+    pipe.unet.add_adapter(peft.LoraConfig(target_modules=["to_q"]))
+    with pytest.raises(ValueError, match="unet has a LoRA beside its weights, which cannot be sav"):
+        pipe.save_pretrained(tmp_path / "saved")
+
+
 # --- which file -----------------------------------------------------------------------------------
 
 

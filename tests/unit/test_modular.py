@@ -1,5 +1,7 @@
 """ELITE as modular blocks of diffusers draws what the pipeline draws."""
 
+import re
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -61,6 +63,50 @@ def test_a_concept_takes_the_place_of_its_block(pipe, concept):
         modular(concept=type(concept).stack([concept, concept]), **GIVEN)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"width": 64}, "width: unknown argument"),
+        ({"num_images_per_prompt": 4}, "num_images_per_prompt: unknown argument"),
+        ({"words": "all"}, "words: unknown argument"),
+        ({"lambdaa_": 0.3}, "lambdaa_: unknown argument; did you mean lambda_?"),
+        ({"concept": "x.safetensors"}, "concept: a block makes it; leave it out, or take out"),
+        ({"prompt": ["a S"]}, "prompt is ['a S']; expected a text"),
+        ({"negative_prompt": ["a"]}, "negative_prompt is ['a']; expected a text"),
+        ({"placeholder_token": 5}, "placeholder_token is 5; expected a text"),
+        *(({"lambda_": x}, f"lambda_ is {x!r}; expected a number") for x in ("a", float("inf"))),
+        *(
+            ({"guidance_scale": x}, f"guidance_scale is {x!r}; expected a number")
+            for x in ("5", float("nan"), [5.0])
+        ),
+        *(
+            ({"num_inference_steps": x}, f"num_inference_steps is {x!r}; expected 1 to 1000")
+            for x in (0, 2.5, "2", 1001)
+        ),
+        *(({"seed": x}, f"seed is {x!r}; expected whole") for x in ("a", [1, 2], 2**64, True)),
+    ],
+)
+def test_wrong_arguments_are_one_line(pipe, given, message):
+    """Names were ignored, wrong kinds ended in messages of torch."""
+    image, mask = tiny.picture(0)
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        modular_of(pipe, EliteBlocks())(**{"image": image, "mask": mask, **GIVEN, **given})
+    assert "\n" not in str(raised.value)
+
+
+def test_a_concept_may_be_a_file(tmp_path, pipe, concept):
+    blocks = EliteBlocks()
+    blocks.sub_blocks.pop("concept")
+    modular = modular_of(pipe, blocks)
+    concept.save(tmp_path / "concept.safetensors")
+    drawn = modular(concept=tmp_path / "concept.safetensors", output="latents", **GIVEN)
+    assert torch.equal(drawn, modular(concept=concept, output="latents", **GIVEN))
+    with pytest.raises(ValueError, match="concept is 5; expected that of encode_concept or a file"):
+        modular(concept=5, **GIVEN)
+    with pytest.raises(ValueError, match="image: unknown argument"):
+        modular(concept=concept, image=tiny.picture(0)[0], **GIVEN)
+
+
 def test_blocks_load_a_saved_pipeline(tmp_path, pipe, concept):
     pipe.save_pretrained(tmp_path)
     modular = EliteBlocks().init_pipeline(str(tmp_path))
@@ -87,4 +133,17 @@ def test_blocks_do_not_take_sdxl(xl_folder, pipe, concept):
     modular = modular_of(pipe, blocks)
     modular.update_components(unet=UNet2DConditionModel.from_pretrained(xl_folder / "unet"))
     with pytest.raises(ValueError, match="not with SDXL"):
+        modular(concept=concept, **GIVEN)
+
+
+@pytest.mark.parametrize("drawn_before", [False, True])
+def test_exchanged_mappers_refuse_concepts_of_the_others(model_folder, pipe, concept, drawn_before):
+    blocks = EliteBlocks()
+    blocks.sub_blocks.pop("concept")
+    modular = modular_of(pipe, blocks)
+    if drawn_before:
+        modular(concept=concept, **GIVEN)
+    global_mapper, local_mapper = tiny.build_mappers(model_folder, seed=5)
+    modular.update_components(global_mapper=global_mapper, local_mapper=local_mapper)
+    with pytest.raises(ValueError, match="concept was made by other mappers"):
         modular(concept=concept, **GIVEN)

@@ -3,6 +3,7 @@
 import inspect
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 from elite import Concept, ElitePipeline
 from elite.attention import local_inputs
+from elite.compat import MAPPERS
 from elite.defaults import DEFAULT_SAMPLER, DEFAULT_STEPS
 from elite.images import object_box, object_views
 from elite.loading import SCHEDULERS, load_parts, make_scheduler
@@ -500,6 +502,56 @@ def test_fingerprint_changes_with_the_weights(model_folder, mappers):
         != first
     )
     assert ElitePipeline(**parts, global_mapper=mappers[0]).fingerprint != first
+
+
+def exchanged(how: str, pipe: ElitePipeline, folder: Path, given: dict) -> ElitePipeline:
+    """A pipeline whose mappers are those given, in place of the others of `pipe` in the folder."""
+    if how == "of a folder":
+        return ElitePipeline.from_pretrained(folder, **given)
+    if how == "of a pipeline":
+        return ElitePipeline.from_pipe(pipe, **given)
+    if how == "registered":
+        pipe.register_modules(**given)
+        return pipe
+    for name, mapper in given.items():
+        setattr(pipe, name, mapper)
+    if how == "taken over":
+        return ElitePipeline.from_pipe(pipe)
+    if how == "saved":
+        pipe.save_pretrained(folder / "again")
+        return ElitePipeline.from_pretrained(folder / "again")
+    return pipe
+
+
+@pytest.mark.parametrize("names", [["global_mapper", "local_mapper"], ["local_mapper"]], ids=len)
+@pytest.mark.parametrize(
+    "how", ["of a folder", "of a pipeline", "registered", "assigned", "taken over", "saved"]
+)
+def test_exchanged_mappers_have_their_own_fingerprint(
+    tmp_path, model_folder, pipe, concept, how, names
+):
+    """Concepts of the others were drawn without a word."""
+    pipe.save_pretrained(tmp_path)
+    others = zip(MAPPERS, tiny.build_mappers(model_folder, seed=5), strict=True)
+    made = exchanged(how, pipe, tmp_path, {k: v for k, v in others if k in names})
+    assert made.fingerprint == fingerprint_of(made.global_mapper, made.local_mapper)
+    assert made.config.fingerprint == made.fingerprint != concept.fingerprint
+    with pytest.raises(ValueError, match="concept was made by other mappers"):
+        draw(made, concept=concept)
+    its = made.encode_concept(*tiny.picture(0))
+    assert torch.isfinite(draw(made, concept=its)).all()
+
+
+def test_mappers_that_stay_keep_their_fingerprint(tmp_path, pipe, concept):
+    """Rounded ones too, whose values would have another."""
+    pipe.save_pretrained(tmp_path)
+    for made in (
+        ElitePipeline.from_pretrained(tmp_path, dtype=torch.float16),
+        ElitePipeline.from_pipe(pipe, dtype=torch.float16),
+    ):
+        made.global_mapper = made.global_mapper
+        assert made.fingerprint == concept.fingerprint
+        assert fingerprint_of(made.global_mapper, made.local_mapper) != concept.fingerprint
 
 
 def test_one_seed_counts_up_through_the_pictures_of_a_prompt(pipe, concept):

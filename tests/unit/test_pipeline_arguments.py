@@ -1,5 +1,6 @@
 """Arguments of ElitePipeline that are none: one line that says what was expected."""
 
+import re
 import warnings
 from dataclasses import replace
 
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from elite import ElitePipeline
+from elite.mappers import cross_attention_layers
 from elite.wording import Note
 from tests import tiny
 from tests.tiny import draw
@@ -75,6 +78,7 @@ def test_wrong_prompts_and_counts_are_refused(pipe, concept, concepts):
     )
     assert "2 seeds for 3 pictures" in complaint(pipe, THREE, concept=concepts, seed=[1, 2])
     assert "word 3 does not exist" in complaint(pipe, "a S", concept=concept, words=3)
+    assert "word True does not exist" in complaint(pipe, "a S", concept=concept, words=True)
     assert "word ALL does not exist" in complaint(pipe, "a S", concept=concept, words="ALL")
     assert "concept is 5; expected" in complaint(pipe, "a S", concept=5)
     assert "concepts are [1]; expected" in complaint(pipe, "a S", concepts=[1])
@@ -83,6 +87,7 @@ def test_wrong_prompts_and_counts_are_refused(pipe, concept, concepts):
         for nothing in ([], (), None):
             assert complaint(pipe, nothing, **options) == "no prompt; pass one, or several"
     assert "prompt is 5; expected" in complaint(pipe, 5)
+    assert complaint(pipe, {"a S": 1}) == "prompt is {'a S': 1}; expected a text, or several"
     assert "negative_prompt is [1]; expected" in complaint(pipe, "a S", negative_prompt=[1])
     given = pipe.condition("a S", concept)
     for name in ("prompt_embeds", "ip_adapter_image_embeds"):
@@ -127,7 +132,7 @@ def test_a_number_of_pictures_below_one_is_refused(pipe, concept):
         assert message == f"num_images_per_prompt is {number!r}; expected 1 or more"
 
 
-@pytest.mark.parametrize("lambda_", ["0.8", None, [0.1, "x"], [[0.8]], float("nan"), float("inf")])
+@pytest.mark.parametrize("lambda_", ["0.8", None, [0.1, "x"], [[0.8]], True, float("nan"), 1e300])
 def test_a_lambda_that_is_no_number_is_refused(pipe, concept, lambda_):
     message = complaint(pipe, "a S", concept=concept, lambda_=lambda_)
     assert message == f"lambda_ is {lambda_!r}; expected a number, or one per prompt"
@@ -136,8 +141,11 @@ def test_a_lambda_that_is_no_number_is_refused(pipe, concept, lambda_):
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        *((("num_inference_steps"), value, "1 or more") for value in (0, -1, "20", 2.5, True)),
-        *((("guidance_scale"), value, "a number") for value in (None, "5", float("nan"))),
+        *(
+            (("num_inference_steps"), value, "1 to 1000")
+            for value in (0, -1, "20", 2.5, True, 1001)
+        ),
+        *((("guidance_scale"), value, "a number") for value in (None, "5", float("nan"), True)),
         *((("height"), value, "8 or more") for value in ("64", 0)),
         ("width", 32.0, "8 or more"),
         ("clip_skip", 50, "0 to 2"),
@@ -179,7 +187,7 @@ def test_a_seed_beside_other_noise_is_refused(pipe, concept, other):
     assert message == f"seed and {other} are both given; leave one of them out"
 
 
-@pytest.mark.parametrize("seed", [1.5, "one", [None], 2**70])
+@pytest.mark.parametrize("seed", [1.5, "one", [None], 2**70, True, [True], 2**64])
 def test_seeds_that_are_none_are_refused(pipe, concept, seed):
     assert "expected whole numbers" in complaint(pipe, "a S", concept=concept, seed=seed)
 
@@ -196,14 +204,102 @@ def test_one_side_alone_is_taken(pipe, concept, width, height):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"regions": [np.eye(2)]}, "regions are of type list; expected .*S1.: mask"),
+        ({"regions": [np.eye(2)]}, r"regions is \[ndarray of shape \(2, 2\)\]; expected .*S1"),
         ({"regions": {1: np.eye(2)}}, "region of 1: no such concept; there are S"),
-        ({"guidance_stop": "0.5"}, "guidance_stop '0.5': expected a share of the steps"),
+        ({"regions": np.eye(2)}, r"regions is ndarray of shape \(2, 2\); expected .*S1.: mask"),
+        *(({"guidance_stop": x}, f"guidance_stop {x!r}: expected a share") for x in ("0.5", True)),
+        ({"deep_every": True}, "deep_every True: expected a whole number of steps"),
+        ({"deep_first": True}, "deep_first True: expected a whole number of steps"),
+        *(({"placeholder_token": x}, f"token is {x}; expected a word") for x in (None, 5)),
+        ({"cross_attention_kwargs": "a"}, 'is .a.; expected names with values, {"scale": 0.5}'),
+        ({"cross_attention_kwargs": {"scale": "a"}}, "expected names with values"),
+        ({"guidance_rescale": "a"}, "guidance_rescale is 'a'; expected a number"),
+        ({"eta": "a"}, "eta is 'a'; expected a number"),
+        ({"seed": None, "generator": 5}, "generator is 5; expected a torch.Generator, or one per"),
+        ({"seed": None, "generator": [5]}, r"generator is \[5\]; expected a torch.Generator"),
+        ({"negative_prompt_embeds": "a"}, "negative_prompt_embeds is 'a'; expected a tensor"),
+        ({"callback_on_step_end_tensor_inputs": "latents"}, "'latents'; expected a list of names"),
     ],
 )
 def test_wrong_types_are_one_line(pipe, concept, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as raised:
         draw(pipe, concept=concept, **options)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt_embeds": "a"}, r"prompt_embeds is 'a'; expected a tensor \(prompts, tok"),
+        ({"prompt_embeds": torch.zeros(77, 24)}, r"prompt_embeds is Tensor of shape \(77, 24\);"),
+        *(
+            ({"prompt": "a", "ip_adapter_image_embeds": x}, "expected what condition gives")
+            for x in ("a", torch.zeros(1, 2, 24), [1], [torch.zeros(1, 2, 24)])
+        ),
+        ({"prompt": "a", "words": "all"}, "words: no concept; pass concept or concepts, or"),
+        (
+            {"prompt": "a", "lambda_": 0.3},
+            "lambda_: no concept; pass concept or concepts, or leave",
+        ),
+        ({"prompt": "a", "lambda_": np.ones(1)}, "lambda_: no concept; pass concept or concepts"),
+        ({"prompt": "a", "concepts": {1: 2}}, r"concepts are \{1: 2\}; expected {.S1.: a"),
+    ],
+)
+def test_wrong_types_without_a_concept_are_one_line(pipe, options, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        draw(pipe, **{"prompt": None, **options})
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"negative_prompt": 5}, "negative_prompt is 5; expected a text, or several"),
+        ({"cross_attention_kwargs": "a"}, "cross_attention_kwargs is 'a'; expected names with"),
+        ({"placeholder_token": None}, "placeholder_token is None; expected a word"),
+        ({"regions": np.eye(2)}, r"regions is ndarray of shape \(2, 2\); expected .*S1.: mask"),
+    ],
+)
+def test_wrong_types_in_condition_are_one_line(pipe, concept, options, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.condition("a S", concept, **options)
+
+
+@pytest.mark.parametrize("kind", ["fp16", torch.int8, None])
+def test_number_types_that_are_none_are_refused(model_folder, kind):
+    with pytest.raises(ValueError, match=f"torch_dtype is {kind!r}; expected one as torch.float16"):
+        ElitePipeline.from_stable_diffusion(model_folder, torch_dtype=kind)
+
+
+LATENTS = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "latents"),
+    [
+        *(("a S", LATENTS.expand(rows, -1, -1, -1)) for rows in (2, 4)),
+        (["a S"] * 2, LATENTS),
+        ("a S", LATENTS[0]),
+        ("a S", LATENTS[:, :3]),
+        ("a S", LATENTS[..., :8]),
+        ("a S", LATENTS.numpy()),
+        ("a S", 5),
+    ],
+)
+@pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
+def test_latents_that_do_not_fit_are_refused(pipe, concept, prompt, latents, guidance_scale):
+    """Some were drawn, as another number of pictures or of another size."""
+    options = {"concept": concept, "seed": None, "guidance_scale": guidance_scale}
+    message = complaint(pipe, prompt, **options, latents=latents)
+    expected = 2 if isinstance(prompt, list) else 1, 4, 16, 16
+    assert re.match(rf"latents is .*; expected a tensor {re.escape(str(expected))}, or", message)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_latents_of_another_type_are_cast(pipe, concept, dtype):
+    latents = LATENTS.to(dtype)
+    drawn = draw(pipe, concept=concept, seed=None, latents=latents)
+    assert torch.equal(drawn, draw(pipe, concept=concept, seed=None, latents=latents.float()))
 
 
 def test_numpy_integers_are_numbers_of_steps(pipe, concept):
@@ -238,3 +334,16 @@ def test_a_concept_without_feature_tokens_is_told(pipe, concept):
         assert torch.equal(draw(pipe, concept=words, lambda_=0), drawn)
     with pytest.raises(ValueError, match="different numbers of feature tokens"):
         draw(pipe, ["a S"] * 2, concept=[concept, words])
+
+
+@pytest.mark.parametrize("norm", ["foo", "", 5, True])
+def test_norms_that_are_none_are_refused_and_change_nothing(pipe, concept, norm):
+    """They were taken for "sample"."""
+    pipe.install("batch")
+    message = re.escape(f"attention_norm is {norm!r}; expected sample or batch")
+    with pytest.raises(ValueError, match=message):
+        pipe.install(norm)
+    pipe.install()
+    assert pipe.attention_norm == "batch"
+    layers = cross_attention_layers(pipe.unet).values()
+    assert {attn.processor.attention_norm for attn in layers} == {"batch"}

@@ -288,7 +288,7 @@ def test_wrong_concepts(pipe, concept):
         draw(pipe, "a S", concept=concept, concepts={"S": concept})
     with pytest.raises(ValueError, match="'a S1' has no placeholder 'S2'"):
         draw(pipe, "a S1", concepts={"S1": concept, "S2": concept})
-    with pytest.raises(ValueError, match="regions are given, but no concept; pass concept or"):
+    with pytest.raises(ValueError, match="regions: no concept; pass concept or concepts, or leave"):
         draw(pipe, PROMPT, regions=halves())
     names = [f"S{n}" for n in range(COLUMNS + 1)]
     with pytest.raises(ValueError, match="9 concepts in one prompt; at most 8 are possible"):

@@ -68,7 +68,7 @@ def stock(task: str, pipe: DiffusionPipeline, model_folder) -> DiffusionPipeline
 def draw_stock(task: str, pipe: DiffusionPipeline, seed: int = 7, **options) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     inputs = {"num_inference_steps": 5, "output_type": "latent", "generator": generator}
-    return pipe(**TASKS[task][1](), **{**inputs, **options}).images
+    return pipe(**{**TASKS[task][1](), **inputs, **options}).images
 
 
 @every_task
@@ -237,3 +237,24 @@ def test_mistakes_are_named(pipe, concept):
         pipe.condition("a photo", concept)
     with pytest.raises(ValueError, match="expected one prompt, not"):
         pipe.condition([PROMPT, PROMPT], concept)
+
+
+@pytest.mark.parametrize("size", [(64, 16), (48, 32)], ids=["equal area", "another"])
+@pytest.mark.parametrize("each_step", [False, True])
+def test_regions_of_another_size_are_refused(pipe, concept, size, each_step):
+    """Of an equal area they were drawn at the wrong places, of others torch complained."""
+    height, width = size
+    regions = {"S": np.eye(2)}
+    square = pipe.condition(PROMPT, concept, regions=regions)
+    fitting = pipe.condition(PROMPT, concept, regions=regions, height=height, width=width)
+    sides = {"height": height, "width": width}
+    if each_step:
+        inputs = ["latents", "prompt_embeds"]
+        sides |= {"callback_on_step_end_tensor_inputs": inputs}
+    assert torch.isfinite(draw(pipe, None, **sides, **fitting)).all()
+    made = StableDiffusionPipeline.from_pipe(pipe)
+    latents = f"regions were made for 16 x 16 latents .*, {height // 2} x {width // 2} are drawn"
+    with pytest.raises(ValueError, match=f"{latents}; pass height and width of the picture to"):
+        draw(pipe, None, **sides, **square)
+    with pytest.raises(ValueError, match=latents):
+        draw_stock("text-to-image", made, **sides, **square)

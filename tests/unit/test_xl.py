@@ -67,7 +67,7 @@ def noise(dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def test_the_model_decides_the_family(xl, xl_folder, xl_mappers, model_folder, mapper_folder):
     assert type(xl) is EliteXLPipeline and isinstance(xl, StableDiffusionXLPipeline)
     assert type(make_pipe(model_folder, mapper_folder)) is ElitePipeline
-    with pytest.raises(ValueError, match=r"is SDXL, no model of ElitePipeline; EliteXLPipeline\."):
+    with pytest.raises(ValueError, match=r"is SDXL, no model of ElitePipeline; take EliteXL"):
         ElitePipeline.from_stable_diffusion(xl_folder, global_mapper=xl_mappers / "global_mapper")
     with pytest.raises(ValueError, match=r"is Stable Diffusion 1.x or 2.x, no model of EliteXL"):
         EliteXLPipeline.from_stable_diffusion(model_folder)
@@ -211,6 +211,23 @@ def test_saved_whole_and_loaded(tmp_path, xl, xl_concept):
     plain.set_progress_bar_config(disable=True)
     options = {"latents": noise(), "num_inference_steps": 2, "output_type": "latent"}
     assert torch.isfinite(plain("a", **options).images).all()
+
+
+def test_elite_loads_what_either_family_has_saved(tmp_path, xl_folder, xl, pipe):
+    """It ended in a message of diffusers about no modules; ElitePipeline took SDXL's folder."""
+    for made in (pipe, xl):
+        folder = tmp_path / type(made).__name__
+        made.save_pretrained(folder)
+        assert type(Elite.from_pretrained(folder)) is type(made)
+        assert Elite.from_pretrained(str(folder), local_mapper=None).local_mapper is None
+    with pytest.raises(ValueError, match="unet: is SDXL, no model of ElitePipeline; take EliteXLP"):
+        ElitePipeline.from_pretrained(folder)
+    plain = StableDiffusionXLPipeline.from_pipe(xl, add_watermarker=False)
+    plain.save_pretrained(tmp_path / "plain")
+    with pytest.raises(
+        ValueError, match="is a 'StableDiffusionXLPipeline', no pipeline of ELITE's"
+    ):
+        Elite.from_pretrained(tmp_path / "plain")
 
 
 def test_concept_files_say_their_family_and_the_other_refuses_them(tmp_path, pipe, concept, xl):
