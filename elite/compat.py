@@ -26,10 +26,12 @@ from elite.wording import brief, nearest
 MAPPERS = "global_mapper", "local_mapper"
 
 
-def with_fingerprint(parts: dict[str, Any]) -> dict[str, Any]:
+def with_fingerprint(parts: dict[str, Any], source: Any = None) -> dict[str, Any]:
     """Parts and config of a pipeline that is made of another one or a folder: the fingerprint of
-    that is not of mappers that are given. None computes it."""
-    return {"fingerprint": None, **parts} if parts.keys() & set(MAPPERS) else parts
+    that is not of other mappers that are given. None computes it."""
+    given = {name: parts[name] for name in MAPPERS if parts.get(name) is not None}
+    others = any(part is not getattr(source, name, None) for name, part in given.items())
+    return {"fingerprint": None, **parts} if others else parts
 
 
 class DiffusersPipeline(Carded, DiffusionPipeline):
@@ -55,13 +57,15 @@ class DiffusersPipeline(Carded, DiffusionPipeline):
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
         """As diffusers'; with mappers in place of the pipeline's the fingerprint is theirs."""
-        return super().from_pipe(pipeline, **with_fingerprint(kwargs))
+        return super().from_pipe(pipeline, **with_fingerprint(kwargs, pipeline))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As diffusers'; a mapper in place of another one has another fingerprint."""
-        is_other = name in MAPPERS and vars(self).get(name, value) is not value
+        """As diffusers'; a mapper in place of another one has another fingerprint. Not one that is
+        taken away, nor its compiled self."""
+        before = vars(self).get(name)
         super().__setattr__(name, value)
-        if is_other:
+        is_exchange = name in MAPPERS and before is not None and value is not None
+        if is_exchange and getattr(value, "_orig_mod", value) is not before:
             self.register_to_config(fingerprint=None)
 
     @property
@@ -90,8 +94,9 @@ class DiffusersPipeline(Carded, DiffusionPipeline):
         for name, part in self.components.items():
             if isinstance(part, nn.Module) and has_adapters(part):
                 raise ValueError(
-                    f"{name} has a LoRA beside its weights, which cannot be saved; call "
-                    "pipe.unload_lora_weights() first, and elite.lora.fuse_loras to save it as well"
+                    f"{name} is wrapped for LoRAs, and cannot be saved so; call "
+                    "pipe.unfuse_lora() where it is fused, then pipe.unload_lora_weights(), and "
+                    "elite.lora.fuse_loras to save a LoRA as well"
                 )
         with self._plain_unet():
             super().save_pretrained(*args, **kwargs)
@@ -246,12 +251,12 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "guidance_rescale": (is_number, "a number"),
     "eta": (is_number, "a number"),
     "cross_attention_kwargs": (
-        lambda value: isinstance(value, Mapping) and is_number(value.get("scale", 1)),
+        lambda value: isinstance(value, Mapping) and is_number(value.get("scale") or 1),
         'names with values, {"scale": 0.5}',
     ),
     "generator": (
-        lambda value: isinstance(value, Generator) or _are_all(Generator)(value),
-        "a torch.Generator, or one per picture",
+        lambda value: _are_all(Generator)(value if isinstance(value, list) else [value]),
+        "a torch.Generator, or a list of one per picture",
     ),
     "prompt_embeds": TEXTS,
     "negative_prompt_embeds": TEXTS,
@@ -367,6 +372,7 @@ def callback_arguments(kept: dict, kwargs: dict, speed: Speed, family: Family) -
             answer = _without_guidance(pipe, kept, {**tensors, **answer})
         if is_last:
             kept.clear()
+        pipe.take_unet()  # the callback may have drawn with another pipeline of this UNet
         return answer
 
     guided = [] if speed.guidance_stop == 1 else family.guided

@@ -31,8 +31,10 @@ def deep_features_reused(
 ) -> Iterator[None]:
     """Within it, the inner modules of this UNet (and of no other) run only at some of its calls,
     its outermost layer at every one; a call is a step of one generation. Afterwards the UNet is
-    as it was. Calls of other threads, and of a generation within this one (of a callback), are left
-    alone; of two threads that ask for this, one waits.
+    as it was. Calls of other threads, and of an `Elite` that a callback calls, are left alone;
+    those of a stock pipeline in a callback count as steps. Of two threads that ask for this with
+    one UNet, one waits for the other's whole generation, so a callback must not wait for such a
+    thread.
 
     A call may have fewer rows than the one before: they are taken to be its last ones.
 

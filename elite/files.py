@@ -10,6 +10,7 @@ import shutil
 import stat
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -321,9 +322,8 @@ def digest_weights(*states: Mapping[str, "Tensor"]) -> str:
 
 
 def quick_digest(states: Iterable[Mapping[str, "Tensor"]], files: Iterable[Path] = ()) -> str:
-    """A short name for weights, and for files beside them: of each tensor by a few values and the
-    sum of its bytes in words of eight, in a second for Stable Diffusion."""
-    import numpy as np
+    """A short name for weights, and for files beside them: of each tensor by a few values and a
+    checksum of all, in two seconds for Stable Diffusion."""
     import torch
 
     digest = hashlib.sha256(digest_files(*files).encode())
@@ -331,11 +331,9 @@ def quick_digest(states: Iterable[Mapping[str, "Tensor"]], files: Iterable[Path]
         flat = tensor.detach().flatten()
         some = flat[:: max(1, flat.numel() // VALUES_SAMPLED)]
         content = flat.cpu().contiguous().view(torch.uint8).numpy()
-        whole = len(content) // 8 * 8
         digest.update(name.encode())
         digest.update(some.cpu().float().contiguous().numpy().data)
-        digest.update(content[:whole].view(np.uint64).sum(dtype=np.uint64).tobytes())
-        digest.update(content[whole:].data)
+        digest.update(zlib.crc32(content.data).to_bytes(4))
     return digest.hexdigest()[:16]
 
 

@@ -142,8 +142,9 @@ def load_pipeline(
 def config_files(folder: str | None) -> list[Path]:
     """What decides besides the weights how the models of a folder compute: configs, scheduler,
     vocabulary. None of a hub name or a single file."""
-    inside = sorted(Path(folder).rglob("*")) if folder and Path(folder).is_dir() else []
-    return [path for path in inside if path.suffix in (".json", ".txt")]
+    inside = sorted(Path(folder).rglob("*.*")) if folder and Path(folder).is_dir() else []
+    configs = ("config.json", "scheduler_config.json", "vocab.json", "merges.txt", "tokenizer.json")
+    return [path for path in inside if path.name in configs]
 
 
 def build_pipeline(

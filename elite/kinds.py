@@ -6,8 +6,11 @@ from typing import Any, TypeGuard
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite real number."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a finite real number, that a float can hold."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def is_whole(value: Any) -> TypeGuard[int]:

@@ -8,7 +8,6 @@ diffusers alone asks for in `compat.py`.
 
 import copy
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -39,7 +38,13 @@ from elite.compat import (
     texts_per_prompt,
 )
 from elite.concept import Concept
-from elite.conditioning import Conditioning, PromptConditioning, contexts_of, local_of_prompts
+from elite.conditioning import (
+    Conditioning,
+    PromptConditioning,
+    contexts_of,
+    in_turn,
+    local_of_prompts,
+)
 from elite.deep_features import deep_features_reused, reuses
 from elite.defaults import DEFAULT_STEPS, GUIDANCE_SCALE, LAMBDA, PLACEHOLDER
 from elite.families import SDXL, STABLE_DIFFUSION, family_of
@@ -94,7 +99,7 @@ class Elite(PromptConditioning):
         global_mapper: str | Path | GlobalMapper | None = None,
         local_mapper: str | Path | LocalMapper | Literal[False] | None = None,
         image_encoder: str | Path | CLIPVisionModel | None = None,
-        torch_dtype: torch.dtype = torch.float32,
+        torch_dtype: torch.dtype | None = torch.float32,
         variant: str | None = None,
         single_file_config: str | Path | None = None,
     ) -> Self:
@@ -115,7 +120,8 @@ class Elite(PromptConditioning):
             ValueError: a part is missing or does not fit; the message names it. Or the model is of
                 the other family.
         """
-        if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
+        is_type = isinstance(torch_dtype, torch.dtype) and torch_dtype.is_floating_point
+        if torch_dtype is not None and not is_type:
             raise ValueError(f"torch_dtype is {brief(torch_dtype)}; expected one as torch.float16")
         for kind, given in ((GlobalMapper, global_mapper), (LocalMapper, local_mapper)):
             if isinstance(given, str | Path):  # before gigabytes are read
@@ -175,6 +181,7 @@ class Elite(PromptConditioning):
         install(self.unet, self.global_mapper, self.local_mapper, norm)
         self.attention_norm = norm
 
+    @in_turn
     def take_unet(self) -> None:
         """Plugs the mappers in anew where another pipeline of this UNet has plugged in its own."""
         own = self.global_mapper, self.local_mapper, self.attention_norm
@@ -324,9 +331,10 @@ class Elite(PromptConditioning):
         check_names(kwargs, call_options(super().__call__), self.__call__)
         speed = speed_of(speed, guidance_stop, deep_every, deep_first)
         check_arguments(self, guidance_scale, {**kwargs, "regions": regions})
-        check_steps(num_inference_steps, self.scheduler)
+        if kwargs.get("timesteps") is None and kwargs.get("sigmas") is None:
+            check_steps(num_inference_steps, self.scheduler)
         # Of one alone, the stock pipeline of Stable Diffusion would take neither.
-        kwargs |= {side: kwargs.get(side) or self.resolution for side in ("height", "width")}
+        kwargs |= sides_of(self, kwargs)
         self.take_unet()
         concepts = concepts_by_name(concept, concepts, placeholder_token)
         prompts, count, kwargs = texts_per_prompt(prompt, kwargs, self.family)
@@ -500,11 +508,22 @@ def stack_views(views: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {key: torch.cat([view[key] for view in views]) for key in views[0]}
 
 
+def sides_of(pipe: Elite, kwargs: dict) -> dict[str, int]:
+    """Height and width of a call: as given, else as the latents (B, C, h, w) have them, else the
+    model's own."""
+    sides, latents = ("height", "width"), kwargs.get("latents")
+    if isinstance(latents, Tensor) and latents.ndim == 4 and not any(map(kwargs.get, sides)):
+        factor = pixels_per_latent(pipe.vae)
+        return dict(zip(sides, (factor * side for side in latents.shape[2:]), strict=True))
+    return {side: kwargs.get(side) or pipe.resolution for side in sides}
+
+
 def check_unused(given: Mapping[str, Any]) -> None:
     """Raises ValueError where a call without a concept is told something about it."""
     defaults = {"regions": None, "words": 0, "lambda_": LAMBDA}
     for name, value in given.items():
-        if not isinstance(value, Real | None) or value != defaults[name]:
+        is_empty = value is None or (isinstance(value, Mapping) and not value)
+        if not is_empty and not np.all(np.asarray(value) == defaults[name]):
             raise ValueError(f"{name}: no concept; pass concept or concepts, or leave {name} out")
 
 

@@ -12,7 +12,7 @@ LONGEST = 1500  # characters of a message
 class _Short(reprlib.Repr):
     def repr_instance(self, x: object, level: int) -> str:
         """Of arrays and tensors, which are many lines, the shape."""
-        if shape := getattr(x, "shape", None):
+        if isinstance(shape := getattr(x, "shape", None), tuple):
             return f"{type(x).__name__} of shape {tuple(shape)}"
         return super().repr_instance(x, level)
 

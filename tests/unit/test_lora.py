@@ -174,7 +174,9 @@ def test_a_fused_lora_is_saved_a_loaded_one_refused(pipe, concept, files, tmp_pa
     path, folder = next(iter(files)), tmp_path / "saved"
     pipe.load_lora_weights(path.parent, weight_name=path.name)
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"text_encoder has a LoRA .*; call pipe\.unload_lora"):
+        with pytest.raises(
+            ValueError, match=r"text_encoder is wrapped for LoRAs, .*; call"
+        ):
             pipe.save_pretrained(folder)
         pipe.fuse_lora()
     assert not folder.exists()
@@ -192,7 +194,7 @@ def test_a_loaded_lora_of_sdxl_is_not_saved(xl_folder, tmp_path):
     tiny.save_mappers(tmp_path, xl_folder)
     pipe = make_pipe(xl_folder, tmp_path)
     pipe.unet.add_adapter(peft.LoraConfig(target_modules=["to_q"]))
-    with pytest.raises(ValueError, match="unet has a LoRA beside its weights, which cannot be sav"):
+    with pytest.raises(ValueError, match="unet is wrapped for LoRAs, and cannot be saved so; call"):
         pipe.save_pretrained(tmp_path / "saved")
 
 

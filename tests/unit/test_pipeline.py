@@ -548,10 +548,15 @@ def test_mappers_that_stay_keep_their_fingerprint(tmp_path, pipe, concept):
     for made in (
         ElitePipeline.from_pretrained(tmp_path, dtype=torch.float16),
         ElitePipeline.from_pipe(pipe, dtype=torch.float16),
+        ElitePipeline.from_pipe(pipe, dtype=torch.float16, local_mapper=pipe.local_mapper),
     ):
         made.global_mapper = made.global_mapper
         assert made.fingerprint == concept.fingerprint
         assert fingerprint_of(made.global_mapper, made.local_mapper) != concept.fingerprint
+    without = ElitePipeline.from_pretrained(tmp_path, local_mapper=None)
+    assert without.fingerprint == concept.fingerprint and torch.isfinite(draw(without)).all()
+    made.global_mapper = torch.compile(made.global_mapper)
+    assert made.fingerprint == concept.fingerprint
 
 
 def test_one_seed_counts_up_through_the_pictures_of_a_prompt(pipe, concept):

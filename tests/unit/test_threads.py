@@ -1,12 +1,13 @@
 """Threads, and generations within generations, whose pipelines share a UNet and a text encoder."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 
 import pytest
 import torch
 
-from elite import Concept, ElitePipeline
+from elite import Concept, ElitePipeline, conditioning
 from tests import tiny
 from tests.tiny import draw, relative
 
@@ -48,6 +49,26 @@ def test_threads_draw_what_one_draws(pipe, model_folder, mappers, speed):
     assert not any("forward" in vars(module) for module in pipe.unet.modules())
 
 
+def test_mappers_stay_while_k_and_v_are_computed(pipe, model_folder, monkeypatch):
+    """The other thread plugged its own in meanwhile."""
+    other = beside(pipe, **own_mappers(model_folder))
+    calls = [
+        (some, {"concept": some.encode_concept(*tiny.picture(0)), "num_inference_steps": 1})
+        for some in (pipe, other)
+    ]
+    expected = [draw(some, **options) for some, options in calls]
+    computed = conditioning.keys_values
+
+    def slowly(*args):
+        time.sleep(0.2)
+        return computed(*args)
+
+    monkeypatch.setattr(conditioning, "keys_values", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda call: draw(call[0], **call[1]), calls))
+    assert all(map(torch.equal, found, expected))
+
+
 @pytest.mark.parametrize("inner", ["exact", "fast"])
 def test_a_callback_may_draw_with_the_same_unet(pipe, concept: Concept, inner):
     other, of_callback = beside(pipe), []
@@ -63,3 +84,16 @@ def test_a_callback_may_draw_with_the_same_unet(pipe, concept: Concept, inner):
     alone = draw(other, concept=concept, speed=inner, num_inference_steps=4)
     assert torch.equal(draw(pipe, callback_on_step_end=draws, **options), expected)
     assert torch.equal(of_callback[0], alone)
+
+
+def test_a_callback_that_may_change_the_prompt_may_draw_with_other_mappers(pipe, model_folder):
+    other = beside(pipe, **own_mappers(model_folder))
+    its = other.encode_concept(*tiny.picture(1))
+    concept = pipe.encode_concept(*tiny.picture(0))
+    options = {"callback_on_step_end_tensor_inputs": ["prompt_embeds"], "concept": concept}
+    expected = draw(pipe, callback_on_step_end=lambda *_: {}, **options)
+
+    def draws(*_) -> None:
+        draw(other, concept=its, num_inference_steps=1)
+
+    assert torch.equal(draw(pipe, callback_on_step_end=draws, **options), expected)
