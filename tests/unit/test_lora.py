@@ -174,9 +174,7 @@ def test_a_fused_lora_is_saved_a_loaded_one_refused(pipe, concept, files, tmp_pa
     path, folder = next(iter(files)), tmp_path / "saved"
     pipe.load_lora_weights(path.parent, weight_name=path.name)
     for _ in range(2):
-        with pytest.raises(
-            ValueError, match=r"text_encoder is wrapped for LoRAs, .*; call"
-        ):
+        with pytest.raises(ValueError, match=r"text_encoder is wrapped for LoRAs, .*; call"):
             pipe.save_pretrained(folder)
         pipe.fuse_lora()
     assert not folder.exists()
