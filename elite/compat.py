@@ -17,7 +17,7 @@ from elite.attention import KeysValues, conditional_rows, is_installed, split_lo
 from elite.cards import Carded, pipeline_card
 from elite.families import Family, text_encoders
 from elite.kinds import is_number, is_whole
-from elite.loading import side_in_pixels
+from elite.loading import pixels_per_latent, side_in_pixels
 from elite.mappers import fingerprint_of
 from elite.speed import Speed
 from elite.text import check_texts, read_prompt
@@ -313,6 +313,16 @@ def as_text(name: str, given: Any) -> str:
         raise ValueError(f"{name} is {brief(given)}; expected a text")
     check_texts(given)
     return given
+
+
+def sides_of(pipe: DiffusersPipeline, kwargs: dict) -> dict[str, int]:
+    """Height and width of a call: as given, else as the latents (B, C, h, w) have them, else the
+    model's own."""
+    sides, latents = ("height", "width"), kwargs.get("latents")
+    if isinstance(latents, Tensor) and latents.ndim == 4 and not any(map(kwargs.get, sides)):
+        factor = pixels_per_latent(pipe.vae)
+        return dict(zip(sides, (factor * side for side in latents.shape[2:]), strict=True))
+    return {side: kwargs.get(side) or pipe.resolution for side in sides}
 
 
 def check_steps(steps: Any, scheduler: Any) -> int:

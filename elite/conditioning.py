@@ -18,6 +18,7 @@ from elite.compat import (
     as_texts,
     check_arguments,
     check_names,
+    sides_of,
     text_options,
 )
 from elite.concept import Concept
@@ -150,7 +151,7 @@ class PromptConditioning(DiffusersPipeline):
             )
         names, device, count = list(concepts), self._execution_device, len(prompts)
         weights = weights_by_name(lambda_, names)
-        sides = (kwargs.get(side) or self.resolution for side in ("height", "width"))
+        sides = sides_of(self, kwargs).values()
         shares = latent_regions(regions, names, *(s // pixels_per_latent(self.vae) for s in sides))
         rows = [self._rows(concepts[name], count) for name in names]
         for name, row in zip(names, rows, strict=True):

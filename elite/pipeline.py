@@ -35,6 +35,7 @@ from elite.compat import (
     check_arguments,
     check_names,
     check_steps,
+    sides_of,
     texts_per_prompt,
 )
 from elite.concept import Concept
@@ -506,16 +507,6 @@ def check_family(kind: type[Elite], unet: UNet2DConditionModel, source: str | Pa
 def stack_views(views: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """What `concept_views` gives of several pictures, for `encode_views` at once."""
     return {key: torch.cat([view[key] for view in views]) for key in views[0]}
-
-
-def sides_of(pipe: Elite, kwargs: dict) -> dict[str, int]:
-    """Height and width of a call: as given, else as the latents (B, C, h, w) have them, else the
-    model's own."""
-    sides, latents = ("height", "width"), kwargs.get("latents")
-    if isinstance(latents, Tensor) and latents.ndim == 4 and not any(map(kwargs.get, sides)):
-        factor = pixels_per_latent(pipe.vae)
-        return dict(zip(sides, (factor * side for side in latents.shape[2:]), strict=True))
-    return {side: kwargs.get(side) or pipe.resolution for side in sides}
 
 
 def check_unused(given: Mapping[str, Any]) -> None:
